@@ -1,0 +1,1 @@
+//! Judge and load any vhost-user back-end

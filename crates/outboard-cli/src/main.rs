@@ -1,0 +1,2 @@
+//! The `outboard` program.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Ready virtio devices for vhost-user

@@ -1,0 +1,1 @@
+//! The VMM side of vhost-user: connection, shared memory, driver queues

@@ -1,0 +1,1 @@
+//! Guest memory shared over vhost-user: regions, translation, ring cells

@@ -1,0 +1,1 @@
+//! The vhost-user wire protocol as pure state machines, both ends

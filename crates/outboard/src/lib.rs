@@ -1,0 +1,1 @@
+//! Write a virtio device that runs outside the VMM, over vhost-user
