@@ -1,2 +1,3 @@
-//! Chores of this repository.
+//! `cargo xtask`: the project's chores. See `cargo xtask help`.
+
 fn main() {}

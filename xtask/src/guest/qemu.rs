@@ -1,0 +1,84 @@
+//! A guest in QEMU: a Debian kernel under emulation, so no KVM is needed.
+//!
+//! Serial port 0 is the console (kept in a file), port 1 the agent's (QEMU's own standard input
+//! and output). The guest's memory is a shared memfd, as vhost-user needs it. From start to
+//! ready: 3 to 7 s.
+
+use super::{BASE_MODULES, Guest, initramfs};
+use crate::packages::Root;
+use anyhow::{Context as _, Result};
+use std::path::Path;
+use std::process::Stdio;
+
+/// What the guest is made of.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Virtual CPUs.
+    pub cpus: u16,
+    /// Memory in MiB.
+    pub memory: u32,
+    /// Further arguments for QEMU: the devices.
+    pub arguments: Vec<String>,
+    /// Modules to load besides those of every guest.
+    pub modules: Vec<&'static str>,
+    /// SeaBIOS instead of qboot: it drives a disk itself before Linux does.
+    pub seabios: bool,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self { cpus: 1, memory: 256, arguments: Vec::new(), modules: Vec::new(), seabios: false }
+    }
+}
+
+impl Machine {
+    /// With further arguments for QEMU.
+    #[must_use]
+    pub fn with(mut self, arguments: &[&str]) -> Self {
+        self.arguments.extend(arguments.iter().map(|word| (*word).to_owned()));
+        self
+    }
+
+    /// With a vhost-user device behind `socket`, e.g. `vhost-user-blk-pci,num-queues=4`.
+    #[must_use]
+    pub fn with_device(self, device: &str, socket: &Path) -> Self {
+        let place = self.arguments.len();
+        let chardev = format!("socket,id=device{place},path={}", socket.display());
+        let device = format!("{device},chardev=device{place}");
+        self.with(&["-chardev", &chardev, "-device", &device])
+    }
+
+    /// Starts the guest; `dir` takes its console and monitor. Gives it when its agent is ready.
+    ///
+    /// # Errors
+    /// When QEMU does not start or the guest does not come up: with the end of its console.
+    pub fn boot(&self, root: &Root, dir: &Path) -> Result<Guest> {
+        let release = root.kernel_release()?;
+        let modules: Vec<_> = BASE_MODULES.iter().chain(&self.modules).copied().collect();
+        let archive = initramfs::build(root, &root.path(&format!("lib/modules/{release}")), &modules)?;
+        let (initrd, console) = (dir.join("initramfs"), dir.join("console"));
+        std::fs::write(&initrd, archive)?;
+        let mut command = root.command("usr/bin/qemu-system-x86_64");
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35,accel=tcg"]);
+        command.args(["-cpu", "max", "-smp", &self.cpus.to_string(), "-m", &self.memory.to_string()]);
+        let memory = format!("memory-backend-memfd,id=memory,size={}M,share=on", self.memory);
+        command.args(["-object", &memory, "-numa", "node,memdev=memory"]);
+        for data in ["usr/share/qemu", "usr/share/seabios"] {
+            command.arg("-L").arg(root.path(data));
+        }
+        if !self.seabios {
+            command.args(["-bios", "qboot.rom"]);
+        }
+        command.arg("-kernel").arg(root.path(&format!("boot/vmlinuz-{release}")));
+        command.arg("-initrd").arg(&initrd);
+        command.args(["-append", "console=ttyS0 panic=-1 mitigations=off nokaslr agent=ttyS1"]);
+        command.arg("-serial").arg(format!("file:{}", console.display()));
+        command.args(["-chardev", "stdio,id=agent,signal=off", "-serial", "chardev:agent"]);
+        let monitor = dir.join("monitor");
+        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
+        command.args(&self.arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let log = std::fs::File::create(dir.join("qemu.log"))?;
+        let child = command.stderr(log).spawn().context("cannot start QEMU")?;
+        Guest::new(child, vec![console, dir.join("qemu.log")], Some(monitor))
+    }
+}
