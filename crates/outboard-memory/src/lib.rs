@@ -1,1 +1,44 @@
-//! Guest memory shared over vhost-user: regions, translation, ring cells
+//! Guest memory as vhost-user shares it: files mapped into this process, an immutable table of them with a
+//! generation, translation of ranges, and access by value.
+//!
+//! ```text
+//!  SET_MEM_TABLE fds ─▶ Region::map ─▶ GuestMemory (Arc, generation) ─▶ View (one owner, last-hit cache)
+//!                         │ fstat first                                    ├─▶ Cells: ring indices and elements, resolved once
+//!                         └ SIGBUS guard: hole ─▶ zero page + poisoned     └─▶ Segments: buffers of one request, kept alive by Arc
+//! ```
+//!
+//! Invariants, which everything above this crate leans on:
+//! * Guest bytes are never borrowed. They are copied out once, or in once; the guest may change them at any time.
+//! * A pointer into guest memory never outlives the mapping: whatever holds one holds the [`GuestMemory`] too.
+//! * Ranges are translated, not first bytes (`addr + len` is checked against the end of the region).
+//! * A file cut short under us costs the request that touched the hole, not the process.
+//!
+//! This crate holds the unsafe code of the data path; its public API is safe. Targets: 64-bit, little-endian Linux.
+
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64", target_endian = "little")))]
+compile_error!("outboard runs on 64-bit little-endian Linux");
+
+mod cells;
+mod copy;
+mod error;
+mod map;
+mod mapping;
+mod num;
+mod region;
+mod segments;
+mod sigbus;
+mod table;
+mod transfer;
+mod view;
+
+#[cfg(outboard_loom)]
+pub use cells::twin;
+pub use cells::{Cell16, Cells, Descriptor, Descriptors, Pairs, Ring16, fence};
+pub use error::{AccessError, LayoutError, MapError};
+pub use map::GuestMemory;
+pub use mapping::rounded;
+pub use region::{MapOptions, Region, RegionSpec};
+pub use segments::{Segment, Segments};
+pub use sigbus::install_sigbus_guard;
+pub use table::Table;
+pub use view::View;

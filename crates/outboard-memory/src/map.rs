@@ -1,0 +1,181 @@
+//! The table of regions: immutable, with a generation, always behind an `Arc`.
+//!
+//! A change makes a new table that shares the regions that stay; whoever still uses the old one keeps the old regions
+//! mapped. Regions overlap neither in guest-physical nor in front-end addresses.
+#![expect(unsafe_code, reason = "a table of raw pointers is Send and Sync because the regions are")]
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::error::LayoutError;
+use crate::region::{Region, RegionSpec};
+use crate::sigbus;
+
+/// What a look-up needs of one region.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry {
+    pub(crate) start: u64,
+    pub(crate) size: u64,
+    pub(crate) host: *mut u8,
+}
+
+// SAFETY: a pointer into a shared mapping, which belongs to no thread; it is used only while the table, which holds
+// the region, is alive.
+unsafe impl Send for Entry {}
+// SAFETY: likewise.
+unsafe impl Sync for Entry {}
+
+impl Entry {
+    /// An entry that holds no address.
+    pub(crate) const NONE: Self = Self { start: 0, size: 0, host: std::ptr::null_mut() };
+
+    /// Bytes from `guest` to the end of the region, when it lies inside.
+    #[inline(always)]
+    pub(crate) fn rest(&self, guest: u64) -> Option<u64> {
+        let offset = guest.wrapping_sub(self.start);
+        if offset < self.size { Some(self.size - offset) } else { None }
+    }
+
+    /// Where the whole range lies in this process.
+    #[inline(always)]
+    pub(crate) fn translate(&self, guest: u64, len: u64) -> Option<*mut u8> {
+        let offset = guest.wrapping_sub(self.start);
+        if offset < self.size && len <= self.size - offset {
+            Some(self.host.wrapping_add(crate::num::index(offset)))
+        } else {
+            None
+        }
+    }
+}
+
+/// All regions of one guest at one moment.
+pub struct GuestMemory {
+    generation: u64,
+    /// Sorted by guest address.
+    regions: Vec<Arc<Region>>,
+    /// The same, flat.
+    entries: Box<[Entry]>,
+    /// Sorted by user address: (user address, size, guest address).
+    by_user: Box<[(u64, u64, u64)]>,
+    #[cfg(outboard_loom)]
+    pub(crate) twin: crate::cells::twin::Store,
+}
+
+impl GuestMemory {
+    /// A table of these regions, in any order; none is legal.
+    ///
+    /// # Errors
+    /// Two regions overlap, in guest or in user addresses.
+    pub fn new(generation: u64, mut regions: Vec<Arc<Region>>) -> Result<Self, LayoutError> {
+        regions.sort_by_key(|region| region.spec().guest_addr);
+        check_overlap("guest", regions.iter().map(|r| (r.spec().guest_addr, r.spec().size)))?;
+        let mut by_user: Vec<_> = regions
+            .iter()
+            .map(|r| (r.spec().user_addr, r.spec().size, r.spec().guest_addr))
+            .collect();
+        by_user.sort_unstable();
+        check_overlap("user", by_user.iter().map(|&(user, size, _)| (user, size)))?;
+        let entries = regions
+            .iter()
+            .map(|r| Entry { start: r.spec().guest_addr, size: r.spec().size, host: r.host() })
+            .collect();
+        Ok(Self {
+            generation,
+            regions,
+            entries,
+            by_user: by_user.into(),
+            #[cfg(outboard_loom)]
+            twin: crate::cells::twin::Store::default(),
+        })
+    }
+
+    /// Which of the tables of this guest it is; grows with every change.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The regions, by guest address.
+    pub fn regions(&self) -> &[Arc<Region>] {
+        &self.regions
+    }
+
+    /// The next generation, with one more region.
+    ///
+    /// # Errors
+    /// It overlaps one that is there.
+    pub fn with_region(&self, region: Region) -> Result<Self, LayoutError> {
+        let mut regions = self.regions.clone();
+        regions.push(Arc::new(region));
+        Self::new(self.generation.wrapping_add(1), regions)
+    }
+
+    /// The next generation, without the region of this guest address, user address and size (the offset is ignored).
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn without_region(&self, spec: &RegionSpec) -> Result<Self, LayoutError> {
+        let &RegionSpec { guest_addr, user_addr, size, offset: _ } = spec;
+        let same = |have: &RegionSpec| {
+            (have.guest_addr, have.user_addr, have.size) == (guest_addr, user_addr, size)
+        };
+        let mut regions = self.regions.clone();
+        regions.retain(|region| !same(region.spec()));
+        if regions.len() == self.regions.len() {
+            return Err(LayoutError::Unknown { guest_addr, user_addr, size });
+        }
+        Self::new(self.generation.wrapping_add(1), regions)
+    }
+
+    /// The guest-physical address of a range of front-end addresses, when the whole range lies in one region.
+    pub fn user_to_guest(&self, addr: u64, len: u64) -> Option<u64> {
+        let after = self.by_user.partition_point(|&(user, _, _)| user <= addr);
+        let &(user, size, guest) = self.by_user.get(after.checked_sub(1)?)?;
+        let offset = addr - user;
+        (offset < size && len <= size - offset).then(|| guest + offset)
+    }
+
+    /// Whether the file of some region was cut short and an access hit the hole. What was read there is zeros, what
+    /// was written is lost; nothing that came of it may be told to the guest.
+    #[inline]
+    pub fn poisoned(&self) -> bool {
+        sigbus::any_poisoned() && self.regions.iter().any(|region| region.is_poisoned())
+    }
+
+    /// The region that holds `guest`.
+    pub(crate) fn entry(&self, guest: u64) -> Option<&Entry> {
+        let after = self.entries.partition_point(|entry| entry.start <= guest);
+        let entry = self.entries.get(after.checked_sub(1)?)?;
+        entry.rest(guest).map(|_| entry)
+    }
+
+    /// The first region, which a fresh view starts with.
+    pub(crate) fn first(&self) -> Entry {
+        self.entries.first().copied().unwrap_or(Entry::NONE)
+    }
+}
+
+impl fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestMemory")
+            .field("generation", &self.generation)
+            .field("regions", &self.regions)
+            .finish()
+    }
+}
+
+/// `ranges` sorted by start; their ends fit 64 bits.
+fn check_overlap(
+    space: &'static str,
+    ranges: impl Iterator<Item = (u64, u64)>,
+) -> Result<(), LayoutError> {
+    let mut before: Option<(u64, u64)> = None;
+    for (start, size) in ranges {
+        if let Some((first, end)) = before
+            && start < end
+        {
+            return Err(LayoutError::Overlap { space, first, second: start });
+        }
+        before = Some((start, start.saturating_add(size)));
+    }
+    Ok(())
+}

@@ -1,0 +1,70 @@
+//! Vectored transfers between a file and guest memory: one `preadv` or `pwritev`, no copy in between.
+//!
+//! The kernel reports a hole in guest memory as `EFAULT`; there is no signal then. A transfer may be short: the caller
+//! goes on with what is left, or takes 0 as the end of the file.
+#![expect(unsafe_code, reason = "rustix takes slices of guest memory, which must not exist")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use crate::segments::Segments;
+
+/// Most pieces the kernel takes at once.
+const IOV_MAX: usize = 1024;
+
+impl Segments {
+    /// Fills the front of the list from `file` at `offset` and drops what was filled. Returns the bytes; 0 at the end
+    /// of the file or of the list.
+    ///
+    /// # Errors
+    /// What the system says, `EINTR` excepted: that is tried again. Nothing is dropped then.
+    pub fn read_from_file_at(&mut self, file: impl AsFd, offset: u64) -> io::Result<usize> {
+        self.transfer(file, offset, libc::preadv)
+    }
+
+    /// Writes the front of the list to `file` at `offset` and drops what was written. Returns the bytes.
+    ///
+    /// # Errors
+    /// What the system says, `EINTR` excepted: that is tried again. Nothing is dropped then.
+    pub fn write_to_file_at(&mut self, file: impl AsFd, offset: u64) -> io::Result<usize> {
+        self.transfer(file, offset, libc::pwritev)
+    }
+
+    fn transfer(
+        &mut self,
+        file: impl AsFd,
+        offset: u64,
+        call: unsafe extern "C" fn(
+            libc::c_int,
+            *const libc::iovec,
+            libc::c_int,
+            libc::off_t,
+        ) -> libc::ssize_t,
+    ) -> io::Result<usize> {
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let pieces = self.segments();
+        if pieces.is_empty() {
+            return Ok(0);
+        }
+        let count = libc::c_int::try_from(pieces.len().min(IOV_MAX)).unwrap_or(1);
+        let pieces = pieces.as_ptr().cast::<libc::iovec>();
+        let raw = file.as_fd().as_raw_fd();
+        loop {
+            // SAFETY: `count` pieces laid out like iovecs, each in guest memory that this list keeps mapped; the
+            // kernel may write there, as the guest may at any time.
+            let moved = unsafe { call(raw, pieces, count, offset) };
+            match usize::try_from(moved) {
+                Ok(moved) => {
+                    self.transferred(moved);
+                    return Ok(moved);
+                }
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+}
