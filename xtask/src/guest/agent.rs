@@ -94,6 +94,21 @@ impl Agent {
         }
     }
 
+    /// Waits until the script that was started prints the line `text`.
+    ///
+    /// # Errors
+    /// When the script ends, or the time runs out, first.
+    pub fn expect(&mut self, text: &str, within: Duration) -> Result<()> {
+        let end = Instant::now() + within;
+        loop {
+            let line = self.line(end).with_context(|| format!("waiting for {text:?}"))?;
+            if line.strip_prefix("| ") == Some(text) {
+                return Ok(());
+            }
+            anyhow::ensure!(!line.starts_with("OUTBOARD"), "{line:?} came before {text:?}");
+        }
+    }
+
     fn line(&self, end: Instant) -> Result<String> {
         let left = end.saturating_duration_since(Instant::now());
         match self.from_guest.recv_timeout(left) {

@@ -102,6 +102,15 @@ impl Guest {
         Ok(outcome.output)
     }
 
+    /// Waits until the script that was started prints the line `text`; it runs on.
+    ///
+    /// # Errors
+    /// When it ends or `within` passes first.
+    pub fn expect(&mut self, text: &str, within: Duration) -> Result<()> {
+        let seen = self.agent.expect(text, within);
+        self.explain(seen)
+    }
+
     /// The guest restarts itself (the devices are reset by the machine, the process goes on).
     ///
     /// # Errors

@@ -1,0 +1,154 @@
+//! A Debian-kernel guest in QEMU uses a vhost-user disk as a person would: formats it, fills it,
+//! trims it, restarts and finds everything again. The same test runs against
+//! qemu-storage-daemon, so that a fault of the guest can be told from one of our device.
+
+use crate::lab::{Lab, sound};
+use std::time::Duration;
+use xtask::backend::{Device, Disk, allocated, check_ext4, image};
+use xtask::guest::{Guest, qemu::Machine};
+
+/// The bound for one script: tens of seconds where two guests share two cores.
+const LONG: Duration = Duration::from_secs(240);
+
+/// Four writers, 16 files of 1 MiB each, on a fresh file system; the sums are taken from what
+/// was written, before it goes to the disk.
+const FILL: &str = r#"
+mkfs.ext4 -q -F /dev/vda
+mount -t ext4 /dev/vda /mnt
+cd /mnt
+cat > /tmp/writer <<'END'
+for n in 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do
+    dd if=/dev/urandom bs=1M count=1 2>/dev/null | tee file.$1.$n | md5sum |
+        sed "s/-/file.$1.$n/" >> sums.$1
+done
+sync
+END
+cpus=$(nproc)
+for w in 0 1 2 3; do taskset $((1 << (w % cpus))) sh /tmp/writer $w & done
+wait
+cat sums.* > sums
+sync
+"#;
+
+/// Reads every file back from the disk, not from memory.
+const VERIFY: &str = "
+cd /mnt
+sync
+echo 3 > /proc/sys/vm/drop_caches
+md5sum -c sums > /tmp/verified 2>&1 || { cat /tmp/verified; exit 1; }
+test $(grep -c ': OK$' /tmp/verified) = 64
+";
+
+const TRIM: &str = "
+cd /mnt
+dd if=/dev/urandom of=junk bs=1M count=32 2>/dev/null
+sync
+rm junk
+sync
+fstrim -v /mnt
+";
+
+const UNMOUNT: &str = "cd /; umount /mnt; sync";
+const MOUNT: &str = "mount -t ext4 /dev/vda /mnt";
+
+fn script(guest: &mut Guest, device: &Device, parts: &[&str]) -> String {
+    let begun = std::time::Instant::now();
+    let said = sound(guest.run(&parts.join("\n"), LONG), device);
+    eprintln!("script: {:.1?}", begun.elapsed());
+    said
+}
+
+fn formats_fills_trims_restarts_and_finds_all(name: &str, disk: Disk, queues: u16) {
+    let Some(lab) = Lab::for_disk(name, disk) else { return };
+    let image = image(lab.path(), 256).unwrap();
+    let device = disk.serve(&lab.root, lab.path(), &image, queues).unwrap();
+    let machine = Machine { cpus: queues, ..Machine::default() };
+    let blk = format!("vhost-user-blk-pci,num-queues={queues}");
+    let machine = machine.with_device(&blk, &device.socket);
+    let mut guest = sound(machine.boot(&lab.root, lab.path()), &device);
+
+    let found = script(&mut guest, &device, &["ls /sys/block/vda/mq | wc -l"]);
+    assert_eq!(found.trim(), queues.to_string(), "queues that the guest's driver uses");
+    script(&mut guest, &device, &[FILL, VERIFY]);
+    let calls = script(&mut guest, &device, &["grep virtio.-req /proc/interrupts"]);
+    assert_every_queue_interrupted(&calls, queues);
+
+    let full = allocated(&image).unwrap();
+    assert!(full >= 64 << 20, "the image holds what was written: {full}");
+    script(&mut guest, &device, &[TRIM]);
+    let trimmed = allocated(&image).unwrap();
+    assert!(trimmed < full + (16 << 20), "trimmed blocks became holes: {full}, then {trimmed}");
+
+    script(&mut guest, &device, &[UNMOUNT]);
+    sound(guest.reboot(), &device);
+    script(&mut guest, &device, &[MOUNT, VERIFY, UNMOUNT]);
+    sound(guest.power_off(), &device);
+    device.terminate().unwrap();
+    check_ext4(&lab.root, &image).unwrap();
+}
+
+/// `/proc/interrupts`: number, one count for each CPU, …, name.
+fn assert_every_queue_interrupted(table: &str, queues: u16) {
+    let counts = table.lines().map(|line| {
+        let counts = line.split_ascii_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok());
+        counts.sum::<u64>()
+    });
+    let counts: Vec<_> = counts.collect();
+    assert_eq!(counts.len(), usize::from(queues), "{table}");
+    assert!(counts.iter().all(|count| *count > 0), "{table}");
+}
+
+#[test]
+fn a_guest_finds_its_files_again_after_a_reboot_with_one_queue() {
+    let name = "a_guest_finds_its_files_again_after_a_reboot_with_one_queue";
+    formats_fills_trims_restarts_and_finds_all(name, Disk::Outboard, 1);
+}
+
+#[test]
+fn a_guest_finds_its_files_again_after_a_reboot_with_four_queues() {
+    let name = "a_guest_finds_its_files_again_after_a_reboot_with_four_queues";
+    formats_fills_trims_restarts_and_finds_all(name, Disk::Outboard, 4);
+}
+
+#[test]
+fn the_same_guest_is_content_with_qemu_storage_daemon() {
+    let name = "the_same_guest_is_content_with_qemu_storage_daemon";
+    formats_fills_trims_restarts_and_finds_all(name, Disk::StorageDaemon, 4);
+}
+
+#[test]
+fn a_machine_reset_in_the_middle_of_writes_leaves_a_disk_that_mounts() {
+    let name = "a_machine_reset_in_the_middle_of_writes_leaves_a_disk_that_mounts";
+    let Some(lab) = Lab::for_disk(name, Disk::Outboard) else { return };
+    let image = image(lab.path(), 256).unwrap();
+    let device = Disk::Outboard.serve(&lab.root, lab.path(), &image, 2).unwrap();
+    let machine = Machine { cpus: 2, ..Machine::default() };
+    let machine = machine.with_device("vhost-user-blk-pci,num-queues=2", &device.socket);
+    let mut guest = sound(machine.boot(&lab.root, lab.path()), &device);
+    script(&mut guest, &device, &[FILL, UNMOUNT]);
+    let endless = "while :; do dd if=/dev/zero of=/mnt/load bs=64k count=500 conv=fsync; done";
+    for _ in 0..2 {
+        sound(guest.start(&[MOUNT, "echo writing", endless].join("\n")), &device);
+        sound(guest.expect("writing", LONG), &device);
+        sound(guest.reset(), &device);
+    }
+    script(&mut guest, &device, &[MOUNT, VERIFY, UNMOUNT]);
+    sound(guest.power_off(), &device);
+    device.terminate().unwrap();
+    check_ext4(&lab.root, &image).unwrap();
+}
+
+#[test]
+fn a_bios_that_reads_the_disk_first_leaves_it_fit_for_the_guest() {
+    let name = "a_bios_that_reads_the_disk_first_leaves_it_fit_for_the_guest";
+    let Some(lab) = Lab::for_disk(name, Disk::Outboard) else { return };
+    let image = image(lab.path(), 64).unwrap();
+    let device = Disk::Outboard.serve(&lab.root, lab.path(), &image, 1).unwrap();
+    let machine = Machine { seabios: true, ..Machine::default() };
+    let machine = machine.with_device("vhost-user-blk-pci,num-queues=1,bootindex=1", &device.socket);
+    let mut guest = sound(machine.boot(&lab.root, lab.path()), &device);
+    script(&mut guest, &device, &["mkfs.ext4 -q -F /dev/vda", MOUNT, "echo x > /mnt/x", UNMOUNT]);
+    sound(guest.power_off(), &device);
+    device.terminate().unwrap();
+    check_ext4(&lab.root, &image).unwrap();
+}

@@ -1,0 +1,9 @@
+//! Tests with real guests: Linux in QEMU and User-mode Linux use our devices.
+//!
+//! They need the packages of `cargo xtask packages` and built programs; `cargo xtask test` sees
+//! to both. Without them each says that it is skipped.
+
+mod disk;
+mod lab;
+mod rng;
+mod uml;
