@@ -1,0 +1,287 @@
+//! One request: the buffers of a descriptor chain, as cursors (virtio 1.3 §2.6.4).
+//!
+//! ```text
+//!  readable ──▶ header, data …        writable ──▶ data …                 ┆ tail ──▶ status
+//!  consumed from the front            consumed from the front             ┆ cut off by reserve_tail
+//! ```
+//! How the driver cut the bytes into descriptors does not show. Bytes are copied by value; what was read is gone, so
+//! that nothing is read twice. A chain is owned and `Send`: it holds the guest memory it points into.
+
+use std::fmt;
+use std::io;
+use std::os::fd::AsFd;
+
+use outboard_memory::{Segment, Segments};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::error::ShortBuffer;
+
+/// Room of the stack buffer that `read_from` goes through, in bytes.
+const STAGING: usize = 4096;
+
+/// What a chain is made of. Boxed, recycled by its queue.
+#[derive(Default)]
+pub(crate) struct Buffers {
+    pub(crate) head: u16,
+    /// Pieces charged to the queue's budget while in flight; 0 for a chain of few.
+    pub(crate) charged: usize,
+    /// Whether the lists have grown beyond what every pooled chain may keep.
+    pub(crate) grown: bool,
+    pub(crate) readable: Segments,
+    pub(crate) writable: Segments,
+    pub(crate) tail: Segments,
+    /// Writable bytes at first, without the tail.
+    pub(crate) room: u64,
+}
+
+/// A request taken from a queue. Give it back with [`DeviceQueue::complete`](crate::DeviceQueue::complete): a chain
+/// that is only dropped stays in flight until the ring is stopped.
+#[must_use = "a dropped chain is never given back to the driver"]
+pub struct Chain(pub(crate) Box<Buffers>);
+
+impl Chain {
+    /// The descriptor the chain starts with, which names it to the driver.
+    #[inline]
+    pub fn head(&self) -> u16 {
+        self.0.head
+    }
+
+    /// The bytes for the device to read that are left.
+    #[inline]
+    pub fn readable(&mut self) -> Readable<'_> {
+        Readable(&mut self.0.readable)
+    }
+
+    /// The bytes for the device to write that are left, without the tail.
+    #[inline]
+    pub fn writable(&mut self) -> Writable<'_> {
+        Writable { segments: &mut self.0.writable, room: self.0.room }
+    }
+
+    /// Both at once.
+    #[inline]
+    pub fn parts(&mut self) -> (Readable<'_>, Writable<'_>) {
+        let buffers = &mut *self.0;
+        (
+            Readable(&mut buffers.readable),
+            Writable { segments: &mut buffers.writable, room: buffers.room },
+        )
+    }
+
+    /// Cuts the last `n` writable bytes off, wherever they lie, for [`write_tail`](Self::write_tail): the status byte
+    /// of a block request. A second call replaces the first tail, whose bytes are then out of reach.
+    ///
+    /// # Errors
+    /// Fewer than `n` bytes are left; nothing is cut.
+    #[inline]
+    pub fn reserve_tail(&mut self, n: usize) -> Result<(), ShortBuffer> {
+        let buffers = &mut *self.0;
+        let n = n as u64;
+        let left = buffers.writable.len();
+        buffers.writable.split_tail(n, &mut buffers.tail).ok_or(ShortBuffer { needed: n, left })?;
+        buffers.room -= n;
+        Ok(())
+    }
+
+    /// Writes to the front of the reserved tail.
+    ///
+    /// # Errors
+    /// The tail is shorter; nothing is written.
+    #[inline]
+    pub fn write_tail(&mut self, bytes: &[u8]) -> Result<(), ShortBuffer> {
+        let left = self.0.tail.len();
+        self.0.tail.write_all(bytes).ok_or(ShortBuffer { needed: bytes.len() as u64, left })
+    }
+}
+
+impl fmt::Debug for Chain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chain")
+            .field("head", &self.0.head)
+            .field("readable", &self.0.readable)
+            .field("writable", &self.0.writable)
+            .field("tail", &self.0.tail)
+            .finish()
+    }
+}
+
+/// The bytes of a request that the driver wrote, taken from the front.
+#[derive(Debug)]
+pub struct Readable<'a>(&'a mut Segments);
+
+impl Readable<'_> {
+    /// Bytes left.
+    #[inline]
+    pub fn len(&self) -> u64 {
+        self.0.len()
+    }
+
+    /// Whether nothing is left.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Takes a value.
+    ///
+    /// # Errors
+    /// Too few bytes are left; none is taken.
+    #[inline]
+    pub fn read_obj<T: FromBytes>(&mut self) -> Result<T, ShortBuffer> {
+        let left = self.0.len();
+        self.0.read_obj().ok_or(ShortBuffer { needed: size_of::<T>() as u64, left })
+    }
+
+    /// Takes bytes.
+    ///
+    /// # Errors
+    /// Too few bytes are left; none is taken.
+    #[inline]
+    pub fn read_exact(&mut self, to: &mut [u8]) -> Result<(), ShortBuffer> {
+        let left = self.0.len();
+        self.0.read_exact(to).ok_or(ShortBuffer { needed: to.len() as u64, left })
+    }
+
+    /// Leaves `n` bytes out.
+    ///
+    /// # Errors
+    /// Fewer are left; none is left out.
+    #[inline]
+    pub fn skip(&mut self, n: u64) -> Result<(), ShortBuffer> {
+        let left = self.0.len();
+        self.0.advance(n).ok_or(ShortBuffer { needed: n, left })
+    }
+
+    /// The pieces that are left, for a transfer by the kernel; follow it with [`advance`](Self::advance).
+    #[inline]
+    pub fn segments(&self) -> &[Segment] {
+        self.0.segments()
+    }
+
+    /// The kernel took `n` bytes.
+    ///
+    /// # Errors
+    /// Fewer are left; none is dropped.
+    #[inline]
+    pub fn advance(&mut self, n: u64) -> Result<(), ShortBuffer> {
+        self.skip(n)
+    }
+
+    /// Writes what is left to `file` at `offset`, in one call, and drops what went. Returns the bytes; go on while
+    /// some are left.
+    ///
+    /// # Errors
+    /// What the system says; `EINTR` is tried again.
+    pub fn write_to_file_at(&mut self, file: impl AsFd, offset: u64) -> io::Result<usize> {
+        self.0.write_to_file_at(file, offset)
+    }
+}
+
+/// The bytes of a request that the device is to write, taken from the front.
+#[derive(Debug)]
+pub struct Writable<'a> {
+    segments: &'a mut Segments,
+    room: u64,
+}
+
+impl Writable<'_> {
+    /// Bytes of room left.
+    #[inline]
+    pub fn len(&self) -> u64 {
+        self.segments.len()
+    }
+
+    /// Whether no room is left.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.segments.is_empty()
+    }
+
+    /// Bytes written so far (the tail does not count).
+    #[inline]
+    pub fn written(&self) -> u64 {
+        self.room - self.segments.len()
+    }
+
+    /// Writes a value.
+    ///
+    /// # Errors
+    /// Too little room; nothing is written.
+    #[inline]
+    pub fn write_obj<T: IntoBytes + Immutable + ?Sized>(
+        &mut self,
+        value: &T,
+    ) -> Result<(), ShortBuffer> {
+        self.write_all(value.as_bytes())
+    }
+
+    /// Writes bytes.
+    ///
+    /// # Errors
+    /// Too little room; nothing is written.
+    #[inline]
+    pub fn write_all(&mut self, from: &[u8]) -> Result<(), ShortBuffer> {
+        let left = self.segments.len();
+        self.segments.write_all(from).ok_or(ShortBuffer { needed: from.len() as u64, left })
+    }
+
+    /// Writes `n` zero bytes.
+    ///
+    /// # Errors
+    /// Too little room; nothing is written.
+    pub fn fill_zero(&mut self, n: u64) -> Result<(), ShortBuffer> {
+        let left = self.segments.len();
+        self.segments.fill_zero(n).ok_or(ShortBuffer { needed: n, left })
+    }
+
+    /// The pieces that are left, for a transfer by the kernel; follow it with [`advance`](Self::advance).
+    #[inline]
+    pub fn segments(&self) -> &[Segment] {
+        self.segments.segments()
+    }
+
+    /// The kernel wrote `n` bytes.
+    ///
+    /// # Errors
+    /// There is less room; nothing is dropped.
+    #[inline]
+    pub fn advance(&mut self, n: u64) -> Result<(), ShortBuffer> {
+        let left = self.segments.len();
+        self.segments.advance(n).ok_or(ShortBuffer { needed: n, left })
+    }
+
+    /// Fills the room from `file` at `offset`, in one call. Returns the bytes; 0 is the end of the file.
+    ///
+    /// # Errors
+    /// What the system says; `EINTR` is tried again.
+    pub fn read_from_file_at(&mut self, file: impl AsFd, offset: u64) -> io::Result<usize> {
+        self.segments.read_from_file_at(file, offset)
+    }
+
+    /// Fills the room from `source` until it is full, `max` bytes were written or the source ends, through a bounded
+    /// buffer of our own. Returns the bytes.
+    ///
+    /// # Errors
+    /// What the source says, when nothing was written yet.
+    pub fn read_from(&mut self, source: &mut impl io::Read, max: u32) -> io::Result<u32> {
+        let mut staging = [0; STAGING];
+        let mut done = 0_u32;
+        while done < max {
+            let part = usize::try_from(u64::from(max - done).min(self.len()))
+                .unwrap_or(STAGING)
+                .min(STAGING);
+            let Some(room) = staging.get_mut(..part).filter(|room| !room.is_empty()) else { break };
+            let got = match source.read(room) {
+                Ok(0) => break,
+                Ok(got) => got.min(part),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) if done > 0 => break,
+                Err(error) => return Err(error),
+            };
+            let written = staging.get(..got).map(|bytes| self.write_all(bytes));
+            debug_assert!(matches!(written, Some(Ok(()))), "the part is no larger than the room");
+            done += u32::try_from(got).unwrap_or(max - done);
+        }
+        Ok(done)
+    }
+}

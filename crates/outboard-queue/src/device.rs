@@ -1,0 +1,136 @@
+//! The device side of a queue, whatever its layout.
+
+use outboard_memory::View;
+
+use crate::chain::Chain;
+use crate::error::RingError;
+use crate::layout::{QueueFeatures, QueueLayout};
+use crate::split::device::SplitDevice;
+
+/// A queue that a device serves: takes chains, gives them back in any order, tells the driver in batches.
+///
+/// The life of a batch: [`pop`](Self::pop) until `None`, [`complete`](Self::complete) each, [`publish`](Self::publish)
+/// once (a `true` calls the driver), then [`arm`](Self::arm) and sleep when that is `false`.
+#[derive(Debug)]
+pub struct DeviceQueue {
+    ring: Ring,
+}
+
+/// The layouts.
+#[derive(Debug)]
+enum Ring {
+    Split(SplitDevice),
+}
+
+impl DeviceQueue {
+    /// A queue on the ring at `layout`. `features` are the acknowledged virtio features, `base` is what SET_VRING_BASE
+    /// carries (split: the next available index). The used index is read from guest memory, once.
+    ///
+    /// # Errors
+    /// The ring cannot be served as described; nothing was written.
+    pub fn new(
+        layout: QueueLayout,
+        features: u64,
+        base: u32,
+        view: View,
+    ) -> Result<Self, RingError> {
+        let features = QueueFeatures::from_bits(features);
+        if features.packed {
+            return Err(RingError::Packed);
+        }
+        Ok(Self { ring: Ring::Split(SplitDevice::new(layout, features, base, view)?) })
+    }
+
+    /// The next chain, walked and translated whole.
+    ///
+    /// # Errors
+    /// The driver broke a rule, or guest memory is gone: the ring is retired. Said once; `Ok(None)` afterwards.
+    #[inline]
+    pub fn pop(&mut self) -> Result<Option<Chain>, RingError> {
+        let Ring::Split(ring) = &mut self.ring;
+        ring.pop()
+    }
+
+    /// Gives a chain back, with the bytes that were written to it, tail included. The driver sees it after the next
+    /// [`publish`](Self::publish). A chain of another queue is not given back.
+    #[inline]
+    pub fn complete(&mut self, chain: Chain, written: u32) {
+        let Ring::Split(ring) = &mut self.ring;
+        ring.complete(chain, written);
+    }
+
+    /// Shows the driver what was completed since the last time. True: it wants to be called.
+    ///
+    /// # Errors
+    /// Guest memory is gone: nothing is shown, the ring is retired. Said once.
+    #[inline]
+    pub fn publish(&mut self) -> Result<bool, RingError> {
+        let Ring::Split(ring) = &mut self.ring;
+        ring.publish()
+    }
+
+    /// Asks for a kick, then takes a last look. True: there is work after all, so do not sleep.
+    #[inline]
+    pub fn arm(&mut self) -> bool {
+        let Ring::Split(ring) = &mut self.ring;
+        ring.arm()
+    }
+
+    /// Wants no kicks: the device looks by itself. Costs nothing when kicks were not wanted before.
+    #[inline]
+    pub fn disarm(&mut self) {
+        let Ring::Split(ring) = &mut self.ring;
+        ring.disarm();
+    }
+
+    /// Goes on in another generation of guest memory, which holds the same ring at the same guest addresses. Chains in
+    /// flight keep the generation they were taken from.
+    ///
+    /// # Errors
+    /// The ring is not there; the queue stays as it was.
+    pub fn set_memory(&mut self, view: View) -> Result<(), RingError> {
+        let Ring::Split(ring) = &mut self.ring;
+        ring.set_memory(view)
+    }
+
+    /// What GET_VRING_BASE answers: where the ring goes on.
+    pub fn base(&self) -> u32 {
+        let Ring::Split(ring) = &self.ring;
+        ring.base()
+    }
+
+    /// Chains that were taken and not completed.
+    pub fn in_flight(&self) -> u16 {
+        let Ring::Split(ring) = &self.ring;
+        ring.in_flight()
+    }
+
+    /// Descriptors in the ring.
+    pub fn size(&self) -> u16 {
+        self.layout().size
+    }
+
+    /// Where the ring lies.
+    pub fn layout(&self) -> &QueueLayout {
+        let Ring::Split(ring) = &self.ring;
+        ring.layout()
+    }
+
+    /// The features the ring was made with.
+    pub fn features(&self) -> QueueFeatures {
+        let Ring::Split(ring) = &self.ring;
+        ring.features()
+    }
+
+    /// The guest memory the queue works in.
+    pub fn view(&self) -> &View {
+        let Ring::Split(ring) = &self.ring;
+        ring.view()
+    }
+
+    /// Whether the ring was retired.
+    pub fn is_broken(&self) -> bool {
+        let Ring::Split(ring) = &self.ring;
+        ring.is_broken()
+    }
+}

@@ -1,0 +1,264 @@
+//! The driver side of a split ring. Mirrors `device`: the available index is published with Release and a full fence
+//! before the look at what the device wants; the used index is loaded with Acquire before its elements.
+//!
+//! Which descriptors are free and what a head stands for is private: nothing is read back from the descriptor table.
+
+use std::sync::atomic::Ordering;
+
+use outboard_memory::{Descriptor, View, fence};
+
+use super::cells::SplitCells;
+use super::{INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, WRITE};
+use crate::error::{QueueFull, RingError};
+use crate::event::need_event;
+use crate::layout::{QueueFeatures, QueueLayout};
+
+/// What a descriptor is to the driver.
+#[derive(Clone, Copy, Debug, Default)]
+struct Slot {
+    /// The next free one, or the next one of its chain.
+    next: u16,
+    /// As a head in flight: descriptors of the chain. 0: no head in flight.
+    count: u16,
+    token: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct SplitDriver {
+    cells: SplitCells,
+    view: View,
+    layout: QueueLayout,
+    features: QueueFeatures,
+    slots: Box<[Slot]>,
+    first_free: u16,
+    free: u16,
+    next_avail: u16,
+    told_avail: u16,
+    next_used: u16,
+    in_flight: u16,
+    /// Guest address and entries of the indirect tables.
+    tables: Option<(u64, u16)>,
+    armed: bool,
+}
+
+impl SplitDriver {
+    pub(crate) fn new(
+        layout: QueueLayout,
+        features: QueueFeatures,
+        view: View,
+        index: u16,
+    ) -> Result<Self, RingError> {
+        let cells = SplitCells::resolve(&layout, features, &view)?;
+        cells.avail_flags.store(0, Ordering::Relaxed);
+        cells.used_flags.store(0, Ordering::Relaxed);
+        if let Some(events) = &cells.events {
+            events.used_event.store(index, Ordering::Relaxed);
+            events.avail_event.store(index, Ordering::Relaxed);
+        }
+        cells.used_idx.store(index, Ordering::Relaxed);
+        cells.avail_idx.store(index, Ordering::Release);
+        let slots = (1..=layout.size).map(|next| Slot { next, ..Slot::default() }).collect();
+        Ok(Self {
+            cells,
+            view,
+            layout,
+            features,
+            slots,
+            first_free: 0,
+            free: layout.size,
+            next_avail: index,
+            told_avail: index,
+            next_used: index,
+            in_flight: 0,
+            tables: None,
+            armed: true,
+        })
+    }
+
+    pub(crate) fn set_indirect_area(&mut self, guest: u64, entries: u16) {
+        self.tables = Some((guest, entries));
+    }
+
+    pub(crate) fn add(
+        &mut self,
+        readable: &[(u64, u32)],
+        writable: &[(u64, u32)],
+        token: u64,
+    ) -> Result<u16, QueueFull> {
+        let needed = (readable.len() + writable.len()).max(1);
+        let free = usize::from(self.free);
+        let full = QueueFull { needed, free };
+        let count = u16::try_from(needed).ok().filter(|&count| count <= self.free).ok_or(full)?;
+        let head = self.first_free;
+        let mut at = head;
+        let mut left = count;
+        for (addr, len, write) in buffers(readable, writable) {
+            let next = self.slots.get(usize::from(at)).ok_or(full)?.next;
+            left -= 1;
+            let more = if left > 0 { NEXT } else { 0 };
+            self.cells
+                .desc
+                .set(at, Descriptor { addr, len, flags: write | more, next })
+                .ok_or(full)?;
+            at = next;
+        }
+        self.offer(head, count, at, token).ok_or(full)
+    }
+
+    pub(crate) fn add_indirect(
+        &mut self,
+        readable: &[(u64, u32)],
+        writable: &[(u64, u32)],
+        token: u64,
+    ) -> Result<u16, QueueFull> {
+        let needed = (readable.len() + writable.len()).max(1);
+        let (area, entries) = self.tables.unwrap_or_default();
+        let count = u16::try_from(needed).ok().filter(|&count| count <= entries);
+        let count = count.ok_or(QueueFull { needed, free: usize::from(entries) })?;
+        let head = self.first_free;
+        let full = QueueFull { needed: 1, free: usize::from(self.free) };
+        let next = self.slots.get(usize::from(head)).filter(|_| self.free > 0).ok_or(full)?.next;
+        let table = area + u64::from(head) * u64::from(entries) * 16;
+        for (index, (addr, len, write)) in (0..count).zip(buffers(readable, writable)) {
+            let more = if index + 1 < count { NEXT } else { 0 };
+            let entry = Descriptor { addr, len, flags: write | more, next: index + 1 };
+            self.view.write(table + u64::from(index) * 16, &bytes(entry)).map_err(|_| full)?;
+        }
+        let outer =
+            Descriptor { addr: table, len: u32::from(count) * 16, flags: INDIRECT, next: 0 };
+        self.cells.desc.set(head, outer).ok_or(full)?;
+        self.offer(head, 1, next, token).ok_or(full)
+    }
+
+    /// Takes `count` descriptors from `head` on off the free list, which goes on at `rest`, and offers the head.
+    fn offer(&mut self, head: u16, count: u16, rest: u16, token: u64) -> Option<u16> {
+        let slot = self.slots.get_mut(usize::from(head))?;
+        slot.count = count;
+        slot.token = token;
+        self.first_free = rest;
+        self.free -= count;
+        self.cells.avail.store(self.next_avail, head);
+        self.next_avail = self.next_avail.wrapping_add(1);
+        self.in_flight += 1;
+        Some(head)
+    }
+
+    pub(crate) fn publish(&mut self) -> bool {
+        let (old, new) = (self.told_avail, self.next_avail);
+        if old == new {
+            return false;
+        }
+        // Release: descriptors and entries are there before the index covers them.
+        self.cells.avail_idx.store(new, Ordering::Release);
+        self.told_avail = new;
+        // The device arms, then looks at the available index; we move the index, then look whether it is armed.
+        fence(Ordering::SeqCst);
+        match &self.cells.events {
+            Some(events) => need_event(events.avail_event.load(Ordering::Relaxed), new, old),
+            None => self.cells.used_flags.load(Ordering::Relaxed) & NO_NOTIFY == 0,
+        }
+    }
+
+    pub(crate) fn pop_used(&mut self) -> Result<Option<(u64, u32)>, RingError> {
+        let used = self.cells.used_idx.load(Ordering::Acquire);
+        let (next, in_flight) = (self.next_used, self.in_flight);
+        let ahead = used.wrapping_sub(next);
+        if ahead == 0 {
+            return Ok(None);
+        }
+        if ahead > in_flight {
+            return Err(RingError::UsedIndex { used, next, in_flight });
+        }
+        let (id, written) = self.cells.used.load(next);
+        let unknown = RingError::UsedHead { id };
+        let head = u16::try_from(id).map_err(|_| unknown)?;
+        let slot =
+            self.slots.get_mut(usize::from(head)).filter(|slot| slot.count > 0).ok_or(unknown)?;
+        let (count, token) = (std::mem::take(&mut slot.count), slot.token);
+        self.release(head, count);
+        self.next_used = next.wrapping_add(1);
+        self.in_flight -= 1;
+        Ok(Some((token, written)))
+    }
+
+    /// Puts the descriptors of a chain back on the free list.
+    fn release(&mut self, head: u16, count: u16) {
+        let mut last = head;
+        for _ in 1..count {
+            last = self.slots.get(usize::from(last)).map_or(last, |slot| slot.next);
+        }
+        if let Some(slot) = self.slots.get_mut(usize::from(last)) {
+            slot.next = self.first_free;
+        }
+        self.first_free = head;
+        self.free += count;
+    }
+
+    pub(crate) fn arm(&mut self) -> bool {
+        match &self.cells.events {
+            Some(events) => {
+                events.used_event.store(self.next_used, Ordering::Relaxed);
+            }
+            None => {
+                self.cells.avail_flags.store(0, Ordering::Relaxed);
+            }
+        }
+        self.armed = true;
+        // The device moves the used index, then looks whether we are armed; we arm, then look at the index.
+        fence(Ordering::SeqCst);
+        self.cells.used_idx.load(Ordering::Relaxed) != self.next_used
+    }
+
+    pub(crate) fn disarm(&mut self) {
+        if !std::mem::replace(&mut self.armed, false) {
+            return;
+        }
+        match &self.cells.events {
+            Some(events) => {
+                events.used_event.store(self.next_used.wrapping_sub(1), Ordering::Relaxed);
+            }
+            None => {
+                self.cells.avail_flags.store(NO_INTERRUPT, Ordering::Relaxed);
+            }
+        }
+    }
+
+    pub(crate) fn in_flight(&self) -> u16 {
+        self.in_flight
+    }
+
+    pub(crate) fn free(&self) -> u16 {
+        self.free
+    }
+
+    pub(crate) fn next_avail(&self) -> u16 {
+        self.next_avail
+    }
+
+    pub(crate) fn layout(&self) -> &QueueLayout {
+        &self.layout
+    }
+
+    pub(crate) fn features(&self) -> QueueFeatures {
+        self.features
+    }
+}
+
+/// The buffers of a chain in order, each with its WRITE flag; one empty readable one when there are none.
+fn buffers(
+    readable: &[(u64, u32)],
+    writable: &[(u64, u32)],
+) -> impl Iterator<Item = (u64, u32, u16)> {
+    let none = readable.is_empty() && writable.is_empty();
+    let empty = none.then_some((0, 0, 0));
+    let readable = readable.iter().map(|&(addr, len)| (addr, len, 0));
+    readable.chain(writable.iter().map(|&(addr, len)| (addr, len, WRITE))).chain(empty)
+}
+
+/// A descriptor as it lies in memory.
+fn bytes(descriptor: Descriptor) -> [u8; 16] {
+    let rest = u128::from(descriptor.len) << 64
+        | u128::from(descriptor.flags) << 96
+        | u128::from(descriptor.next) << 112;
+    (u128::from(descriptor.addr) | rest).to_le_bytes()
+}
