@@ -3,10 +3,12 @@
 #![deny(clippy::indexing_slicing)]
 
 mod backend;
+pub mod channel;
 pub mod decoder;
 mod effect;
 pub mod features;
 mod frame;
+mod frontend;
 pub mod header;
 pub mod payload;
 mod regions;
@@ -19,6 +21,7 @@ pub use backend::{Backend, Offer};
 pub use effect::{Effect, Notifier, StateDirection, Step};
 pub use features::{ProtocolFeatures, virtio};
 pub use frame::Frame;
+pub use frontend::{Answer, Expect, Frontend, Request};
 pub use payload::{MemRegion, VringAddr};
 pub use ring::{Given, Ring, RingEvent, RunState};
 pub use table::{BackendCode, FrontendCode, MessageInfo, table};

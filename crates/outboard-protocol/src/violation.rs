@@ -350,6 +350,14 @@ pub enum Refusal {
         /// Its value.
         value: u64,
     },
+    /// In the front-end: feature bits the back-end did not offer.
+    #[error("{message} acknowledges {bits:#x}, which was not offered")]
+    Unoffered {
+        /// Message name.
+        message: &'static str,
+        /// The surplus bits.
+        bits: u64,
+    },
     /// The device or the host declined, in words.
     #[error("{0}")]
     Because(String),
