@@ -92,7 +92,8 @@ fn listens(socket: &Path) -> Result<bool> {
     let table = std::fs::read_to_string("/proc/net/unix")?;
     Ok(table.lines().any(|line| {
         let mut words = line.split_ascii_whitespace().skip(3);
-        words.next() == Some("00010000") && words.nth(3).is_some_and(|path| Path::new(path) == socket)
+        words.next() == Some("00010000")
+            && words.nth(3).is_some_and(|path| Path::new(path) == socket)
     }))
 }
 
@@ -161,7 +162,8 @@ fn built(variable: &str, name: &str) -> Result<PathBuf> {
     }
     let target = crate::paths::target()?;
     let builds = ["release", "debug"].map(|profile| target.join(profile).join(name));
-    let dated = builds.into_iter().filter_map(|file| Some((file.metadata().ok()?.modified().ok()?, file)));
+    let dated =
+        builds.into_iter().filter_map(|file| Some((file.metadata().ok()?.modified().ok()?, file)));
     let newest = dated.max().map(|(_, file)| file);
     newest.with_context(|| format!("{name} is not built (`cargo xtask test` builds it)"))
 }

@@ -1,3 +1,88 @@
-//! `cargo xtask`: the project's chores. See `cargo xtask help`.
+//! `cargo xtask`: the project's chores. `cargo xtask help` lists them.
 
-fn main() {}
+mod guest_command;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use xtask::packages::Root;
+use xtask::{counts, fuzz, lint, suite};
+
+/// Outboard's own chores.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Run every test: units, guests, documentation, loom models, instruction counts
+    ///
+    /// What cannot run here is reported as `SKIPPED name: why`; with CI=true that is a failure.
+    Test {
+        /// Only these steps (repeat or separate by commas)
+        #[arg(long, value_delimiter = ',')]
+        only: Vec<suite::Step>,
+    },
+    /// Boot a small Linux with our devices and run scripts in it
+    Guest(guest_command::Options),
+    /// Fetch and unpack the Debian packages that guests are made of; nothing is installed
+    Packages {
+        /// Ask for newer packages, and unpack again
+        #[arg(long)]
+        refresh: bool,
+    },
+    /// Check formatting, lints, documentation, licences, size limits, arrows between crates
+    Lint,
+    /// Run the fuzz targets, each for so long
+    Fuzz {
+        /// Seconds for each target
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// Only this target
+        target: Option<String>,
+    },
+    /// Count instructions per request with callgrind, against xtask/counts.txt
+    Counts {
+        /// Write what was counted as the new record
+        #[arg(long)]
+        bless: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().chore {
+        Chore::Test { only } => suite::run(&only),
+        Chore::Guest(options) => guest_command::run(&options),
+        Chore::Packages { refresh } => packages(refresh),
+        Chore::Lint => lint::run(),
+        Chore::Fuzz { seconds, target } => fuzz::run(seconds, target.as_deref()).and_then(closing),
+        Chore::Counts { bless } => counts::run(bless).and_then(closing),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn packages(refresh: bool) -> anyhow::Result<()> {
+    let root = Root::prepare(refresh)?;
+    println!(
+        "packages: {} in {}, kernel {}, User-mode Linux {}",
+        root.contents()?.len(),
+        root.path("").display(),
+        root.kernel_release()?,
+        root.uml_release()?,
+    );
+    Ok(())
+}
+
+fn closing(tally: xtask::summary::Tally) -> anyhow::Result<()> {
+    println!("{tally}");
+    anyhow::ensure!(tally.failed == 0, "{} failed", tally.failed);
+    Ok(())
+}

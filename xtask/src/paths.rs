@@ -10,10 +10,8 @@ use std::sync::OnceLock;
 /// The root of the workspace (the folder above `xtask`).
 #[must_use]
 pub fn workspace() -> PathBuf {
-    let manifest = std::env::var_os("CARGO_MANIFEST_DIR")
-        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
-    // Under `cargo xtask` and `cargo test` alike this is xtask's own folder.
-    manifest.parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().unwrap_or(manifest).to_path_buf()
 }
 
 /// The target directory that cargo really uses: environment and configuration are both heard.

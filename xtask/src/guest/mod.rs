@@ -14,8 +14,8 @@ pub mod qmp;
 pub mod uml;
 
 use crate::process::Running;
-use agent::Agent;
-use anyhow::{Context as _, Result, bail};
+use agent::{Agent, Outcome};
+use anyhow::{Context as _, Result, anyhow, bail};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
@@ -88,18 +88,25 @@ impl Guest {
         self.explain(started)
     }
 
-    /// Waits for the script that was started.
+    /// Waits for the script that was started, and gives what it printed.
     ///
     /// # Errors
     /// As [`Self::run`].
     pub fn finish(&mut self, within: Duration) -> Result<String> {
-        let outcome = self.agent.finish(within);
-        let outcome = self.explain(outcome)?;
-        if outcome.status != 0 {
-            let failed = format!("the script exited with {}:\n{}", outcome.status, outcome.output);
-            return self.explain(Err(anyhow::anyhow!(failed)));
+        let Outcome { status, output } = self.outcome(within)?;
+        if status != 0 {
+            return self.explain(Err(anyhow!("the script exited with {status}:\n{output}")));
         }
-        Ok(outcome.output)
+        Ok(output)
+    }
+
+    /// Waits for the script that was started, however it exits.
+    ///
+    /// # Errors
+    /// When it takes longer than `within`, or the guest falls over.
+    pub fn outcome(&mut self, within: Duration) -> Result<Outcome> {
+        let outcome = self.agent.finish(within);
+        self.explain(outcome)
     }
 
     /// Waits until the script that was started prints the line `text`; it runs on.
@@ -152,7 +159,7 @@ impl Guest {
             }
             std::thread::sleep(Duration::from_millis(10)); // std has no wait with a bound
         }
-        self.explain(Err(anyhow::anyhow!("the guest does not turn itself off")))
+        self.explain(Err(anyhow!("the guest does not turn itself off")))
     }
 
     /// Adds the end of the guest's console to an error.

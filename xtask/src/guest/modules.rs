@@ -3,7 +3,6 @@
 //! Debian's modules come as `.ko.xz` and, unpacked from the package, without `modules.dep`; the
 //! `depends=` entry of each module says the same.
 
-use crate::process;
 use anyhow::{Context as _, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -102,12 +101,6 @@ fn needs(module: &[u8]) -> Vec<String> {
     let value = module.iter().skip(at + key.len()).take_while(|byte| **byte != 0).copied();
     let text = String::from_utf8_lossy(&value.collect::<Vec<_>>()).into_owned();
     text.split(',').filter(|name| !name.is_empty()).map(String::from).collect()
-}
-
-/// True when this machine can unpack modules.
-#[must_use]
-pub fn can_unpack() -> bool {
-    process::find("xz").is_some()
 }
 
 #[cfg(test)]

@@ -55,12 +55,27 @@ impl Machine {
     pub fn boot(&self, root: &Root, dir: &Path) -> Result<Guest> {
         let release = root.kernel_release()?;
         let modules: Vec<_> = BASE_MODULES.iter().chain(&self.modules).copied().collect();
-        let archive = initramfs::build(root, &root.path(&format!("lib/modules/{release}")), &modules)?;
+        let archive =
+            initramfs::build(root, &root.path(&format!("lib/modules/{release}")), &modules)?;
         let (initrd, console) = (dir.join("initramfs"), dir.join("console"));
         std::fs::write(&initrd, archive)?;
         let mut command = root.command("usr/bin/qemu-system-x86_64");
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35,accel=tcg"]);
-        command.args(["-cpu", "max", "-smp", &self.cpus.to_string(), "-m", &self.memory.to_string()]);
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-machine",
+            "q35,accel=tcg",
+        ]);
+        command.args([
+            "-cpu",
+            "max",
+            "-smp",
+            &self.cpus.to_string(),
+            "-m",
+            &self.memory.to_string(),
+        ]);
         let memory = format!("memory-backend-memfd,id=memory,size={}M,share=on", self.memory);
         command.args(["-object", &memory, "-numa", "node,memdev=memory"]);
         for data in ["usr/share/qemu", "usr/share/seabios"] {

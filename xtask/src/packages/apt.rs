@@ -5,7 +5,7 @@
 //! Invariant: the machine's sources, lists and packages are not touched.
 
 use crate::process;
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -20,6 +20,7 @@ const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 pub struct Apt {
     config: PathBuf,
     archives: PathBuf,
+    none: PathBuf,
 }
 
 impl Apt {
@@ -28,7 +29,14 @@ impl Apt {
     /// # Errors
     /// When this machine has no apt or no Debian archive among its sources.
     pub fn set_up(dir: &Path, archives: &Path) -> Result<Self> {
-        for sub in ["etc/parts", "etc/sources.d", "etc/preferences.d", "state/lists/partial", "cache"] {
+        for sub in [
+            "etc/parts",
+            "etc/sources.d",
+            "etc/preferences.d",
+            "state/lists/partial",
+            "cache",
+            "none/partial",
+        ] {
             std::fs::create_dir_all(dir.join(sub))?;
         }
         std::fs::create_dir_all(archives.join("partial"))?;
@@ -54,7 +62,7 @@ impl Apt {
         );
         let config = dir.join("apt.conf");
         std::fs::write(&config, text)?;
-        Ok(Self { config, archives })
+        Ok(Self { config, archives, none: dir.join("none") })
     }
 
     /// Fetches the package lists.
@@ -74,8 +82,10 @@ impl Apt {
     pub fn fetch(&self, wanted: &[&str], kernel: &str) -> Result<Vec<PathBuf>> {
         let image = self.newest_image(kernel)?;
         println!("packages: fetching {} and {image}", wanted.join(" "));
+        // Files that are there already are not listed, hence the folder that has none.
+        let none = format!("Dir::Cache::archives={}", self.none.display());
         let mut list = self.command("apt-get");
-        list.args(["install", "--print-uris", "-qq", "-y"]).args(wanted);
+        list.args(["-o", &none, "install", "--print-uris", "-qq", "-y"]).args(wanted);
         let mut names = file_names(&process::output(&mut list)?);
         let mut install = self.command("apt-get");
         install.args(["install", "--download-only", "-qq", "-y"]).args(wanted);
@@ -86,6 +96,10 @@ impl Apt {
         let mut download = self.command("apt-get");
         download.args(["download", "-qq", &image]).current_dir(&self.archives);
         process::output(&mut download)?;
+        for name in wanted {
+            let found = names.iter().any(|file| file.split('_').next() == Some(*name));
+            ensure!(found, "apt leaves out {name}");
+        }
         self.files(names)
     }
 
@@ -128,9 +142,13 @@ fn file_names(uris: &str) -> Vec<String> {
 /// update would fetch names the same archives.
 fn addresses() -> Result<Vec<(String, String)>> {
     let format = "$(REPO_URI) $(RELEASE)";
-    let known = process::output(Command::new("apt-get").args(["indextargets", "--format", format]))?;
-    let mut pairs: Vec<_> =
-        known.lines().filter_map(|line| line.split_once(' ')).map(|(a, b)| (a.into(), b.into())).collect();
+    let known =
+        process::output(Command::new("apt-get").args(["indextargets", "--format", format]))?;
+    let mut pairs: Vec<_> = known
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .map(|(a, b)| (a.into(), b.into()))
+        .collect();
     if pairs.is_empty() {
         let planned = process::output(Command::new("apt-get").args(["update", "--print-uris"]))?;
         pairs = planned.lines().filter_map(release_file).collect();
@@ -151,7 +169,8 @@ fn sources(addresses: &[(String, String)]) -> Result<String> {
     let main = addresses.iter().find(|(_, suite)| suite == SUITE);
     let main = &main.with_context(|| format!("this machine's apt has no archive of {SUITE}"))?.0;
     let security = addresses.iter().find(|(_, suite)| *suite == format!("{SUITE}-security"));
-    let line = |at: &str, suite: &str| format!("deb [arch=amd64 signed-by={KEYS}] {at} {suite} main\n");
+    let line =
+        |at: &str, suite: &str| format!("deb [arch=amd64 signed-by={KEYS}] {at} {suite} main\n");
     let mut text: String = ["", "-updates", "-backports"]
         .iter()
         .map(|part| line(main, &format!("{SUITE}{part}")))

@@ -7,6 +7,7 @@
 //! A fresh machine: 210 MB, about 12 s. A second run: nothing to do.
 
 pub mod apt;
+pub mod programs;
 pub mod unpack;
 
 use crate::paths;
@@ -15,14 +16,20 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What is fetched with all that it depends on.
-const WITH_DEPENDENCIES: &[&str] =
-    &["qemu-system-x86", "qemu-utils", "e2fsprogs", "busybox-static", "user-mode-linux", "valgrind"];
+const WITH_DEPENDENCIES: &[&str] = &[
+    "qemu-system-x86",
+    "qemu-utils",
+    "e2fsprogs",
+    "busybox-static",
+    "user-mode-linux",
+    "valgrind",
+];
 
 /// Names the newest kernel; only that one package is fetched, not the initramfs tools it asks for.
 const KERNEL: &str = "linux-image-amd64";
 
 /// The layout of [`Root`]; a root with another stamp is made again.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 3;
 
 /// Packages unpacked, ready to use.
 #[derive(Clone, Debug)]
@@ -64,16 +71,24 @@ impl Root {
         apt.update()?;
         let files = apt.fetch(WITH_DEPENDENCIES, KERNEL)?;
         unpack::packages(&files, &dir)?;
+        let root = Self(dir);
+        programs::wrappers(&root)?;
         let names = files.iter().filter_map(|file| file.file_name()?.to_str());
         let lines: Vec<_> = std::iter::once(format_line()).chain(names.map(String::from)).collect();
-        std::fs::write(stamp(&dir), lines.join("\n") + "\n")?;
-        Ok(Self(dir))
+        std::fs::write(stamp(&root.0), lines.join("\n") + "\n")?;
+        Ok(root)
     }
 
     /// A path in the root: `root.path("bin/busybox")`.
     #[must_use]
     pub fn path(&self, inside: &str) -> PathBuf {
         self.0.join(inside)
+    }
+
+    /// The folder of commands that can be put on the search path ([`programs`]).
+    #[must_use]
+    pub fn wrappers(&self) -> PathBuf {
+        self.path("wrappers")
     }
 
     /// Where the libraries lie.

@@ -1,7 +1,7 @@
 //! Unpacks package files into one folder, without installing anything.
 //!
 //! Of the kernel's 106 MB only what a guest can use is written: the kernel, and the modules of
-//! the folders in [`KERNEL_PARTS`].
+//! the folders in `KERNEL_PARTS`.
 
 use crate::process;
 use anyhow::{Context as _, Result, ensure};

@@ -3,6 +3,7 @@
 //! qemu-storage-daemon, so that a fault of the guest can be told from one of our device.
 
 use crate::lab::{Lab, sound};
+use anyhow::Result;
 use std::time::Duration;
 use xtask::backend::{Device, Disk, allocated, check_ext4, image};
 use xtask::guest::{Guest, qemu::Machine};
@@ -51,46 +52,47 @@ fstrim -v /mnt
 const UNMOUNT: &str = "cd /; umount /mnt; sync";
 const MOUNT: &str = "mount -t ext4 /dev/vda /mnt";
 
-fn script(guest: &mut Guest, device: &Device, parts: &[&str]) -> String {
+fn script(guest: &mut Guest, device: &Device, parts: &[&str]) -> Result<String> {
     let begun = std::time::Instant::now();
-    let said = sound(guest.run(&parts.join("\n"), LONG), device);
+    let said = sound(guest.run(&parts.join("\n"), LONG), device)?;
     eprintln!("script: {:.1?}", begun.elapsed());
-    said
+    Ok(said)
 }
 
-fn formats_fills_trims_restarts_and_finds_all(name: &str, disk: Disk, queues: u16) {
-    let Some(lab) = Lab::for_disk(name, disk) else { return };
-    let image = image(lab.path(), 256).unwrap();
-    let device = disk.serve(&lab.root, lab.path(), &image, queues).unwrap();
+fn formats_fills_trims_restarts_and_finds_all(disk: Disk, queues: u16) -> Result<()> {
+    let Some(lab) = Lab::for_disk(disk)? else { return Ok(()) };
+    let image = image(lab.path(), 256)?;
+    let device = disk.serve(&lab.root, lab.path(), &image, queues)?;
     let machine = Machine { cpus: queues, ..Machine::default() };
     let blk = format!("vhost-user-blk-pci,num-queues={queues}");
     let machine = machine.with_device(&blk, &device.socket);
-    let mut guest = sound(machine.boot(&lab.root, lab.path()), &device);
+    let mut guest = sound(machine.boot(&lab.root, lab.path()), &device)?;
 
-    let found = script(&mut guest, &device, &["ls /sys/block/vda/mq | wc -l"]);
+    let found = script(&mut guest, &device, &["ls /sys/block/vda/mq | wc -l"])?;
     assert_eq!(found.trim(), queues.to_string(), "queues that the guest's driver uses");
-    script(&mut guest, &device, &[FILL, VERIFY]);
-    let calls = script(&mut guest, &device, &["grep virtio.-req /proc/interrupts"]);
+    script(&mut guest, &device, &[FILL, VERIFY])?;
+    let calls = script(&mut guest, &device, &["grep virtio.-req /proc/interrupts"])?;
     assert_every_queue_interrupted(&calls, queues);
 
-    let full = allocated(&image).unwrap();
+    let full = allocated(&image)?;
     assert!(full >= 64 << 20, "the image holds what was written: {full}");
-    script(&mut guest, &device, &[TRIM]);
-    let trimmed = allocated(&image).unwrap();
+    script(&mut guest, &device, &[TRIM])?;
+    let trimmed = allocated(&image)?;
     assert!(trimmed < full + (16 << 20), "trimmed blocks became holes: {full}, then {trimmed}");
 
-    script(&mut guest, &device, &[UNMOUNT]);
-    sound(guest.reboot(), &device);
-    script(&mut guest, &device, &[MOUNT, VERIFY, UNMOUNT]);
-    sound(guest.power_off(), &device);
-    device.terminate().unwrap();
-    check_ext4(&lab.root, &image).unwrap();
+    script(&mut guest, &device, &[UNMOUNT])?;
+    sound(guest.reboot(), &device)?;
+    script(&mut guest, &device, &[MOUNT, VERIFY, UNMOUNT])?;
+    sound(guest.power_off(), &device)?;
+    device.terminate()?;
+    check_ext4(&lab.root, &image)
 }
 
 /// `/proc/interrupts`: number, one count for each CPU, …, name.
 fn assert_every_queue_interrupted(table: &str, queues: u16) {
     let counts = table.lines().map(|line| {
-        let counts = line.split_ascii_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok());
+        let counts =
+            line.split_ascii_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok());
         counts.sum::<u64>()
     });
     let counts: Vec<_> = counts.collect();
@@ -99,56 +101,52 @@ fn assert_every_queue_interrupted(table: &str, queues: u16) {
 }
 
 #[test]
-fn a_guest_finds_its_files_again_after_a_reboot_with_one_queue() {
-    let name = "a_guest_finds_its_files_again_after_a_reboot_with_one_queue";
-    formats_fills_trims_restarts_and_finds_all(name, Disk::Outboard, 1);
+fn a_guest_finds_its_files_again_after_a_reboot_with_one_queue() -> Result<()> {
+    formats_fills_trims_restarts_and_finds_all(Disk::Outboard, 1)
 }
 
 #[test]
-fn a_guest_finds_its_files_again_after_a_reboot_with_four_queues() {
-    let name = "a_guest_finds_its_files_again_after_a_reboot_with_four_queues";
-    formats_fills_trims_restarts_and_finds_all(name, Disk::Outboard, 4);
+fn a_guest_finds_its_files_again_after_a_reboot_with_four_queues() -> Result<()> {
+    formats_fills_trims_restarts_and_finds_all(Disk::Outboard, 4)
 }
 
 #[test]
-fn the_same_guest_is_content_with_qemu_storage_daemon() {
-    let name = "the_same_guest_is_content_with_qemu_storage_daemon";
-    formats_fills_trims_restarts_and_finds_all(name, Disk::StorageDaemon, 4);
+fn the_same_guest_is_content_with_qemu_storage_daemon() -> Result<()> {
+    formats_fills_trims_restarts_and_finds_all(Disk::StorageDaemon, 4)
 }
 
 #[test]
-fn a_machine_reset_in_the_middle_of_writes_leaves_a_disk_that_mounts() {
-    let name = "a_machine_reset_in_the_middle_of_writes_leaves_a_disk_that_mounts";
-    let Some(lab) = Lab::for_disk(name, Disk::Outboard) else { return };
-    let image = image(lab.path(), 256).unwrap();
-    let device = Disk::Outboard.serve(&lab.root, lab.path(), &image, 2).unwrap();
+fn a_machine_reset_in_the_middle_of_writes_leaves_a_disk_that_mounts() -> Result<()> {
+    let Some(lab) = Lab::for_disk(Disk::Outboard)? else { return Ok(()) };
+    let image = image(lab.path(), 256)?;
+    let device = Disk::Outboard.serve(&lab.root, lab.path(), &image, 2)?;
     let machine = Machine { cpus: 2, ..Machine::default() };
     let machine = machine.with_device("vhost-user-blk-pci,num-queues=2", &device.socket);
-    let mut guest = sound(machine.boot(&lab.root, lab.path()), &device);
-    script(&mut guest, &device, &[FILL, UNMOUNT]);
+    let mut guest = sound(machine.boot(&lab.root, lab.path()), &device)?;
+    script(&mut guest, &device, &[FILL, UNMOUNT])?;
     let endless = "while :; do dd if=/dev/zero of=/mnt/load bs=64k count=500 conv=fsync; done";
     for _ in 0..2 {
-        sound(guest.start(&[MOUNT, "echo writing", endless].join("\n")), &device);
-        sound(guest.expect("writing", LONG), &device);
-        sound(guest.reset(), &device);
+        sound(guest.start(&[MOUNT, "echo writing", endless].join("\n")), &device)?;
+        sound(guest.expect("writing", LONG), &device)?;
+        sound(guest.reset(), &device)?;
     }
-    script(&mut guest, &device, &[MOUNT, VERIFY, UNMOUNT]);
-    sound(guest.power_off(), &device);
-    device.terminate().unwrap();
-    check_ext4(&lab.root, &image).unwrap();
+    script(&mut guest, &device, &[MOUNT, VERIFY, UNMOUNT])?;
+    sound(guest.power_off(), &device)?;
+    device.terminate()?;
+    check_ext4(&lab.root, &image)
 }
 
 #[test]
-fn a_bios_that_reads_the_disk_first_leaves_it_fit_for_the_guest() {
-    let name = "a_bios_that_reads_the_disk_first_leaves_it_fit_for_the_guest";
-    let Some(lab) = Lab::for_disk(name, Disk::Outboard) else { return };
-    let image = image(lab.path(), 64).unwrap();
-    let device = Disk::Outboard.serve(&lab.root, lab.path(), &image, 1).unwrap();
+fn a_bios_that_reads_the_disk_first_leaves_it_fit_for_the_guest() -> Result<()> {
+    let Some(lab) = Lab::for_disk(Disk::Outboard)? else { return Ok(()) };
+    let image = image(lab.path(), 64)?;
+    let device = Disk::Outboard.serve(&lab.root, lab.path(), &image, 1)?;
     let machine = Machine { seabios: true, ..Machine::default() };
-    let machine = machine.with_device("vhost-user-blk-pci,num-queues=1,bootindex=1", &device.socket);
-    let mut guest = sound(machine.boot(&lab.root, lab.path()), &device);
-    script(&mut guest, &device, &["mkfs.ext4 -q -F /dev/vda", MOUNT, "echo x > /mnt/x", UNMOUNT]);
-    sound(guest.power_off(), &device);
-    device.terminate().unwrap();
-    check_ext4(&lab.root, &image).unwrap();
+    let machine =
+        machine.with_device("vhost-user-blk-pci,num-queues=1,bootindex=1", &device.socket);
+    let mut guest = sound(machine.boot(&lab.root, lab.path()), &device)?;
+    script(&mut guest, &device, &["mkfs.ext4 -q -F /dev/vda", MOUNT, "echo x > /mnt/x", UNMOUNT])?;
+    sound(guest.power_off(), &device)?;
+    device.terminate()?;
+    check_ext4(&lab.root, &image)
 }

@@ -1,5 +1,6 @@
 //! What the guest tests share: the environment, or a counted skip.
 
+use anyhow::{Context as _, Result};
 use std::path::Path;
 use tempfile::TempDir;
 use xtask::backend::{self, Device, Disk};
@@ -15,21 +16,21 @@ pub(crate) struct Lab {
 }
 
 impl Lab {
-    /// The environment of the test `name`, or nothing when it cannot run here (which fails when
+    /// The environment of a test, or nothing when it cannot run here (which fails when
     /// nothing may be skipped). `needs` looks for what else the test wants.
-    pub(crate) fn open(name: &str, needs: impl FnOnce() -> anyhow::Result<()>) -> Option<Self> {
+    pub(crate) fn open(needs: impl FnOnce() -> Result<()>) -> Result<Option<Self>> {
         match Root::open().and_then(|root| needs().map(|()| root)) {
-            Ok(root) => Some(Self { root, dir: tempfile::tempdir().expect("a folder") }),
+            Ok(root) => Ok(Some(Self { root, dir: tempfile::tempdir()? })),
             Err(why) => {
-                skips::skip(name, &format!("{why:#}")).expect("nothing may be skipped");
-                None
+                skips::skip(&name(), &format!("{why:#}"))?;
+                Ok(None)
             }
         }
     }
 
     /// The same, for a test that uses a disk of `disk`'s make.
-    pub(crate) fn for_disk(name: &str, disk: Disk) -> Option<Self> {
-        Self::open(name, || match disk {
+    pub(crate) fn for_disk(disk: Disk) -> Result<Option<Self>> {
+        Self::open(|| match disk {
             Disk::Outboard => backend::outboard().map(drop),
             Disk::StorageDaemon => Ok(()),
         })
@@ -41,7 +42,14 @@ impl Lab {
     }
 }
 
-/// Takes the value, or fails the test with the error and what the device said.
-pub(crate) fn sound<T>(result: anyhow::Result<T>, device: &Device) -> T {
-    result.unwrap_or_else(|error| panic!("{error:#}\n{}", device.said()))
+/// Adds what the device said to an error.
+pub(crate) fn sound<T>(result: Result<T>, device: &Device) -> Result<T> {
+    result.with_context(|| device.said())
+}
+
+/// The name of the test that runs: nextest tells it, elsewhere the thread carries it.
+fn name() -> String {
+    let thread = std::thread::current();
+    let told = std::env::var("NEXTEST_TEST_NAME").ok();
+    told.unwrap_or_else(|| thread.name().unwrap_or("a guest test").to_owned())
 }

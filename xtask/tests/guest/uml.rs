@@ -2,6 +2,7 @@
 //! SET_MEM_TABLE says one region and carries a body for two.
 
 use crate::lab::{Lab, sound};
+use anyhow::Result;
 use std::time::Duration;
 use xtask::backend::{Disk, check_ext4, image};
 use xtask::guest::uml;
@@ -29,31 +30,30 @@ cd /
 umount /mnt
 ";
 
-fn mounts_and_verifies(name: &str, disk: Disk) {
-    let Some(lab) = Lab::for_disk(name, disk) else { return };
-    let image = image(lab.path(), 64).unwrap();
-    let device = disk.serve(&lab.root, lab.path(), &image, 1).unwrap();
+fn mounts_and_verifies(disk: Disk) -> Result<()> {
+    let Some(lab) = Lab::for_disk(disk)? else { return Ok(()) };
+    let image = image(lab.path(), 64)?;
+    let device = disk.serve(&lab.root, lab.path(), &image, 1)?;
     // Two guests, one after the other, on one device process: the second is a reconnect.
     for script in [FILL, VERIFY] {
         let devices = [(device.socket.as_path(), BLOCK)];
-        let mut guest = sound(uml::boot(&lab.root, lab.path(), &devices), &device);
-        let said = sound(guest.run(script, LONG), &device);
+        let mut guest = sound(uml::boot(&lab.root, lab.path(), &devices), &device)?;
+        let said = sound(guest.run(script, LONG), &device)?;
         if script == VERIFY {
             assert_eq!(said.lines().filter(|line| line.ends_with(": OK")).count(), 8, "{said}");
         }
-        sound(guest.power_off(), &device);
+        sound(guest.power_off(), &device)?;
     }
-    device.terminate().unwrap();
-    check_ext4(&lab.root, &image).unwrap();
+    device.terminate()?;
+    check_ext4(&lab.root, &image)
 }
 
 #[test]
-fn a_user_mode_linux_guest_mounts_our_disk_and_verifies() {
-    mounts_and_verifies("a_user_mode_linux_guest_mounts_our_disk_and_verifies", Disk::Outboard);
+fn a_user_mode_linux_guest_mounts_our_disk_and_verifies() -> Result<()> {
+    mounts_and_verifies(Disk::Outboard)
 }
 
 #[test]
-fn a_user_mode_linux_guest_is_content_with_qemu_storage_daemon() {
-    let name = "a_user_mode_linux_guest_is_content_with_qemu_storage_daemon";
-    mounts_and_verifies(name, Disk::StorageDaemon);
+fn a_user_mode_linux_guest_is_content_with_qemu_storage_daemon() -> Result<()> {
+    mounts_and_verifies(Disk::StorageDaemon)
 }

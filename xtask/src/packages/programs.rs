@@ -1,0 +1,55 @@
+//! Wrappers for the root's programs, in one folder that can be put on the search path.
+//!
+//! So a test finds qemu-storage-daemon by its plain name whether the machine has it or not. A
+//! wrapper ends in `exec`: the process that a test started is the program itself.
+
+use super::Root;
+use anyhow::Result;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+const PROGRAMS: &[&str] = &[
+    "usr/bin/qemu-system-x86_64",
+    "usr/bin/qemu-storage-daemon",
+    "usr/bin/qemu-img",
+    "sbin/mke2fs",
+    "sbin/e2fsck",
+];
+
+/// Statically linked, or at home with any libraries.
+const PLAIN: &[&str] = &["usr/bin/linux.uml", "bin/busybox"];
+
+/// Writes the wrappers.
+///
+/// # Errors
+/// When they cannot be written.
+pub fn wrappers(root: &Root) -> Result<()> {
+    let dir = root.wrappers();
+    std::fs::create_dir_all(&dir)?;
+    for program in PROGRAMS {
+        let command = root.command(program);
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        let words: Vec<_> = words.map(|word| quoted(&word.to_string_lossy())).collect();
+        let data = quoted(&root.path("usr/share/qemu").to_string_lossy());
+        let data =
+            if program.contains("qemu-system") { format!(" -L {data}") } else { String::new() };
+        write(&dir, program, &format!("exec {}{data} \"$@\"", words.join(" ")))?;
+    }
+    for program in PLAIN {
+        let path = quoted(&root.path(program).to_string_lossy());
+        write(&dir, program, &format!("exec {path} \"$@\""))?;
+    }
+    let valgrind = quoted(&root.path("usr/libexec/valgrind").to_string_lossy());
+    let binary = quoted(&root.path("usr/bin/valgrind.bin").to_string_lossy());
+    write(&dir, "valgrind", &format!("VALGRIND_LIB={valgrind} exec {binary} \"$@\""))
+}
+
+fn write(dir: &Path, program: &str, line: &str) -> Result<()> {
+    let file = dir.join(program.rsplit('/').next().unwrap_or(program));
+    std::fs::write(&file, format!("#!/bin/sh\n{line}\n"))?;
+    Ok(std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755))?)
+}
+
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
