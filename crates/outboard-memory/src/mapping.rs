@@ -23,6 +23,13 @@ unsafe impl Send for Mapping {}
 // SAFETY: likewise.
 unsafe impl Sync for Mapping {}
 
+/// Bytes of an ordinary page. (rustix would read the auxiliary vector, which does not work under valgrind.)
+pub(crate) fn page_size() -> u64 {
+    // SAFETY: sysconf reads a constant.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(size).ok().filter(|size| size.is_power_of_two()).unwrap_or(4096)
+}
+
 /// Rounds a file range out to whole pages: (offset to map at, bytes to map, bytes between the two offsets).
 /// `None` when the end does not fit. `page` is a power of two (2 MiB or 1 GiB for hugetlbfs).
 pub fn rounded(offset: u64, size: u64, page: u64) -> Option<(u64, u64, u64)> {

@@ -156,7 +156,7 @@ fn check_file(spec: &RegionSpec, file: &OwnedFd) -> Result<(), MapError> {
 
 /// The unit a mapping of this file is made of.
 fn page_size(file: &OwnedFd) -> Result<u64, MapError> {
-    let base = crate::num::wide(rustix::param::page_size());
+    let base = crate::mapping::page_size();
     let stat = fstatfs(file).map_err(|e| MapError::host("fstatfs", e))?;
     if stat.f_type != libc::HUGETLBFS_MAGIC {
         return Ok(base);
