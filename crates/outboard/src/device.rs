@@ -1,0 +1,90 @@
+//! `VhostUserDevice`: the full contract between a device and its handler (contract §1).
+//!
+//! Most authors write a [`crate::Model`] and a [`crate::Worker`] instead and get this from
+//! [`crate::WorkerDevice`]. Calls that may have to wait are `async`: they never block the
+//! executor, other connections or running rings.
+
+use std::future::Future;
+
+use outboard_protocol::ProtocolFeatures;
+
+use crate::error::{Error, HostError};
+use crate::queue::{Queue, QueueSpec};
+
+/// Who writes the configuration space (vhost-user, VhostUserConfig flags).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConfigWrite {
+    /// The guest's driver: only writable fields may change.
+    Guest,
+    /// The front-end, at the destination of a migration: read-only fields may change too.
+    Migration,
+}
+
+/// A virtio device, driven by a [`crate::DeviceRequestHandler`].
+pub trait VhostUserDevice: Send {
+    /// Its queues; the same for as long as the device lives.
+    fn queues(&self) -> &[QueueSpec];
+
+    /// The device's own feature bits. Ring and transport bits are the handler's.
+    fn features(&self) -> u64;
+
+    /// The driver acknowledged these of [`VhostUserDevice::features`]; replaces an earlier set.
+    ///
+    /// # Errors
+    /// The front-end gets a NAK and the old set stays.
+    fn ack_features(&mut self, features: u64) -> Result<(), Error>;
+
+    /// Protocol features that the device adds to those which the handler carries by itself.
+    fn protocol_features(&self) -> ProtocolFeatures {
+        ProtocolFeatures::empty()
+    }
+
+    /// Number of bytes of the configuration space.
+    fn config_size(&self) -> u32;
+
+    /// Copies configuration from byte `offset`; the range is inside the space.
+    ///
+    /// # Errors
+    /// The front-end gets an answer of length 0.
+    fn read_config(&self, offset: u32, bytes: &mut [u8]) -> Result<(), Error>;
+
+    /// Writes configuration; the range is inside the space.
+    ///
+    /// # Errors
+    /// The front-end gets a NAK.
+    fn write_config(&mut self, offset: u32, bytes: &[u8], origin: ConfigWrite)
+    -> Result<(), Error>;
+
+    /// Starts serving `queue`; returns at once and leaves the suspended state. The ring may hold
+    /// requests already: they are served without waiting for a kick.
+    ///
+    /// # Errors
+    /// The front-end gets a NAK; the ring stays stopped and can be set up again.
+    fn start_queue(&mut self, index: u16, queue: Queue) -> Result<(), Error>;
+
+    /// Stops serving and gives the queue back. Afterwards nothing of it is in flight, and there is
+    /// no access to guest memory and no call.
+    ///
+    /// # Errors
+    /// [`HostError::NotStarted`] for a queue that was never started; anything else ends the
+    /// connection.
+    fn stop_queue(&mut self, index: u16) -> impl Future<Output = Result<Queue, HostError>> + Send;
+
+    /// To the power-on state. No queue is started.
+    ///
+    /// # Errors
+    /// The connection ends.
+    fn reset(&mut self) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// No queue is started any more, or the device has just been made: no guest memory is written
+    /// and nothing is signalled until the next [`VhostUserDevice::start_queue`].
+    ///
+    /// # Errors
+    /// At construction the handler's `new` returns it; later the request that caused it is refused.
+    fn enter_suspended_state(&mut self) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Whether children of this process must not see guest memory (MADV_DONTFORK).
+    fn unmap_guest_memory_on_fork(&self) -> bool {
+        false
+    }
+}

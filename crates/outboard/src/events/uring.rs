@@ -1,0 +1,305 @@
+//! The event loop on io_uring(7): doorbells by multishot poll, file operations by vectored
+//! requests, one system call to submit and wait.
+//!
+//! Invariant: a request whose operation the kernel has not finished lives in `flying`, with the
+//! guest memory that its vector points into; it leaves only with its completion. A loop that is
+//! dropped with operations in flight cancels them and waits for the kernel first.
+//!
+//! user_data: operations carry their slot number, watches [`WATCH`] plus a serial number that is
+//! never used again, everything else (removals) [`IGNORE`].
+
+// UNSAFETY: submission entries hold raw pointers for the kernel; see each SAFETY line.
+#![expect(unsafe_code, reason = "io_uring entries are raw pointers by nature")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use io_uring::types::{CancelBuilder, Fd, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode, squeue};
+use outboard_memory::Segment;
+use outboard_queue::Chain;
+use rustix::event::PollFlags;
+
+use super::{Event, EventLoop, FileId, FileOp};
+
+const ENTRIES: u32 = 256;
+const WATCH: u64 = 1 << 62;
+const IGNORE: u64 = 1 << 63;
+/// readv and writev take at most this many pieces (IOV_MAX); a longer request moves in parts.
+const MAX_PIECES: usize = 1024;
+/// How many seconds a dropped loop waits for the kernel.
+const DROP_ROUNDS: u32 = 5;
+const POLL_IN: u32 = PollFlags::IN.bits() as u32;
+
+/// A watched descriptor.
+#[derive(Debug)]
+struct Watch {
+    serial: u64,
+    token: u64,
+    /// A duplicate: its number stays ours until the watch ends.
+    fd: OwnedFd,
+    /// The poll was ended by the kernel and must be submitted again.
+    rearm: bool,
+}
+
+/// A request that the kernel works on.
+#[derive(Debug)]
+struct Flying {
+    queue: u16,
+    token: u64,
+    chain: Chain,
+}
+
+/// See the module.
+pub(crate) struct UringLoop {
+    ring: IoUring,
+    watches: Vec<Watch>,
+    serial: u64,
+    files: Vec<Arc<File>>,
+    flying: Vec<Option<Flying>>,
+    free: Vec<usize>,
+}
+
+impl std::fmt::Debug for UringLoop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("UringLoop")
+            .field("watches", &self.watches.len())
+            .field("in_flight", &(self.flying.len() - self.free.len()))
+            .finish_non_exhaustive()
+    }
+}
+
+impl UringLoop {
+    /// Makes the ring; only the calling thread may use it.
+    pub(crate) fn new() -> io::Result<Self> {
+        let ring = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .setup_cqsize(4 * ENTRIES)
+            .dontfork()
+            .build(ENTRIES)?;
+        if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
+            return Err(io::Error::from(io::ErrorKind::Unsupported));
+        }
+        Ok(Self {
+            ring,
+            watches: Vec::new(),
+            serial: 0,
+            files: Vec::new(),
+            flying: Vec::new(),
+            free: Vec::new(),
+        })
+    }
+
+    /// Queues an entry, submitting the others first when the queue is full.
+    fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        loop {
+            // SAFETY: what the entry points to (a request's vector, nothing for polls and syncs)
+            // is owned by `flying` until the completion is seen.
+            let pushed = unsafe { self.ring.submission().push(entry) };
+            if pushed.is_ok() {
+                return Ok(());
+            }
+            self.ring.submit()?;
+        }
+    }
+
+    /// Starts or restarts the poll of a descriptor.
+    fn arm(&mut self, serial: u64, fd: RawFd) -> io::Result<()> {
+        let poll = opcode::PollAdd::new(Fd(fd), POLL_IN).multi(true);
+        self.push(&poll.build().user_data(WATCH | serial))
+    }
+
+    /// Restarts the polls that the kernel ended although nothing is wrong with them.
+    fn rearm(&mut self) -> io::Result<()> {
+        while let Some(watch) = self.watches.iter_mut().find(|watch| watch.rearm) {
+            watch.rearm = false;
+            let (serial, fd) = (watch.serial, watch.fd.as_raw_fd());
+            self.arm(serial, fd)?;
+        }
+        Ok(())
+    }
+
+    fn entry(&self, op: FileOp, chain: &mut Chain) -> Option<squeue::Entry> {
+        let fd = |files: &[Arc<File>], id: FileId| {
+            files.get(id.0 as usize).map(|file| Fd(file.as_raw_fd()))
+        };
+        Some(match op {
+            FileOp::Read { file, offset } => {
+                let cursor = chain.writable();
+                let pieces = cursor.segments();
+                opcode::Readv::new(fd(&self.files, file)?, pieces.as_ptr().cast(), count(pieces))
+                    .offset(offset)
+                    .build()
+            }
+            FileOp::Write { file, offset } => {
+                let cursor = chain.readable();
+                let pieces = cursor.segments();
+                opcode::Writev::new(fd(&self.files, file)?, pieces.as_ptr().cast(), count(pieces))
+                    .offset(offset)
+                    .build()
+            }
+            FileOp::Sync { file } => {
+                opcode::Fsync::new(fd(&self.files, file)?).flags(FsyncFlags::DATASYNC).build()
+            }
+            FileOp::Allocate { file, mode, offset, length } => {
+                opcode::Fallocate::new(fd(&self.files, file)?, length)
+                    .offset(offset)
+                    .mode(mode)
+                    .build()
+            }
+        })
+    }
+
+    /// Turns one completion into an event, if it is one.
+    fn completion(&mut self, user_data: u64, result: i32, more: bool, events: &mut Vec<Event>) {
+        if user_data & IGNORE != 0 {
+            return;
+        }
+        if user_data & WATCH != 0 {
+            let serial = user_data & !WATCH;
+            if let Some(watch) = self.watches.iter_mut().find(|watch| watch.serial == serial) {
+                // An error or a hang-up without input ends the watch; anything else goes on.
+                let input = result > 0 && result.cast_unsigned() & POLL_IN != 0;
+                watch.rearm |= !more && input;
+                if input {
+                    events.push(Event::Ready(watch.token));
+                }
+            }
+            return;
+        }
+        let slot = usize::try_from(user_data).unwrap_or(usize::MAX);
+        if let Some(flying) = self.flying.get_mut(slot).and_then(Option::take) {
+            self.free.push(slot);
+            let outcome = u32::try_from(result)
+                .map_err(|_| io::Error::from_raw_os_error(result.saturating_neg()));
+            let Flying { queue, token, chain } = flying;
+            events.push(Event::Done { queue, token, chain, outcome });
+        }
+    }
+
+    fn reap(&mut self, events: &mut Vec<Event>) {
+        loop {
+            let next = self.ring.completion().next();
+            let Some(entry) = next else { return };
+            let more = cqueue::more(entry.flags());
+            self.completion(entry.user_data(), entry.result(), more, events);
+        }
+    }
+}
+
+/// How many pieces one operation moves.
+fn count(pieces: &[Segment]) -> u32 {
+    u32::try_from(pieces.len().min(MAX_PIECES)).unwrap_or(0)
+}
+
+/// Whether waiting again is the answer.
+fn transient(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN | libc::ETIME))
+}
+
+impl EventLoop for UringLoop {
+    fn watch(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        let file = rustix::fs::fstat(fd)?;
+        if rustix::fs::FileType::from_raw_mode(file.st_mode).is_file() {
+            // A regular file is always "ready": epoll refuses it (EPERM), so do we.
+            return Err(io::Error::from(io::ErrorKind::PermissionDenied));
+        }
+        let fd = fd.try_clone_to_owned()?;
+        let (serial, raw) = (self.serial, fd.as_raw_fd());
+        self.serial += 1;
+        self.watches.push(Watch { serial, token, fd, rearm: false });
+        self.arm(serial, raw)
+    }
+
+    fn unwatch(&mut self, token: u64) {
+        while let Some(at) = self.watches.iter().position(|watch| watch.token == token) {
+            let watch = self.watches.swap_remove(at);
+            let remove = opcode::PollRemove::new(WATCH | watch.serial).build().user_data(IGNORE);
+            // If the kernel takes no entry now, the poll lives until the ring is closed; its events
+            // find no watch and are ignored.
+            if self.push(&remove).is_ok() {
+                let _ = self.ring.submit();
+            }
+        }
+    }
+
+    fn add_file(&mut self, file: Arc<File>) -> FileId {
+        self.files.push(file);
+        FileId(u32::try_from(self.files.len() - 1).unwrap_or(u32::MAX))
+    }
+
+    fn can_submit(&self) -> bool {
+        true
+    }
+
+    fn submit(
+        &mut self,
+        op: FileOp,
+        queue: u16,
+        token: u64,
+        mut chain: Chain,
+    ) -> Result<(), Chain> {
+        let Some(entry) = self.entry(op, &mut chain) else { return Err(chain) };
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.flying.push(None);
+            self.flying.len() - 1
+        });
+        // In `flying` before the kernel hears of it.
+        if let Some(place) = self.flying.get_mut(slot) {
+            *place = Some(Flying { queue, token, chain });
+        }
+        if self.push(&entry.user_data(slot as u64)).is_ok() {
+            return Ok(());
+        }
+        self.free.push(slot);
+        match self.flying.get_mut(slot).and_then(Option::take) {
+            Some(flying) => Err(flying.chain),
+            None => Ok(()),
+        }
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {
+        self.rearm()?;
+        self.reap(events);
+        let want = usize::from(events.is_empty() && timeout != Some(Duration::ZERO));
+        let entered = match timeout {
+            Some(timeout) if want > 0 => {
+                let timeout = Timespec::from(timeout);
+                let args = SubmitArgs::new().timespec(&timeout);
+                self.ring.submitter().submit_with_args(want, &args)
+            }
+            _ => self.ring.submitter().submit_and_wait(want),
+        };
+        match entered {
+            Ok(_) => {}
+            Err(error) if transient(&error) => {}
+            Err(error) => return Err(error),
+        }
+        self.reap(events);
+        Ok(())
+    }
+}
+
+impl Drop for UringLoop {
+    fn drop(&mut self) {
+        let _ = self.ring.submitter().register_sync_cancel(None, CancelBuilder::any());
+        let mut events = Vec::new();
+        for _ in 0..DROP_ROUNDS {
+            if self.flying.len() == self.free.len() {
+                return;
+            }
+            let second = Timespec::new().sec(1);
+            let args = SubmitArgs::new().timespec(&second);
+            let _ = self.ring.submitter().submit_with_args(1, &args);
+            self.reap(&mut events);
+            events.clear();
+        }
+        // The disk does not answer. What the kernel may still write to stays mapped for good.
+        std::mem::forget(std::mem::take(&mut self.flying));
+    }
+}

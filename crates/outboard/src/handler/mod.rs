@@ -1,0 +1,178 @@
+//! `DeviceRequestHandler`: carries out the vhost-user protocol on a device (contract §2).
+//!
+//! ```text
+//!   Connection ─bytes, fds─▶ Backend (pure) ─Effect + Ticket─▶ Session ─▶ VhostUserDevice
+//!       ▲                        │  ▲ answer(Ticket, …)           │  changes, through the mailbox
+//!       └──────── Frame ─────────┘  └──────────────────────────────┘        ▼
+//!                                                                     queues on their workers
+//! ```
+//! One session serves one front-end. Invariant: when a session is over, for whatever reason and
+//! also when its future is dropped at an await, every queue has been stopped and drained and every
+//! descriptor it received is closed; the device is ready for the next front-end.
+
+mod memory;
+mod rings;
+mod session;
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use outboard_protocol::{Offer, ProtocolFeatures, virtio};
+
+use crate::device::VhostUserDevice;
+use crate::error::{Error, HostError};
+use crate::reactor::{Parker, Reactor, block_on};
+pub(crate) use session::{Attention, Session};
+
+/// Regions of guest memory that fit the table (GET_MAX_MEM_SLOTS).
+pub(crate) const MEM_SLOTS: u64 = 509;
+
+/// Feature bits that the framework carries for every device.
+pub(crate) const RING_FEATURES: u64 =
+    virtio::RING_INDIRECT_DESC | virtio::RING_EVENT_IDX | virtio::VERSION_1 | virtio::RING_RESET;
+
+/// Protocol features that the framework carries for every device.
+const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
+    .union(ProtocolFeatures::REPLY_ACK)
+    .union(ProtocolFeatures::RESET_DEVICE)
+    .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS);
+
+/// What an operator can set about the handler.
+#[derive(Clone, Debug)]
+pub struct HandlerOptions {
+    /// Feature bits that are not offered, to test a front-end or to work around one.
+    pub without_features: u64,
+    /// Protocol features that are not offered.
+    pub without_protocol_features: ProtocolFeatures,
+    /// How long a queue may take to finish its requests when it is stopped, and to take a change.
+    pub drain_deadline: Duration,
+}
+
+impl Default for HandlerOptions {
+    fn default() -> Self {
+        Self {
+            without_features: 0,
+            without_protocol_features: ProtocolFeatures::empty(),
+            drain_deadline: Duration::from_secs(30),
+        }
+    }
+}
+
+/// How a session ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The front-end left between two messages.
+    Left,
+    /// The server was told to stop.
+    Stopped,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct DeviceRequestHandler<D> {
+    device: D,
+    options: HandlerOptions,
+}
+
+impl<D: VhostUserDevice> DeviceRequestHandler<D> {
+    /// A handler for `device`, which is put into its suspended state.
+    ///
+    /// # Errors
+    /// The device cannot enter its suspended state, or its queues are more than 256 or of a size
+    /// that no split ring has.
+    pub fn new(device: D, options: HandlerOptions) -> Result<Self, HostError> {
+        let mut handler = Self { device, options };
+        check_queues(&handler.device)?;
+        let suspended = block_on(handler.device.enter_suspended_state());
+        suspended.map_err(HostError::io("poll"))??;
+        Ok(handler)
+    }
+
+    /// Serves one front-end until it leaves; then the handler can serve the next one. Runs on any
+    /// executor.
+    ///
+    /// # Errors
+    /// The front-end left inside a message or its stream was out of step; a queue could not be
+    /// stopped. The queues that could be are stopped all the same.
+    #[cfg(feature = "async-io")]
+    pub async fn run(&mut self, connection: UnixStream) -> Result<Ended, HostError> {
+        self.run_on(crate::reactor::AsyncIo, connection.into(), Attention::none()).await
+    }
+
+    /// As `run`, on the calling thread.
+    ///
+    /// # Errors
+    /// As `run`.
+    pub fn run_blocking(&mut self, connection: UnixStream) -> Result<Ended, HostError> {
+        let session = self.run_on(Parker, connection.into(), Attention::none());
+        block_on(session).map_err(HostError::io("poll"))?
+    }
+
+    pub(crate) async fn run_on<R: Reactor>(
+        &mut self,
+        reactor: R,
+        socket: OwnedFd,
+        attention: Attention<'_, R>,
+    ) -> Result<Ended, HostError> {
+        let offer = self.offer();
+        let mut session = Session::new(&mut self.device, &self.options, offer, reactor, socket)?;
+        let ended = session.serve(&attention).await;
+        let closed = session.close().await;
+        // Why it ended matters more than what went wrong afterwards.
+        let ended = ended?;
+        closed.map(|()| ended)
+    }
+
+    /// What is offered to a front-end.
+    fn offer(&self) -> Offer {
+        let device = &self.device;
+        let mut protocol_features = PROTOCOL_FEATURES | device.protocol_features();
+        if device.config_size() > 0 {
+            protocol_features |= ProtocolFeatures::CONFIG;
+        }
+        let largest = device.queues().iter().map(|queue| queue.max_size).max();
+        Offer {
+            features: (RING_FEATURES | device.features()) & !self.options.without_features,
+            protocol_features: protocol_features - self.options.without_protocol_features,
+            queues: u16::try_from(device.queues().len()).unwrap_or(u16::MAX),
+            max_queue_size: largest.unwrap_or(1),
+            mem_slots: MEM_SLOTS,
+            gpu_socket: false,
+        }
+    }
+
+    /// The device and the handler part.
+    pub fn into_device(self) -> D {
+        self.device
+    }
+}
+
+impl<D> AsRef<D> for DeviceRequestHandler<D> {
+    fn as_ref(&self) -> &D {
+        &self.device
+    }
+}
+
+impl<D> AsMut<D> for DeviceRequestHandler<D> {
+    fn as_mut(&mut self) -> &mut D {
+        &mut self.device
+    }
+}
+
+/// Vhost-user can address 256 rings, and a split ring has 32768 entries at most.
+fn check_queues(device: &impl VhostUserDevice) -> Result<(), Error> {
+    let queues = device.queues();
+    if queues.is_empty() || queues.len() > 256 {
+        return Err(Error::refused(format!("{} queues: 1 to 256 can be served", queues.len())));
+    }
+    for queue in queues {
+        if !queue.max_size.is_power_of_two() || queue.max_size > 32768 {
+            return Err(Error::refused(format!(
+                "queue {} of {} entries: a power of two up to 32768 is needed",
+                queue.name, queue.max_size
+            )));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,281 @@
+//! The rings of a session: starting, stopping and changing them
+//! (vhost-user, "Ring states"; messages 8 to 14 and 18).
+//!
+//! `Backend` knows what the front-end wants of each ring; here is what really runs. A ring runs as
+//! soon as it was kicked and everything else is there, in whatever order that came. Every change of
+//! a running ring is answered by its queue before it is acknowledged to the front-end.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use futures_channel::oneshot;
+use outboard_protocol::{Notifier, Refusal, RingEvent, RunState};
+use tracing::{debug, info};
+
+use super::session::Session;
+use crate::device::VhostUserDevice;
+use crate::error::HostError;
+use crate::mailbox::{Applied, Change, Mailbox, QueueControl};
+use crate::notify::{Call, Kick};
+use crate::queue::{Queue, Setup, StartError};
+use crate::reactor::{Raced, Reactor, race};
+
+/// What the host holds of one ring.
+#[derive(Debug, Default)]
+pub(crate) struct HostRing {
+    kick: Option<Kick>,
+    call: Option<Arc<Call>>,
+    err: Option<Arc<Call>>,
+    /// The way to the queue while a worker owns it.
+    control: Option<QueueControl>,
+}
+
+impl HostRing {
+    /// Whether a worker owns the queue.
+    pub(crate) fn is_running(&self) -> bool {
+        self.control.is_some()
+    }
+}
+
+fn call(notifier: Notifier<OwnedFd>) -> Option<Arc<Call>> {
+    match notifier {
+        Notifier::Fd(fd) => Some(Arc::new(Call::new(Arc::new(fd)))),
+        Notifier::Poll => None,
+    }
+}
+
+impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
+    /// The machine checked the index; a ring that is not there is refused all the same.
+    fn ring(&mut self, index: u16) -> Result<&mut HostRing, Refusal> {
+        let missing = Refusal::because(format_args!("ring {index} of {}", self.rings.len()));
+        self.rings.get_mut(usize::from(index)).ok_or(missing)
+    }
+
+    /// SET_VRING_KICK: starts the ring, or swaps its doorbell.
+    pub(super) async fn set_kick(
+        &mut self,
+        index: u16,
+        kick: Notifier<OwnedFd>,
+    ) -> Result<(), Refusal> {
+        let kick = match kick {
+            Notifier::Fd(fd) => Kick::Fd(Arc::new(fd)),
+            Notifier::Poll => Kick::Poll,
+        };
+        let ring = self.ring(index)?;
+        ring.kick = Some(kick.clone());
+        if ring.is_running() {
+            return self.change(index, Change::Kick(kick)).await;
+        }
+        self.try_start(index)
+    }
+
+    /// SET_VRING_CALL: in use before it is acknowledged.
+    pub(super) async fn set_call(
+        &mut self,
+        index: u16,
+        notifier: Notifier<OwnedFd>,
+    ) -> Result<(), Refusal> {
+        let call = call(notifier);
+        self.ring(index)?.call.clone_from(&call);
+        self.change(index, Change::Call(call)).await
+    }
+
+    /// SET_VRING_ERR.
+    pub(super) async fn set_err(
+        &mut self,
+        index: u16,
+        notifier: Notifier<OwnedFd>,
+    ) -> Result<(), Refusal> {
+        let err = call(notifier);
+        self.ring(index)?.err.clone_from(&err);
+        self.change(index, Change::Err(err)).await
+    }
+
+    /// SET_VRING_ENABLE: the worker knows before it is acknowledged.
+    pub(super) async fn enable(&mut self, index: u16, enabled: bool) -> Result<(), Refusal> {
+        self.change(index, Change::Enable(enabled)).await
+    }
+
+    /// SET_FEATURES without bit 30, RESET_OWNER.
+    pub(super) async fn enable_all(&mut self, enabled: bool) -> Result<(), Refusal> {
+        for index in self.running() {
+            self.enable(index, enabled).await?;
+        }
+        Ok(())
+    }
+
+    /// The rings that a worker owns.
+    fn running(&self) -> Vec<u16> {
+        (0u16..)
+            .zip(&self.rings)
+            .filter(|(_, ring)| ring.is_running())
+            .map(|(index, _)| index)
+            .collect()
+    }
+
+    /// GET_VRING_BASE: drained, then the true next index; on a ring that never started the base
+    /// last set.
+    pub(super) async fn get_base(&mut self, index: u16) -> Result<Result<u32, Refusal>, HostError> {
+        let was_running = self.rings.get(usize::from(index)).is_some_and(HostRing::is_running);
+        let base = if was_running {
+            self.stop(index).await?.base()
+        } else {
+            self.backend.ring(index).map_or(0, |ring| ring.base)
+        };
+        if let Some(ring) = self.rings.get_mut(usize::from(index)) {
+            ring.kick = None;
+        }
+        if was_running && self.running().is_empty() {
+            self.device.enter_suspended_state().await?;
+        }
+        Ok(Ok(base))
+    }
+
+    /// Takes a queue back from its worker. The ring counts as running until it is back, so that a
+    /// session dropped meanwhile waits for it.
+    async fn stop(&mut self, index: u16) -> Result<Queue, HostError> {
+        let bound = self.options.drain_deadline;
+        let stopping = self.device.stop_queue(index);
+        let queue = match race(stopping, self.reactor.sleep(bound)).await {
+            Raced::First(queue) => queue,
+            Raced::Second(()) => Err(HostError::DrainDeadline { index, seconds: bound.as_secs() }),
+        };
+        if let Some(ring) = self.rings.get_mut(usize::from(index)) {
+            ring.control = None;
+        }
+        self.backend.ring_event(index, RingEvent::Stopped);
+        info!(queue = index, "ring stopped");
+        queue
+    }
+
+    /// Stops all rings; the first failure is reported, the others are stopped all the same.
+    pub(super) async fn stop_all(&mut self) -> Result<(), HostError> {
+        let running = self.running();
+        let any = !running.is_empty();
+        let mut result = Ok(());
+        for index in running {
+            if let Err(error) = self.stop(index).await {
+                result = result.and(Err(error));
+            }
+        }
+        if any {
+            let suspended = self.device.enter_suspended_state().await;
+            result = result.and(suspended.map_err(HostError::from));
+        }
+        result
+    }
+
+    /// Starts every ring that was kicked and lacked something until now.
+    pub(super) fn start_all_ready(&mut self) -> Result<(), Refusal> {
+        for index in 0..u16::try_from(self.rings.len()).unwrap_or(u16::MAX) {
+            self.start_if_ready(index)?;
+        }
+        Ok(())
+    }
+
+    /// Starts a ring if it was kicked before.
+    pub(super) fn start_if_ready(&mut self, index: u16) -> Result<(), Refusal> {
+        match self.backend.ring(index).map(|ring| ring.run) {
+            Some(RunState::Waiting) => self.try_start(index),
+            _ => Ok(()),
+        }
+    }
+
+    /// Starts a ring if everything it needs is there; it waits otherwise.
+    fn try_start(&mut self, index: u16) -> Result<(), Refusal> {
+        let Some(setup) = self.setup(index) else { return Ok(()) };
+        let mailbox = Mailbox::new().map_err(Refusal::because)?;
+        let control = QueueControl::new(Arc::clone(&mailbox));
+        let queue = match Queue::new(setup, Arc::clone(&self.memory), mailbox) {
+            Ok(queue) => queue,
+            Err(error @ StartError::Unmapped { address, .. }) => {
+                // Wholly outside: its region may still come. Over the end of one: never right.
+                if self.memory.user_to_guest(address, 1).is_some() {
+                    return Err(Refusal::because(error));
+                }
+                debug!(queue = index, "ring waits: {error}");
+                return Ok(());
+            }
+            Err(error) => return Err(Refusal::because(error)),
+        };
+        self.device.start_queue(index, queue).map_err(Refusal::because)?;
+        self.ring(index)?.control = Some(control);
+        self.backend.ring_event(index, RingEvent::Started);
+        info!(queue = index, "ring started");
+        Ok(())
+    }
+
+    /// What a start needs; None while something is missing.
+    fn setup(&self, index: u16) -> Option<Setup> {
+        let ring = self.backend.ring(index)?;
+        let host = self.rings.get(usize::from(index))?;
+        let spec = self.device.queues().get(usize::from(index))?;
+        if !self.features_known || self.memory.regions().is_empty() || host.is_running() {
+            return None;
+        }
+        let addresses = ring.addresses?;
+        Some(Setup {
+            index,
+            when_disabled: spec.when_disabled,
+            size: ring.size?,
+            user: [addresses.desc, addresses.avail, addresses.used],
+            features: self.backend.acked_features(),
+            base: ring.base,
+            enabled: ring.enabled,
+            kick: host.kick.clone()?,
+            call: host.call.clone(),
+            err: host.err.clone(),
+        })
+    }
+
+    /// Has a running ring live by a change; nothing to do for one that is stopped.
+    async fn change(&mut self, index: u16, change: Change) -> Result<(), Refusal> {
+        let Some(control) = &self.ring(index)?.control else { return Ok(()) };
+        let answer = control.post(change);
+        self.await_change(index, answer).await
+    }
+
+    /// Waits for a queue to live by a change. A queue that does not answer is broken.
+    pub(super) async fn await_change(
+        &mut self,
+        index: u16,
+        answer: oneshot::Receiver<Applied>,
+    ) -> Result<(), Refusal> {
+        let bound = self.options.drain_deadline;
+        let event = match race(answer, self.reactor.sleep(bound)).await {
+            Raced::First(Ok(Applied::Serving)) => RingEvent::Resumed,
+            Raced::First(Ok(Applied::Parked)) => RingEvent::Parked,
+            Raced::First(Err(_)) => {
+                self.backend.ring_event(index, RingEvent::Broken);
+                return Err(Refusal::because(HostError::WorkerGone(index)));
+            }
+            Raced::Second(()) => {
+                self.backend.ring_event(index, RingEvent::Broken);
+                let seconds = bound.as_secs();
+                return Err(Refusal::because(HostError::ChangeDeadline { index, seconds }));
+            }
+        };
+        self.backend.ring_event(index, event);
+        Ok(())
+    }
+
+    /// Posts a change to every running ring at once.
+    pub(super) fn post_all(
+        &self,
+        change: impl Fn() -> Change,
+    ) -> Vec<(u16, oneshot::Receiver<Applied>)> {
+        (0u16..)
+            .zip(&self.rings)
+            .filter_map(|(index, ring)| Some((index, ring.control.as_ref()?.post(change()))))
+            .collect()
+    }
+
+    /// Tells the machine of rings that their drivers broke since the last message.
+    pub(super) fn note_broken_rings(&mut self) {
+        for (index, ring) in (0u16..).zip(&self.rings) {
+            if ring.control.as_ref().is_some_and(QueueControl::is_broken) {
+                self.backend.ring_event(index, RingEvent::Broken);
+            }
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! One front-end's session: from its first byte until everything of it is gone.
+//!
+//! Messages are carried out one at a time and in order: nothing of the next is looked at before
+//! the last is answered. A session that is dropped, at whatever await, stops its queues on the
+//! spot.
+
+use std::fmt;
+use std::future::pending;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use outboard_memory::GuestMemory;
+use outboard_protocol::ticket::Ack;
+use outboard_protocol::{Backend, Effect, Offer, Refusal, Step, Ticket};
+use tracing::{debug, info, warn};
+
+use super::rings::HostRing;
+use super::{Ended, HandlerOptions, RING_FEATURES};
+use crate::connection::{Connection, Received};
+use crate::device::{ConfigWrite, VhostUserDevice};
+use crate::error::HostError;
+use crate::reactor::{Raced, Reactor, block_on, race};
+
+/// The longest message: header and the largest payload.
+const BUFFER: usize = 12 + 4096;
+
+/// What a session looks out for besides its front-end.
+pub(crate) struct Attention<'a, R: Reactor> {
+    /// Readable when the server is to stop.
+    pub(crate) stop: Option<&'a R::Source>,
+    /// Readable when another front-end knocks; what is to be done then.
+    pub(crate) knock: Option<(&'a R::Source, &'a (dyn Fn() + Sync))>,
+}
+
+impl<R: Reactor> Attention<'_, R> {
+    /// Nothing.
+    pub(crate) fn none() -> Self {
+        Self { stop: None, knock: None }
+    }
+
+    /// Resolves when the server is to stop; sends others away meanwhile.
+    async fn stopped(&self, reactor: &R) {
+        let stop = async {
+            match self.stop {
+                Some(stop) => drop(reactor.readable(stop).await),
+                None => pending().await,
+            }
+        };
+        let knocks = async {
+            let Some((listener, turn_away)) = &self.knock else { return pending().await };
+            while reactor.readable(listener).await.is_ok() {
+                turn_away();
+            }
+            pending::<()>().await;
+        };
+        race(stop, knocks).await;
+    }
+}
+
+/// See the module.
+pub(crate) struct Session<'h, D: VhostUserDevice, R: Reactor> {
+    pub(super) device: &'h mut D,
+    pub(super) options: &'h HandlerOptions,
+    pub(super) reactor: R,
+    connection: Connection<R>,
+    pub(super) backend: Backend<OwnedFd>,
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) rings: Vec<HostRing>,
+    /// SET_FEATURES has come: before it no ring starts.
+    pub(super) features_known: bool,
+    closed: bool,
+}
+
+impl<D: VhostUserDevice, R: Reactor> fmt::Debug for Session<'_, D, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("rings", &self.rings).finish_non_exhaustive()
+    }
+}
+
+impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
+    pub(crate) fn new(
+        device: &'h mut D,
+        options: &'h HandlerOptions,
+        offer: Offer,
+        reactor: R,
+        socket: OwnedFd,
+    ) -> Result<Self, HostError> {
+        let rings = device.queues().iter().map(|_| HostRing::default()).collect();
+        Ok(Self {
+            device,
+            options,
+            connection: Connection::new(reactor.clone(), socket)?,
+            reactor,
+            backend: Backend::new(offer),
+            memory: Arc::new(GuestMemory::new(0, Vec::new())?),
+            rings,
+            features_known: false,
+            closed: false,
+        })
+    }
+
+    /// Serves until the front-end leaves or the server stops.
+    pub(crate) async fn serve(&mut self, attention: &Attention<'_, R>) -> Result<Ended, HostError> {
+        let reactor = self.reactor.clone();
+        match race(self.messages(), attention.stopped(&reactor)).await {
+            Raced::First(ended) => ended,
+            Raced::Second(()) => Ok(Ended::Stopped),
+        }
+    }
+
+    async fn messages(&mut self) -> Result<Ended, HostError> {
+        let mut buffer = [0; BUFFER];
+        loop {
+            self.steps().await?;
+            let want = self.backend.wanted().clamp(1, BUFFER);
+            let room = buffer.get_mut(..want).unwrap_or_default();
+            match self.connection.receive(room).await? {
+                Received::Bytes(count, fds) => {
+                    self.backend.receive(room.get(..count).unwrap_or_default(), fds);
+                }
+                Received::End if self.backend.at_message_boundary() => return Ok(Ended::Left),
+                Received::End => return Err(HostError::PartialMessage),
+            }
+        }
+    }
+
+    /// Carries out whole messages, and sends what is to be answered.
+    async fn steps(&mut self) -> Result<(), HostError> {
+        loop {
+            self.note_broken_rings();
+            let step = self.backend.poll();
+            let step = match step {
+                Ok(step) => step,
+                Err(violation) => {
+                    self.flush().await?;
+                    return Err(violation.into());
+                }
+            };
+            match step {
+                Some(Step::Effect(effect)) => {
+                    debug!("{}", effect.name());
+                    self.carry_out(effect).await?;
+                }
+                Some(Step::Violation(violation)) => warn!("front-end: {violation}"),
+                None => return self.flush().await,
+            }
+            self.flush().await?;
+        }
+    }
+
+    async fn flush(&mut self) -> Result<(), HostError> {
+        while let Some(frame) = self.backend.transmit() {
+            self.connection.send(frame).await?;
+        }
+        Ok(())
+    }
+
+    /// One line per message. What is not here cannot come: its feature is not offered; the dropped
+    /// ticket would refuse it.
+    async fn carry_out(&mut self, effect: Effect<OwnedFd>) -> Result<(), HostError> {
+        match effect {
+            Effect::SetFeatures { features, enable_all, ticket } => {
+                let done = self.set_features(features, enable_all).await;
+                self.acknowledge(ticket, done);
+                // Kicked before the features were known: started before the answer is sent.
+                if let Err(refusal) = self.start_all_ready() {
+                    warn!("ring not started: {refusal}");
+                }
+            }
+            Effect::SetProtocolFeatures { ticket, .. } => self.acknowledge(ticket, Ok(())),
+            Effect::ResetOwner { ticket } => {
+                let done = self.enable_all(false).await;
+                self.acknowledge(ticket, done);
+            }
+            Effect::ResetDevice { ticket } => {
+                self.reset_device().await?;
+                self.acknowledge(ticket, Ok(()));
+            }
+            Effect::SetMemTable { regions, ticket } => {
+                let done = self.set_mem_table(regions).await;
+                self.acknowledge(ticket, done);
+            }
+            Effect::AddMemRegion { region, fd, ticket } => {
+                let done = self.add_mem_region(region, fd).await;
+                self.acknowledge(ticket, done);
+            }
+            Effect::RemMemRegion { region, ticket } => {
+                let done = self.rem_mem_region(region).await;
+                self.acknowledge(ticket, done);
+            }
+            Effect::RingConfigured { index, ticket } => {
+                let done = self.start_if_ready(index);
+                self.acknowledge(ticket, done);
+            }
+            Effect::SetVringKick { index, kick, ticket } => {
+                let done = self.set_kick(index, kick).await;
+                self.acknowledge(ticket, done);
+            }
+            Effect::SetVringCall { index, call, ticket } => {
+                let done = self.set_call(index, call).await;
+                self.acknowledge(ticket, done);
+            }
+            Effect::SetVringErr { index, err, ticket } => {
+                let done = self.set_err(index, err).await;
+                self.acknowledge(ticket, done);
+            }
+            Effect::SetVringEnable { index, enabled, ticket } => {
+                let done = self.enable(index, enabled).await;
+                self.acknowledge(ticket, done);
+            }
+            Effect::GetVringBase { index, ticket, .. } => {
+                let base = self.get_base(index).await?;
+                self.backend.answer(ticket, base);
+            }
+            Effect::ReadConfig { offset, size, ticket } => {
+                let bytes = self.read_config(offset, size);
+                self.backend.answer(ticket, bytes);
+            }
+            Effect::WriteConfig { offset, bytes, migration, ticket } => {
+                let done = self.write_config(offset, &bytes, migration);
+                self.acknowledge(ticket, done);
+            }
+            other => debug!("{} is not offered", other.name()),
+        }
+        Ok(())
+    }
+
+    /// Answers a message that has no reply of its own; a refusal is worth a line in the log.
+    fn acknowledge(&mut self, ticket: Ticket<Ack>, done: Result<(), Refusal>) {
+        if let Err(refusal) = &done {
+            warn!("refused: {refusal}");
+        }
+        self.backend.answer(ticket, done);
+    }
+
+    async fn set_features(&mut self, features: u64, enable_all: bool) -> Result<(), Refusal> {
+        let running = self.rings.iter().any(HostRing::is_running);
+        if running && self.backend.acked_features() != features && !enable_all {
+            return Err(Refusal::because("features cannot change while a ring runs"));
+        }
+        let own = features & self.device.features() & !RING_FEATURES;
+        self.device.ack_features(own).map_err(Refusal::because)?;
+        self.features_known = true;
+        if enable_all {
+            self.enable_all(true).await?;
+        }
+        Ok(())
+    }
+
+    fn read_config(&self, offset: u32, size: u32) -> Result<Vec<u8>, Refusal> {
+        // Bytes past the device's configuration read as zero: front-ends ask for the whole struct
+        // that they know, which may be longer than ours.
+        let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
+        let inside = self.device.config_size().saturating_sub(offset).min(size);
+        let inside = usize::try_from(inside).unwrap_or(0);
+        if let Some(part) = bytes.get_mut(..inside).filter(|part| !part.is_empty()) {
+            self.device.read_config(offset, part).map_err(Refusal::because)?;
+        }
+        Ok(bytes)
+    }
+
+    fn write_config(&mut self, offset: u32, bytes: &[u8], migration: bool) -> Result<(), Refusal> {
+        let size = self.device.config_size();
+        let end = u64::from(offset) + bytes.len() as u64;
+        if end > u64::from(size) {
+            return Err(Refusal::because(format_args!(
+                "configuration bytes {offset}..{end} of {size}"
+            )));
+        }
+        let origin = if migration { ConfigWrite::Migration } else { ConfigWrite::Guest };
+        self.device.write_config(offset, bytes, origin).map_err(Refusal::because)
+    }
+
+    /// RESET_DEVICE: memory, protocol features and channel stay.
+    async fn reset_device(&mut self) -> Result<(), HostError> {
+        self.stop_all().await?;
+        self.device.reset().await?;
+        self.features_known = false;
+        Ok(())
+    }
+
+    /// Stops what runs and closes what was received.
+    pub(crate) async fn close(&mut self) -> Result<(), HostError> {
+        let stopped = self.stop_all().await;
+        self.closed = true;
+        info!("front-end left");
+        stopped
+    }
+}
+
+impl<D: VhostUserDevice, R: Reactor> Drop for Session<'_, D, R> {
+    fn drop(&mut self) {
+        if self.closed {
+            return;
+        }
+        match block_on(self.stop_all()) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!("session dropped: {error}"),
+            Err(error) => warn!("session dropped: {error}"),
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! The control mailbox of a queue: how a change reaches a ring that runs (contract §1).
+//!
+//! The handler holds a [`QueueControl`], the queue the other end. A change is put in, the queue's
+//! owner is woken, takes it between two requests and answers; only then does the handler
+//! acknowledge the front-end. Invariant: a change that was put in is answered exactly once, with
+//! an error when the queue is gone.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures_channel::oneshot;
+use outboard_memory::GuestMemory;
+use outboard_queue::Chain;
+
+use crate::notify::{Call, Kick, Waker};
+
+/// A change of a running ring.
+#[derive(Debug)]
+pub(crate) enum Change {
+    /// Another way to call the driver, or none.
+    Call(Option<Arc<Call>>),
+    /// Another doorbell.
+    Kick(Kick),
+    /// Another place to report that the ring broke.
+    Err(Option<Arc<Call>>),
+    /// SET_VRING_ENABLE, or SET_FEATURES without bit 30.
+    Enable(bool),
+    /// The next generation of guest memory. `drain`: what the old one had may go away, so
+    /// requests that use it are finished first.
+    Memory {
+        /// The new map.
+        memory: Arc<GuestMemory>,
+        /// Finish what is in flight before taking it.
+        drain: bool,
+    },
+}
+
+/// What a queue answers once it lives by a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Applied {
+    /// It serves requests, or would if it were enabled.
+    Serving,
+    /// Its ring is in no region: it waits for the memory to come back.
+    Parked,
+}
+
+/// A change and whom to tell.
+#[derive(Debug)]
+pub(crate) struct Posted {
+    pub(crate) change: Change,
+    pub(crate) done: oneshot::Sender<Applied>,
+}
+
+/// What both ends share.
+#[derive(Debug)]
+pub(crate) struct Mailbox {
+    waker: Waker,
+    /// None: the queue is gone, nobody would answer.
+    changes: Mutex<Option<VecDeque<Posted>>>,
+    returned: Mutex<Vec<(Chain, u32)>>,
+    returned_count: AtomicUsize,
+    broken: AtomicBool,
+}
+
+impl Mailbox {
+    /// An empty mailbox.
+    pub(crate) fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            waker: Waker::new()?,
+            changes: Mutex::new(Some(VecDeque::new())),
+            returned: Mutex::default(),
+            returned_count: AtomicUsize::new(0),
+            broken: AtomicBool::new(false),
+        }))
+    }
+
+    /// The next change, oldest first.
+    pub(crate) fn take(&self) -> Option<Posted> {
+        lock(&self.changes).as_mut()?.pop_front()
+    }
+
+    /// Gives a request back that was finished, or dropped, away from the queue.
+    pub(crate) fn give_back(&self, chain: Chain, written: u32) {
+        let mut returned = lock(&self.returned);
+        returned.push((chain, written));
+        self.returned_count.store(returned.len(), Ordering::Release);
+        drop(returned);
+        self.waker.wake();
+    }
+
+    /// Whether requests were given back: one load, for the hot path.
+    pub(crate) fn has_returns(&self) -> bool {
+        self.returned_count.load(Ordering::Acquire) != 0
+    }
+
+    /// The requests that were given back.
+    pub(crate) fn take_returns(&self) -> Vec<(Chain, u32)> {
+        let mut returned = lock(&self.returned);
+        self.returned_count.store(0, Ordering::Release);
+        std::mem::take(&mut *returned)
+    }
+
+    /// Takes back the wake-ups so far.
+    pub(crate) fn drain_wakes(&self) {
+        self.waker.drain();
+    }
+
+    /// The queue is gone: whoever waits for an answer, now or later, hears that none comes.
+    pub(crate) fn close(&self) {
+        drop(lock(&self.changes).take());
+    }
+
+    /// Latches that the ring broke.
+    pub(crate) fn set_broken(&self) {
+        self.broken.store(true, Ordering::Release);
+    }
+}
+
+impl AsFd for Mailbox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.waker.as_fd()
+    }
+}
+
+/// A lock that a panic elsewhere cannot poison: what it guards is whole between any two lines.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The handler's end of a queue's mailbox.
+#[derive(Debug)]
+pub(crate) struct QueueControl(Arc<Mailbox>);
+
+impl QueueControl {
+    /// The other end of `mailbox`.
+    pub(crate) fn new(mailbox: Arc<Mailbox>) -> Self {
+        Self(mailbox)
+    }
+
+    /// Posts a change; the receiver resolves when the queue lives by it, or fails when the queue
+    /// is gone.
+    pub(crate) fn post(&self, change: Change) -> oneshot::Receiver<Applied> {
+        let (done, receiver) = oneshot::channel();
+        if let Some(changes) = lock(&self.0.changes).as_mut() {
+            changes.push_back(Posted { change, done });
+        }
+        self.0.waker.wake();
+        receiver
+    }
+
+    /// Whether the ring broke since it started.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.0.broken.load(Ordering::Acquire)
+    }
+}

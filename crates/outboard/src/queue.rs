@@ -1,0 +1,431 @@
+//! A virtqueue as a device owns it: the ring, its doorbells, its own view of guest memory and its
+//! control mailbox (contract §1, virtio 1.3 §2.6).
+//!
+//! A `Queue` has exactly one owner: the handler while the ring is stopped, a worker while it is
+//! started. It moves and is never shared; what changes meanwhile comes through the mailbox and is
+//! carried out by [`Queue::poll_control`], between two requests. Invariant: guest memory of a
+//! generation that may go away is let go only when no request uses it.
+//!
+//! ```text
+//!            Change ──▶ mailbox ──▶ poll_control ──▶ call, kick, enable: at once
+//!                                                └─▶ memory: when nothing is in flight,
+//!                                                    then the ring is found again or parked
+//! ```
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use futures_channel::oneshot;
+use outboard_memory::{GuestMemory, View};
+use outboard_queue::{Chain, DeviceQueue, QueueLayout, RingError};
+use tracing::{debug, warn};
+
+use crate::mailbox::{Applied, Change, Mailbox};
+use crate::notify::{Call, Kick, drain};
+use crate::request::Request;
+
+/// What happens to requests on a ring that is started but disabled
+/// (vhost-user, "Ring states": such a ring is processed without side effects).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenDisabled {
+    /// They wait in the ring: requests that want an answer, and receive buffers.
+    #[default]
+    Hold,
+    /// They are taken and dropped: packets and bytes that the driver transmits.
+    Discard,
+}
+
+/// A queue of a device, as its author declares it.
+#[derive(Clone, Copy, Debug)]
+pub struct QueueSpec {
+    /// For logs and the inspect tree: "requests", "rx0".
+    pub name: &'static str,
+    /// The largest ring size that the device takes, a power of two up to 32768.
+    pub max_size: u16,
+    /// What a disabled ring does.
+    pub when_disabled: WhenDisabled,
+}
+
+impl QueueSpec {
+    /// A queue whose requests wait while it is disabled.
+    #[must_use]
+    pub const fn new(name: &'static str, max_size: u16) -> Self {
+        Self { name, max_size, when_disabled: WhenDisabled::Hold }
+    }
+
+    /// A queue whose requests are dropped while it is disabled: it transmits.
+    #[must_use]
+    pub const fn transmit(name: &'static str, max_size: u16) -> Self {
+        Self { name, max_size, when_disabled: WhenDisabled::Discard }
+    }
+}
+
+/// Where a ring lies and how to notify: everything that a start of the ring needs.
+#[derive(Debug)]
+pub(crate) struct Setup {
+    pub(crate) index: u16,
+    pub(crate) when_disabled: WhenDisabled,
+    pub(crate) size: u16,
+    /// Descriptor table, available ring, used ring: addresses of the front-end's own space.
+    pub(crate) user: [u64; 3],
+    pub(crate) features: u64,
+    pub(crate) base: u32,
+    pub(crate) enabled: bool,
+    pub(crate) kick: Kick,
+    pub(crate) call: Option<Arc<Call>>,
+    pub(crate) err: Option<Arc<Call>>,
+}
+
+/// Why a ring cannot be served where it is said to lie.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    /// No region of guest memory holds this part of it.
+    #[error("ring part at {address:#x} of {length} bytes is in no region of guest memory")]
+    Unmapped {
+        /// In the front-end's space.
+        address: u64,
+        /// Bytes.
+        length: u64,
+    },
+    /// It is no ring.
+    #[error("{0}")]
+    Ring(#[from] RingError),
+}
+
+/// What [`Queue::poll_control`] changed that its owner's event loop has to know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Changed {
+    /// [`Queue::kick_fd`] is another one now.
+    pub kick: bool,
+    /// The ring may hold requests that no kick will announce: look at it.
+    pub look: bool,
+    /// Guest memory is another generation.
+    pub memory: bool,
+}
+
+/// A virtqueue, owned by whoever serves it.
+#[derive(Debug)]
+pub struct Queue {
+    setup: Setup,
+    /// None while parked: the ring lies in no region of guest memory.
+    ring: Option<DeviceQueue>,
+    memory: Arc<GuestMemory>,
+    mailbox: Arc<Mailbox>,
+    /// A generation that waits for what is in flight.
+    next_memory: Option<(Arc<GuestMemory>, oneshot::Sender<Applied>)>,
+    broken: bool,
+}
+
+impl Queue {
+    /// Finds the ring in `memory`.
+    ///
+    /// # Errors
+    /// The ring lies outside guest memory, or its size or alignment is no ring's.
+    pub(crate) fn new(
+        setup: Setup,
+        memory: Arc<GuestMemory>,
+        mailbox: Arc<Mailbox>,
+    ) -> Result<Self, StartError> {
+        let ring = Some(find_ring(&setup, setup.base, &memory)?);
+        Ok(Self { setup, ring, memory, mailbox, next_memory: None, broken: false })
+    }
+
+    /// Which of the device's queues this is.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.setup.index
+    }
+
+    /// Number of entries of the ring.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.setup.size
+    }
+
+    /// The feature bits that the driver acknowledged, as they were when the ring started.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.setup.features
+    }
+
+    /// Requests taken from the ring and not finished.
+    #[must_use]
+    pub fn in_flight(&self) -> u16 {
+        self.ring.as_ref().map_or(0, DeviceQueue::in_flight)
+    }
+
+    /// The next index, as GET_VRING_BASE reports it.
+    #[must_use]
+    pub fn base(&self) -> u32 {
+        self.ring.as_ref().map_or(self.setup.base, DeviceQueue::base)
+    }
+
+    /// Whether the driver broke the ring: it is retired until it is stopped and set up anew.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Whether the ring waits for its memory to come back.
+    #[must_use]
+    pub fn is_parked(&self) -> bool {
+        self.ring.is_none()
+    }
+
+    /// The doorbell to wait for; none when the ring is to be polled.
+    #[must_use]
+    pub fn kick_fd(&self) -> Option<&Arc<OwnedFd>> {
+        match &self.setup.kick {
+            Kick::Fd(fd) => Some(fd),
+            Kick::Poll => None,
+        }
+    }
+
+    /// The descriptor that becomes readable when [`Queue::poll_control`] has something to do.
+    #[must_use]
+    pub fn control_fd(&self) -> BorrowedFd<'_> {
+        self.mailbox.as_fd()
+    }
+
+    /// The guest memory of this queue.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// Empties the doorbell; to be called once per wake, before looking at the ring.
+    pub fn drain_kick(&self) {
+        if let Kick::Fd(fd) = &self.setup.kick {
+            drain(fd.as_fd());
+        }
+    }
+
+    /// The next request, if the ring is enabled and holds one.
+    ///
+    /// A ring that its driver broke is retired here: reported once on its error descriptor, then
+    /// silent.
+    pub fn pop(&mut self) -> Option<Request<'_>> {
+        let chain = self.pop_chain()?;
+        Some(Request::new(chain, self, None))
+    }
+
+    /// As [`Queue::pop`], for the library's own workers.
+    pub(crate) fn pop_chain(&mut self) -> Option<Chain> {
+        if !self.looks() {
+            return None;
+        }
+        let ring = self.ring.as_mut()?;
+        loop {
+            match ring.pop() {
+                Ok(Some(chain)) if self.setup.enabled => return Some(chain),
+                Ok(Some(chain)) => ring.complete(chain, 0),
+                Ok(None) => return None,
+                Err(error) => {
+                    self.retire(&error);
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// Whether requests are taken from the ring at all now.
+    fn looks(&self) -> bool {
+        !self.broken
+            && self.next_memory.is_none()
+            && (self.setup.enabled || self.setup.when_disabled == WhenDisabled::Discard)
+    }
+
+    /// Puts a finished request into the batch; `written` bytes count from the first writable one.
+    pub(crate) fn complete(&mut self, chain: Chain, written: u32) {
+        if let Some(ring) = &mut self.ring {
+            ring.complete(chain, written);
+        }
+    }
+
+    /// Shows the driver all finished requests, and calls it if it asked for that.
+    pub fn publish(&mut self) {
+        let Some(ring) = &mut self.ring else { return };
+        match ring.publish() {
+            Ok(true) => {
+                if let Some(call) = &self.setup.call {
+                    call.signal();
+                }
+            }
+            Ok(false) => {}
+            Err(error) => self.retire(&error),
+        }
+    }
+
+    /// Asks the driver for a kick and takes a last look: true when there is work after all.
+    pub fn arm(&mut self) -> bool {
+        let looks = self.looks();
+        self.ring.as_mut().is_some_and(|ring| looks && ring.arm())
+    }
+
+    /// Tells the driver that no kick is needed: we are looking.
+    pub fn disarm(&mut self) {
+        if let Some(ring) = &mut self.ring {
+            ring.disarm();
+        }
+    }
+
+    /// Ring errors latch (rule R10): no more requests are taken, the driver hears of it once.
+    pub(crate) fn retire(&mut self, why: &dyn std::fmt::Display) {
+        if self.broken {
+            return;
+        }
+        self.broken = true;
+        warn!(queue = self.setup.index, "ring retired: {why}");
+        self.mailbox.set_broken();
+        if let Some(err) = &self.setup.err {
+            err.signal();
+        }
+    }
+
+    /// Carries out the changes that the front-end made since the last call, takes back requests
+    /// that were finished elsewhere, and answers whoever waits for it. Call it when
+    /// [`Queue::control_fd`] is readable and after requests were finished; it never blocks.
+    pub fn poll_control(&mut self) -> Changed {
+        let mut changed = Changed::default();
+        self.take_returns();
+        while self.next_memory.is_none() {
+            let Some(posted) = self.mailbox.take() else { break };
+            match posted.change {
+                Change::Memory { memory, drain } => {
+                    if drain || self.ring.is_none() {
+                        self.next_memory = Some((memory, posted.done));
+                    } else {
+                        self.extend_memory(memory, posted.done);
+                        changed.memory = true;
+                    }
+                }
+                other => {
+                    self.change(other, &mut changed);
+                    let _ = posted.done.send(self.state());
+                }
+            }
+            self.settle(&mut changed);
+        }
+        self.settle(&mut changed);
+        changed
+    }
+
+    /// Empties the mailbox's wake-ups; to be called once per wake, before `poll_control`.
+    pub fn drain_control(&self) {
+        self.mailbox.drain_wakes();
+    }
+
+    /// Whether a generation of memory waits for what is in flight.
+    pub(crate) fn has_next_memory(&self) -> bool {
+        self.next_memory.is_some()
+    }
+
+    /// The way back for a request that leaves the queue's thread.
+    pub(crate) fn mailbox(&self) -> &Arc<Mailbox> {
+        &self.mailbox
+    }
+
+    fn take_returns(&mut self) {
+        if !self.mailbox.has_returns() {
+            return;
+        }
+        for (chain, written) in self.mailbox.take_returns() {
+            self.complete(chain, written);
+        }
+        self.publish();
+    }
+
+    fn change(&mut self, change: Change, changed: &mut Changed) {
+        match change {
+            Change::Call(call) => {
+                self.setup.call = call;
+                // A call may have gone to the old descriptor while the new one came: one call too
+                // many is harmless, one too few hangs the guest.
+                if let Some(call) = &self.setup.call {
+                    call.signal();
+                }
+            }
+            Change::Kick(kick) => {
+                self.setup.kick = kick;
+                changed.kick = true;
+                changed.look = true;
+            }
+            Change::Err(err) => self.setup.err = err,
+            Change::Enable(enabled) => {
+                changed.look |= enabled && !self.setup.enabled;
+                self.setup.enabled = enabled;
+            }
+            Change::Memory { .. } => {}
+        }
+    }
+
+    /// Takes a map that keeps every region of the old one: nothing has to be drained.
+    fn extend_memory(&mut self, memory: Arc<GuestMemory>, done: oneshot::Sender<Applied>) {
+        self.memory = Arc::clone(&memory);
+        if let Some(ring) = &mut self.ring
+            && let Err(error) = ring.set_memory(View::new(memory))
+        {
+            self.retire(&error);
+        }
+        let _ = done.send(self.state());
+    }
+
+    /// Takes the next generation of memory once nothing is in flight.
+    fn settle(&mut self, changed: &mut Changed) {
+        if self.in_flight() != 0 {
+            return;
+        }
+        let Some((memory, done)) = self.next_memory.take() else { return };
+        self.publish();
+        self.setup.base = self.base();
+        self.ring = None;
+        match find_ring(&self.setup, self.setup.base, &memory) {
+            Ok(ring) => {
+                self.ring = Some(ring);
+                changed.look = true;
+            }
+            Err(error) => debug!(queue = self.setup.index, "ring parked: {error}"),
+        }
+        self.memory = memory;
+        changed.memory = true;
+        let _ = done.send(self.state());
+    }
+
+    fn state(&self) -> Applied {
+        if self.ring.is_some() { Applied::Serving } else { Applied::Parked }
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.mailbox.close();
+    }
+}
+
+/// Where the ring lies in guest-physical memory.
+fn guest_layout(setup: &Setup, memory: &GuestMemory) -> Result<QueueLayout, StartError> {
+    let size = u64::from(setup.size);
+    let event = 2;
+    let lengths = [16 * size, 4 + 2 * size + event, 4 + 8 * size + event];
+    let [desc, avail, used] = setup.user;
+    let find = |address, length| {
+        memory.user_to_guest(address, length).ok_or(StartError::Unmapped { address, length })
+    };
+    Ok(QueueLayout {
+        size: setup.size,
+        desc: find(desc, lengths[0])?,
+        avail: find(avail, lengths[1])?,
+        used: find(used, lengths[2])?,
+    })
+}
+
+/// Resolves the ring's pointers: once per start and generation, never per request.
+fn find_ring(
+    setup: &Setup,
+    base: u32,
+    memory: &Arc<GuestMemory>,
+) -> Result<DeviceQueue, StartError> {
+    let layout = guest_layout(setup, memory)?;
+    let view = View::new(Arc::clone(memory));
+    Ok(DeviceQueue::new(layout, setup.features, base, view)?)
+}

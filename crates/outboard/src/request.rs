@@ -1,0 +1,200 @@
+//! Requests: what a driver put into a ring, as the device's worker gets it (contract §1b).
+//!
+//! A request is answered exactly once. [`Request::done`] answers now, [`Request::defer`] later and
+//! from any thread, [`Request::submit`] when the event loop's file operation has finished; a
+//! request that is dropped goes back with length 0. Nothing borrows guest bytes: the cursors copy
+//! values out of guest memory and into it, and what was read once cannot be read again.
+
+use std::io;
+use std::sync::Arc;
+
+use outboard_queue::{Chain, Readable, ShortBuffer, Writable};
+
+use crate::events::{EventLoop, FileOp};
+use crate::mailbox::Mailbox;
+use crate::queue::Queue;
+
+/// Proof that a request found its way: answered, deferred or submitted.
+#[derive(Debug)]
+#[must_use = "return it from `serve`"]
+pub struct Served(());
+
+impl Served {
+    /// The request will be answered later, through its [`Deferred`].
+    pub fn later() -> Self {
+        Self(())
+    }
+}
+
+/// One request, on its queue's own thread.
+#[derive(Debug)]
+pub struct Request<'a> {
+    chain: Option<Chain>,
+    queue: &'a mut Queue,
+    events: Option<&'a mut dyn EventLoop>,
+}
+
+impl<'a> Request<'a> {
+    pub(crate) fn new(
+        chain: Chain,
+        queue: &'a mut Queue,
+        events: Option<&'a mut dyn EventLoop>,
+    ) -> Self {
+        Self { chain: Some(chain), queue, events }
+    }
+
+    /// The queue it came from.
+    #[must_use]
+    pub fn queue(&self) -> u16 {
+        self.queue.index()
+    }
+
+    /// The feature bits in force.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.queue.features()
+    }
+
+    /// What the driver wrote for the device: a cursor that copies values out.
+    pub fn readable(&mut self) -> Readable<'_> {
+        self.chain_mut().readable()
+    }
+
+    /// What the device may write for the driver: a cursor that copies values in.
+    pub fn writable(&mut self) -> Writable<'_> {
+        self.chain_mut().writable()
+    }
+
+    /// Sets the last `length` writable bytes aside, wherever they lie: a status that follows data
+    /// of any length.
+    ///
+    /// # Errors
+    /// The driver offered fewer writable bytes.
+    pub fn reserve_tail(&mut self, length: usize) -> Result<(), ShortBuffer> {
+        self.chain_mut().reserve_tail(length)
+    }
+
+    /// Writes into what [`Request::reserve_tail`] set aside.
+    ///
+    /// # Errors
+    /// `bytes` is longer than that.
+    pub fn write_tail(&mut self, bytes: &[u8]) -> Result<(), ShortBuffer> {
+        self.chain_mut().write_tail(bytes)
+    }
+
+    /// Answers: the device wrote the first `written` bytes.
+    pub fn done(mut self, written: u32) -> Served {
+        if let Some(chain) = self.chain.take() {
+            self.queue.complete(chain, written);
+        }
+        Served(())
+    }
+
+    /// Takes the request away from its queue, to be answered later, in any order, on any thread.
+    #[must_use]
+    pub fn defer(mut self) -> Deferred {
+        Deferred { chain: self.chain.take(), home: Arc::clone(self.queue.mailbox()) }
+    }
+
+    /// Whether [`Request::submit`] can be had: the event loop is an io_uring.
+    #[must_use]
+    pub fn can_submit(&self) -> bool {
+        self.events.as_ref().is_some_and(|events| events.can_submit())
+    }
+
+    /// Hands the request to the kernel: the operation reads into the writable bytes that are left,
+    /// or writes the readable ones. [`crate::Worker::completed`] gets it back with `token`.
+    ///
+    /// # Errors
+    /// The request itself, when the loop cannot carry operations or has no room: serve it in
+    /// another way.
+    pub fn submit(mut self, op: FileOp, token: u64) -> Result<Served, Self> {
+        let (Some(events), Some(chain)) = (self.events.as_deref_mut(), self.chain.take()) else {
+            return Err(self);
+        };
+        match events.submit(op, self.queue.index(), token, chain) {
+            Ok(()) => Ok(Served(())),
+            Err(chain) => {
+                self.chain = Some(chain);
+                Err(self)
+            }
+        }
+    }
+
+    fn chain_mut(&mut self) -> &mut Chain {
+        // Only `done`, `defer` and `submit` take the chain, and they consume the request.
+        match &mut self.chain {
+            Some(chain) => chain,
+            None => unreachable!("a request holds its chain until it is consumed"),
+        }
+    }
+}
+
+impl Drop for Request<'_> {
+    fn drop(&mut self) {
+        if let Some(chain) = self.chain.take() {
+            self.queue.complete(chain, 0);
+        }
+    }
+}
+
+/// A request that left its queue's thread. It keeps its guest memory mapped and its ring from
+/// stopping until it is answered or dropped.
+#[derive(Debug)]
+pub struct Deferred {
+    chain: Option<Chain>,
+    home: Arc<Mailbox>,
+}
+
+impl Deferred {
+    /// What the driver wrote for the device.
+    pub fn readable(&mut self) -> Readable<'_> {
+        self.chain_mut().readable()
+    }
+
+    /// What the device may write for the driver.
+    pub fn writable(&mut self) -> Writable<'_> {
+        self.chain_mut().writable()
+    }
+
+    /// As [`Request::reserve_tail`].
+    ///
+    /// # Errors
+    /// The driver offered fewer writable bytes.
+    pub fn reserve_tail(&mut self, length: usize) -> Result<(), ShortBuffer> {
+        self.chain_mut().reserve_tail(length)
+    }
+
+    /// As [`Request::write_tail`].
+    ///
+    /// # Errors
+    /// `bytes` is longer than what was set aside.
+    pub fn write_tail(&mut self, bytes: &[u8]) -> Result<(), ShortBuffer> {
+        self.chain_mut().write_tail(bytes)
+    }
+
+    /// Answers: the device wrote the first `written` bytes.
+    pub fn done(mut self, written: u32) {
+        if let Some(chain) = self.chain.take() {
+            self.home.give_back(chain, written);
+        }
+    }
+
+    fn chain_mut(&mut self) -> &mut Chain {
+        match &mut self.chain {
+            Some(chain) => chain,
+            None => unreachable!("a deferred request holds its chain until it is consumed"),
+        }
+    }
+}
+
+impl Drop for Deferred {
+    fn drop(&mut self) {
+        if let Some(chain) = self.chain.take() {
+            self.home.give_back(chain, 0);
+        }
+    }
+}
+
+/// How a file operation ended: bytes moved, or the kernel's error.
+pub type Outcome = io::Result<u32>;

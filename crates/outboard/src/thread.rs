@@ -1,0 +1,387 @@
+//! A worker thread: one event loop, one worker, one or many queues.
+//!
+//! ```text
+//!   port (start, stop, quit) ─┐
+//!   kick, control of each lane├─▶ wait ─▶ orders, changes ─▶ turn of each ready lane ─▶ arm ─┐
+//!   device's own descriptors ─┤                              pop → serve → publish           │
+//!   file completions ─────────┘ ◀────────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! Invariants: a lane waits for its kick only after it has armed the ring and looked once more; a
+//! lane stops only when nothing of it is in flight and everything is published; a worker that
+//! panics costs its rings, not the thread.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures_channel::oneshot;
+use tracing::{debug, error, warn};
+
+use crate::events::{Event, EventLoop};
+use crate::notify::Waker;
+use crate::queue::Queue;
+use crate::request::Request;
+use crate::worker::{MakeWorker, Worker, WorkerContext};
+
+/// Requests that one lane serves before the next one has its turn.
+const BUDGET: u32 = 64;
+/// Requests after which finished ones are shown to the driver although more are waiting.
+const BATCH: u32 = 16;
+/// How often a ring without a doorbell is looked at.
+const POLL_EVERY: Duration = Duration::from_micros(500);
+
+/// What the device tells a thread.
+pub(crate) enum Order {
+    /// Serve this queue.
+    Start(Box<Queue>),
+    /// Give the queue back when nothing of it is in flight.
+    Stop { index: u16, reply: oneshot::Sender<Box<Queue>> },
+    /// End the thread.
+    Quit,
+}
+
+/// The way to a thread.
+pub(crate) struct Port {
+    waker: Waker,
+    orders: Mutex<VecDeque<Order>>,
+}
+
+impl Port {
+    pub(crate) fn new() -> std::io::Result<Self> {
+        Ok(Self { waker: Waker::new()?, orders: Mutex::default() })
+    }
+
+    pub(crate) fn send(&self, order: Order) {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner).push_back(order);
+        self.waker.wake();
+    }
+
+    fn take(&self) -> Option<Order> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+}
+
+/// A queue on this thread.
+struct Lane {
+    queue: Box<Queue>,
+    /// The ring may hold requests: it is to have a turn.
+    ready: bool,
+    kick_watched: bool,
+    stopping: Option<oneshot::Sender<Box<Queue>>>,
+}
+
+/// What a token means: the upper half is the kind, the lower one a queue or the device's number.
+mod token {
+    pub(super) const PORT: u64 = 0;
+    pub(super) const KICK: u64 = 1 << 32;
+    pub(super) const CONTROL: u64 = 2 << 32;
+    pub(super) const DEVICE: u64 = 3 << 32;
+
+    pub(super) fn kind(token: u64) -> u64 {
+        token & !u64::from(u32::MAX)
+    }
+
+    pub(super) fn low(token: u64) -> u32 {
+        u32::try_from(token & u64::from(u32::MAX)).unwrap_or(u32::MAX)
+    }
+}
+
+/// The token under which a device's own descriptor is watched.
+pub(crate) fn device_token(number: u32) -> u64 {
+    token::DEVICE | u64::from(number)
+}
+
+/// The thread's state.
+struct Thread<W> {
+    worker: W,
+    lanes: Vec<Lane>,
+    events: Box<dyn EventLoop>,
+    port: Arc<Port>,
+    happened: Vec<Event>,
+    next_tick: Option<Instant>,
+    quit: bool,
+}
+
+/// Builds the worker, reports how that went, and serves until it is told to quit.
+pub(crate) fn run<W: Worker>(
+    port: Arc<Port>,
+    mut events: Box<dyn EventLoop>,
+    make: &MakeWorker<W>,
+    number: usize,
+    built: &std::sync::mpsc::Sender<Result<(), crate::Error>>,
+) {
+    let worker = match prepare(&port, events.as_mut(), make, number) {
+        Ok(worker) => worker,
+        Err(error) => {
+            let _ = built.send(Err(error));
+            return;
+        }
+    };
+    let mut thread = Thread {
+        next_tick: worker.tick_every().map(|every| Instant::now() + every),
+        worker,
+        lanes: Vec::new(),
+        events,
+        port,
+        happened: Vec::new(),
+        quit: false,
+    };
+    let _ = built.send(Ok(()));
+    while !thread.quit {
+        let round = catch_unwind(AssertUnwindSafe(|| thread.serve()));
+        if round.is_err() && !thread.recover(make, number) {
+            return;
+        }
+    }
+}
+
+fn prepare<W>(
+    port: &Port,
+    events: &mut dyn EventLoop,
+    make: &MakeWorker<W>,
+    thread: usize,
+) -> Result<W, crate::Error> {
+    events.watch(port.waker.as_fd(), token::PORT)?;
+    make(&mut WorkerContext { events, thread })
+}
+
+impl<W: Worker> Thread<W> {
+    fn serve(&mut self) {
+        while !self.quit {
+            let busy = self.turns();
+            self.retire_stopping();
+            let timeout = if busy { Some(Duration::ZERO) } else { self.timeout() };
+            if let Err(failure) = self.events.wait(timeout, &mut self.happened) {
+                // Nothing of a peer can cause it; without its loop the thread cannot serve.
+                error!("event loop: {failure}");
+                self.quit = true;
+            }
+            self.handle_events();
+            self.tick();
+        }
+    }
+
+    /// Gives every ready lane its turn; true when one of them has more.
+    fn turns(&mut self) -> bool {
+        let mut busy = false;
+        for lane in &mut self.lanes {
+            if lane.ready {
+                lane.ready = turn(&mut self.worker, lane, self.events.as_mut());
+                busy |= lane.ready;
+            }
+        }
+        busy
+    }
+
+    /// How long to wait when nothing is to do.
+    fn timeout(&self) -> Option<Duration> {
+        let polled = self.lanes.iter().any(|lane| lane.queue.kick_fd().is_none());
+        let tick = self.next_tick.map(|at| at.saturating_duration_since(Instant::now()));
+        match (polled, tick) {
+            (true, Some(tick)) => Some(tick.min(POLL_EVERY)),
+            (true, None) => Some(POLL_EVERY),
+            (false, tick) => tick,
+        }
+    }
+
+    fn handle_events(&mut self) {
+        let mut happened = std::mem::take(&mut self.happened);
+        for event in happened.drain(..) {
+            match event {
+                Event::Ready(token) => self.ready(token),
+                Event::Done { queue, token, chain, outcome } => {
+                    self.completed(queue, token, chain, outcome);
+                }
+            }
+        }
+        self.happened = happened;
+        for lane in &mut self.lanes {
+            if lane.queue.kick_fd().is_none() {
+                lane.ready = true;
+            }
+            lane.queue.publish();
+        }
+    }
+
+    fn ready(&mut self, token: u64) {
+        match token::kind(token) {
+            token::PORT => {
+                self.port.waker.drain();
+                while let Some(order) = self.port.take() {
+                    self.order(order);
+                }
+            }
+            token::KICK => {
+                if let Some(lane) = self.lane(token::low(token)) {
+                    lane.queue.drain_kick();
+                    lane.ready = true;
+                }
+            }
+            token::CONTROL => self.control(token::low(token)),
+            _ => {
+                if let Err(error) = self.worker.event(token::low(token)) {
+                    warn!("device event: {error}");
+                }
+            }
+        }
+    }
+
+    fn lane(&mut self, index: u32) -> Option<&mut Lane> {
+        self.lanes.iter_mut().find(|lane| u32::from(lane.queue.index()) == index)
+    }
+
+    fn completed(
+        &mut self,
+        index: u16,
+        token: u64,
+        chain: outboard_queue::Chain,
+        outcome: crate::request::Outcome,
+    ) {
+        let Some(lane) = self.lanes.iter_mut().find(|lane| lane.queue.index() == index) else {
+            // Cannot be: a lane leaves only when nothing of it is in flight.
+            return;
+        };
+        let request = Request::new(chain, &mut lane.queue, Some(self.events.as_mut()));
+        if let Err(error) = self.worker.completed(request, token, outcome) {
+            warn!(queue = index, "request failed: {error}");
+        }
+    }
+
+    fn order(&mut self, order: Order) {
+        match order {
+            Order::Start(queue) => self.start(queue),
+            Order::Stop { index, reply } => {
+                if let Some(lane) = self.lane(u32::from(index)) {
+                    lane.stopping = Some(reply);
+                }
+            }
+            Order::Quit => self.quit = true,
+        }
+    }
+
+    fn start(&mut self, queue: Box<Queue>) {
+        let index = u64::from(queue.index());
+        if let Err(error) = self.events.watch(queue.control_fd(), token::CONTROL | index) {
+            warn!(queue = queue.index(), "cannot wait for changes: {error}");
+        }
+        let mut lane = Lane { queue, ready: true, kick_watched: false, stopping: None };
+        watch_kick(&mut lane, self.events.as_mut());
+        self.lanes.push(lane);
+    }
+
+    fn control(&mut self, index: u32) {
+        let events = self.events.as_mut();
+        let Some(lane) = self.lanes.iter_mut().find(|l| u32::from(l.queue.index()) == index) else {
+            return;
+        };
+        lane.queue.drain_control();
+        poll_control(lane, events);
+    }
+
+    /// Gives back the lanes that were told to stop and have nothing in flight; goes on with
+    /// changes of memory that waited for that.
+    fn retire_stopping(&mut self) {
+        let mut at = 0;
+        while let Some(lane) = self.lanes.get_mut(at) {
+            if lane.queue.in_flight() == 0 && lane.queue.has_next_memory() {
+                poll_control(lane, self.events.as_mut());
+            }
+            if lane.stopping.is_none() || lane.queue.in_flight() != 0 {
+                at += 1;
+                continue;
+            }
+            let mut lane = self.lanes.swap_remove(at);
+            lane.queue.publish();
+            let index = u64::from(lane.queue.index());
+            self.events.unwatch(token::KICK | index);
+            self.events.unwatch(token::CONTROL | index);
+            debug!(queue = index, "queue stopped");
+            if let Some(reply) = lane.stopping.take() {
+                // Whoever asked may have left: then the queue ends here.
+                let _ = reply.send(lane.queue);
+            }
+        }
+    }
+
+    fn tick(&mut self) {
+        let (Some(at), Some(every)) = (self.next_tick, self.worker.tick_every()) else { return };
+        if Instant::now() < at {
+            return;
+        }
+        self.next_tick = Some(Instant::now() + every);
+        if let Err(error) = self.worker.tick() {
+            warn!("device tick: {error}");
+        }
+    }
+
+    /// After a panic in the worker: its rings are retired, a new worker takes its place. False
+    /// when none can be built: the thread ends.
+    fn recover(&mut self, make: &MakeWorker<W>, number: usize) -> bool {
+        error!("worker panicked: its rings are retired");
+        for lane in &mut self.lanes {
+            lane.queue.retire(&"its worker panicked");
+        }
+        let events = self.events.as_mut();
+        match make(&mut WorkerContext { events, thread: number }) {
+            Ok(worker) => {
+                self.worker = worker;
+                true
+            }
+            Err(error) => {
+                error!("no new worker: {error}");
+                false
+            }
+        }
+    }
+}
+
+/// Serves what is in one ring, up to its budget; true when there may be more.
+fn turn<W: Worker>(worker: &mut W, lane: &mut Lane, events: &mut dyn EventLoop) -> bool {
+    if lane.stopping.is_some() {
+        return false;
+    }
+    lane.queue.disarm();
+    for served in 1..=BUDGET {
+        let Some(chain) = lane.queue.pop_chain() else {
+            lane.queue.publish();
+            return lane.queue.arm();
+        };
+        let request = Request::new(chain, &mut lane.queue, Some(&mut *events));
+        if let Err(error) = worker.serve(request) {
+            debug!(queue = lane.queue.index(), "request failed: {error}");
+        }
+        if served % BATCH == 0 {
+            lane.queue.publish();
+        }
+    }
+    lane.queue.publish();
+    true
+}
+
+/// Takes changes of a lane and has the event loop follow.
+fn poll_control(lane: &mut Lane, events: &mut dyn EventLoop) {
+    let changed = lane.queue.poll_control();
+    if changed.kick {
+        watch_kick(lane, events);
+    }
+    lane.ready |= changed.look;
+}
+
+/// Waits for the lane's doorbell of the moment.
+fn watch_kick(lane: &mut Lane, events: &mut dyn EventLoop) {
+    let token = token::KICK | u64::from(lane.queue.index());
+    if lane.kick_watched {
+        events.unwatch(token);
+        lane.kick_watched = false;
+    }
+    if let Some(kick) = lane.queue.kick_fd() {
+        match events.watch(kick.as_fd(), token) {
+            Ok(()) => lane.kick_watched = true,
+            // Any type is tolerated; one that cannot be waited for never kicks (case A58).
+            Err(error) => warn!(queue = lane.queue.index(), "the doorbell never rings: {error}"),
+        }
+    }
+}

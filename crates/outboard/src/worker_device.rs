@@ -1,0 +1,243 @@
+//! `WorkerDevice`: a whole [`VhostUserDevice`] of a [`Model`] and its [`Worker`]s.
+//!
+//! Threads are started when the device is made and live as long as it does; an idle one waits in
+//! its event loop and costs nothing. Queue `i` is served by thread `i % threads`. Dropping the
+//! device ends its threads; queues that still run are finished first.
+
+use std::sync::{Arc, mpsc};
+use std::thread::{Builder, JoinHandle};
+
+use futures_channel::oneshot;
+
+use crate::device::{ConfigWrite, VhostUserDevice};
+use crate::error::{Error, HostError};
+use crate::events::{LoopKind, event_loop};
+use crate::queue::{Queue, QueueSpec};
+use crate::thread::{self, Order, Port};
+use crate::worker::{MakeWorker, Model, Plain, Worker, WorkerContext};
+
+/// One worker thread.
+struct Handle {
+    port: Arc<Port>,
+    join: Option<JoinHandle<()>>,
+}
+
+/// Where a queue is.
+#[derive(Debug)]
+enum Run {
+    /// With the handler.
+    Stopped,
+    /// With its thread.
+    Started,
+    /// With its thread, on its way back. Kept here, so that a caller who gives up waiting can ask
+    /// again and nothing is lost.
+    Stopping(oneshot::Receiver<Box<Queue>>),
+}
+
+/// See the module.
+pub struct WorkerDevice<M: Model> {
+    model: M,
+    queues: Vec<QueueSpec>,
+    threads: Vec<Handle>,
+    runs: Vec<Run>,
+    suspended: bool,
+}
+
+impl<M: Model> std::fmt::Debug for WorkerDevice<M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WorkerDevice")
+            .field("queues", &self.queues)
+            .field("threads", &self.threads.len())
+            .field("runs", &self.runs)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<W: Worker + 'static> WorkerDevice<Plain<W>> {
+    /// A device that has queues and a worker and nothing else: no configuration, no features.
+    ///
+    /// # Errors
+    /// The worker cannot be built, or a thread cannot be started.
+    pub fn plain(
+        queues: &[QueueSpec],
+        make: impl Fn(&mut WorkerContext<'_>) -> Result<W, Error> + Send + Sync + 'static,
+    ) -> Result<Self, Error> {
+        let make: MakeWorker<W> = Arc::new(make);
+        Self::new(Plain { queues: queues.to_vec(), make })
+    }
+}
+
+impl<M: Model> WorkerDevice<M> {
+    /// Starts the model's threads, on io_uring where that can be had.
+    ///
+    /// # Errors
+    /// A worker cannot be built, or a thread cannot be started.
+    pub fn new(model: M) -> Result<Self, Error> {
+        Self::with_loop(model, LoopKind::Auto)
+    }
+
+    /// As [`WorkerDevice::new`], on a named event loop.
+    ///
+    /// # Errors
+    /// As [`WorkerDevice::new`]; the event loop is refused.
+    pub fn with_loop(model: M, kind: LoopKind) -> Result<Self, Error> {
+        let queues = model.queues();
+        let count = model.threads().clamp(1, queues.len().max(1));
+        let mut device = Self {
+            runs: queues.iter().map(|_| Run::Stopped).collect(),
+            queues,
+            threads: Vec::with_capacity(count),
+            suspended: true,
+            model,
+        };
+        let (built, results) = mpsc::channel();
+        for number in 0..count {
+            let handle = spawn(device.model.make_worker(), kind, number, built.clone())?;
+            device.threads.push(handle);
+        }
+        drop(built);
+        for _ in 0..count {
+            match results.recv() {
+                Ok(result) => result?,
+                Err(_) => return Err(Error::refused("a worker ended while it was built")),
+            }
+        }
+        Ok(device)
+    }
+
+    /// The model.
+    pub fn model(&self) -> &M {
+        &self.model
+    }
+
+    /// The model.
+    pub fn model_mut(&mut self) -> &mut M {
+        &mut self.model
+    }
+
+    fn thread_of(&self, index: u16) -> Option<&Handle> {
+        self.threads.get(usize::from(index) % self.threads.len().max(1))
+    }
+
+    fn no_such(&self, index: u16) -> HostError {
+        HostError::NoSuchQueue { index, queues: self.queues.len() }
+    }
+}
+
+fn spawn<W: Worker + 'static>(
+    make: MakeWorker<W>,
+    kind: LoopKind,
+    number: usize,
+    built: mpsc::Sender<Result<(), Error>>,
+) -> Result<Handle, Error> {
+    let port = Arc::new(Port::new()?);
+    let theirs = Arc::clone(&port);
+    let join =
+        Builder::new().name(format!("worker{number}")).spawn(move || match event_loop(kind) {
+            Ok(events) => thread::run(theirs, events, &make, number, &built),
+            Err(error) => drop(built.send(Err(error.into()))),
+        })?;
+    Ok(Handle { port, join: Some(join) })
+}
+
+impl<M: Model> VhostUserDevice for WorkerDevice<M> {
+    fn queues(&self) -> &[QueueSpec] {
+        &self.queues
+    }
+
+    fn features(&self) -> u64 {
+        self.model.features()
+    }
+
+    fn ack_features(&mut self, features: u64) -> Result<(), Error> {
+        self.model.ack_features(features)
+    }
+
+    fn config_size(&self) -> u32 {
+        self.model.config_size()
+    }
+
+    fn read_config(&self, offset: u32, bytes: &mut [u8]) -> Result<(), Error> {
+        self.model.read_config(offset, bytes)
+    }
+
+    fn write_config(
+        &mut self,
+        offset: u32,
+        bytes: &[u8],
+        origin: ConfigWrite,
+    ) -> Result<(), Error> {
+        self.model.write_config(offset, bytes, origin)
+    }
+
+    fn start_queue(&mut self, index: u16, queue: Queue) -> Result<(), Error> {
+        let missing = self.no_such(index);
+        match self.runs.get_mut(usize::from(index)) {
+            None => return Err(missing.into()),
+            // Its last stop was given up waiting for: the thread may still hold the queue.
+            Some(Run::Stopping(back)) => {
+                if let Ok(None) = back.try_recv() {
+                    return Err(Error::refused(format!("queue {index} has not drained yet")));
+                }
+            }
+            Some(_) => {}
+        }
+        if self.suspended {
+            self.model.resume()?;
+            self.suspended = false;
+        }
+        let thread = self.thread_of(index).ok_or_else(|| self.no_such(index))?;
+        if thread.join.as_ref().is_none_or(JoinHandle::is_finished) {
+            return Err(HostError::WorkerGone(index).into());
+        }
+        thread.port.send(Order::Start(Box::new(queue)));
+        if let Some(run) = self.runs.get_mut(usize::from(index)) {
+            *run = Run::Started;
+        }
+        Ok(())
+    }
+
+    async fn stop_queue(&mut self, index: u16) -> Result<Queue, HostError> {
+        let thread = self.thread_of(index).map(|thread| Arc::clone(&thread.port));
+        let missing = self.no_such(index);
+        let (Some(run), Some(port)) = (self.runs.get_mut(usize::from(index)), thread) else {
+            return Err(missing);
+        };
+        if matches!(run, Run::Started) {
+            let (reply, queue) = oneshot::channel();
+            *run = Run::Stopping(queue);
+            port.send(Order::Stop { index, reply });
+        }
+        let Run::Stopping(back) = run else { return Err(HostError::NotStarted(index)) };
+        let queue = back.await;
+        *run = Run::Stopped;
+        queue.map(|queue| *queue).map_err(|_| HostError::WorkerGone(index))
+    }
+
+    async fn reset(&mut self) -> Result<(), Error> {
+        self.model.reset()
+    }
+
+    async fn enter_suspended_state(&mut self) -> Result<(), Error> {
+        self.suspended = true;
+        self.model.suspend()
+    }
+
+    fn unmap_guest_memory_on_fork(&self) -> bool {
+        self.model.unmap_guest_memory_on_fork()
+    }
+}
+
+impl<M: Model> Drop for WorkerDevice<M> {
+    fn drop(&mut self) {
+        for thread in &self.threads {
+            thread.port.send(Order::Quit);
+        }
+        for thread in &mut self.threads {
+            if let Some(join) = thread.join.take() {
+                // A thread ends by itself; what it panicked with was logged there.
+                let _ = join.join();
+            }
+        }
+    }
+}
