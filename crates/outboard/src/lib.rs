@@ -32,6 +32,7 @@
 //! # Platform
 //! Linux on 64-bit little-endian machines.
 
+mod async_worker;
 mod connection;
 mod device;
 mod error;
@@ -47,6 +48,7 @@ mod thread;
 mod worker;
 mod worker_device;
 
+pub use async_worker::{AsyncWorker, Requests};
 pub use device::{ConfigWrite, VhostUserDevice};
 pub use error::{Error, HostError};
 pub use events::{FileId, FileOp, LoopKind};

@@ -233,9 +233,18 @@ impl<M: Model> Drop for WorkerDevice<M> {
         for thread in &self.threads {
             thread.port.send(Order::Quit);
         }
-        for thread in &mut self.threads {
-            if let Some(join) = thread.join.take() {
-                // A thread ends by itself; what it panicked with was logged there.
+        let count = self.threads.len().max(1);
+        let mut stuck = vec![false; count];
+        for (index, run) in self.runs.iter_mut().enumerate() {
+            if let (Run::Stopping(back), Some(stuck)) = (run, stuck.get_mut(index % count)) {
+                *stuck |= matches!(back.try_recv(), Ok(None));
+            }
+        }
+        for (thread, stuck) in self.threads.iter_mut().zip(stuck) {
+            // A thread that never gave its queue back hangs in the kernel: it is left to itself,
+            // and keeps what it uses mapped.
+            if let Some(join) = thread.join.take().filter(|_| !stuck) {
+                // What it panicked with was logged there.
                 let _ = join.join();
             }
         }

@@ -47,6 +47,8 @@ pub struct HandlerOptions {
     pub without_protocol_features: ProtocolFeatures,
     /// How long a queue may take to finish its requests when it is stopped, and to take a change.
     pub drain_deadline: Duration,
+    /// The same once the server was told to stop.
+    pub stop_deadline: Duration,
 }
 
 impl Default for HandlerOptions {
@@ -55,6 +57,7 @@ impl Default for HandlerOptions {
             without_features: 0,
             without_protocol_features: ProtocolFeatures::empty(),
             drain_deadline: Duration::from_secs(30),
+            stop_deadline: Duration::from_secs(2),
         }
     }
 }

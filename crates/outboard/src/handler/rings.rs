@@ -134,7 +134,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     /// Takes a queue back from its worker. The ring counts as running until it is back, so that a
     /// session dropped meanwhile waits for it.
     async fn stop(&mut self, index: u16) -> Result<Queue, HostError> {
-        let bound = self.options.drain_deadline;
+        let bound = self.bound;
         let stopping = self.device.stop_queue(index);
         let queue = match race(stopping, self.reactor.sleep(bound)).await {
             Raced::First(queue) => queue,
@@ -241,7 +241,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         index: u16,
         answer: oneshot::Receiver<Applied>,
     ) -> Result<(), Refusal> {
-        let bound = self.options.drain_deadline;
+        let bound = self.bound;
         let event = match race(answer, self.reactor.sleep(bound)).await {
             Raced::First(Ok(Applied::Serving)) => RingEvent::Resumed,
             Raced::First(Ok(Applied::Parked)) => RingEvent::Parked,

@@ -8,10 +8,11 @@ use std::fmt;
 use std::future::pending;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use outboard_memory::GuestMemory;
 use outboard_protocol::ticket::Ack;
-use outboard_protocol::{Backend, Effect, Offer, Refusal, Step, Ticket};
+use outboard_protocol::{Backend, Effect, Offer, Refusal, Step, Ticket, virtio};
 use tracing::{debug, info, warn};
 
 use super::rings::HostRing;
@@ -60,7 +61,7 @@ impl<R: Reactor> Attention<'_, R> {
 /// See the module.
 pub(crate) struct Session<'h, D: VhostUserDevice, R: Reactor> {
     pub(super) device: &'h mut D,
-    pub(super) options: &'h HandlerOptions,
+    options: &'h HandlerOptions,
     pub(super) reactor: R,
     connection: Connection<R>,
     pub(super) backend: Backend<OwnedFd>,
@@ -68,6 +69,8 @@ pub(crate) struct Session<'h, D: VhostUserDevice, R: Reactor> {
     pub(super) rings: Vec<HostRing>,
     /// SET_FEATURES has come: before it no ring starts.
     pub(super) features_known: bool,
+    /// How long a queue may take to stop or to take a change.
+    pub(super) bound: Duration,
     closed: bool,
 }
 
@@ -95,6 +98,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             memory: Arc::new(GuestMemory::new(0, Vec::new())?),
             rings,
             features_known: false,
+            bound: options.drain_deadline,
             closed: false,
         })
     }
@@ -104,7 +108,10 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         let reactor = self.reactor.clone();
         match race(self.messages(), attention.stopped(&reactor)).await {
             Raced::First(ended) => ended,
-            Raced::Second(()) => Ok(Ended::Stopped),
+            Raced::Second(()) => {
+                self.bound = self.bound.min(self.options.stop_deadline);
+                Ok(Ended::Stopped)
+            }
         }
     }
 
@@ -235,7 +242,8 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
 
     async fn set_features(&mut self, features: u64, enable_all: bool) -> Result<(), Refusal> {
         let running = self.rings.iter().any(HostRing::is_running);
-        if running && self.backend.acked_features() != features && !enable_all {
+        let changed = self.backend.acked_features() ^ features;
+        if running && changed & !(virtio::PROTOCOL_FEATURES | virtio::LOG_ALL) != 0 {
             return Err(Refusal::because("features cannot change while a ring runs"));
         }
         let own = features & self.device.features() & !RING_FEATURES;
