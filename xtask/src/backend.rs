@@ -107,6 +107,14 @@ pub enum Disk {
 }
 
 impl Disk {
+    /// Our disk, or the one that `OUTBOARD_GUEST_DISK=storage-daemon` puts in its place: a test
+    /// that fails with either is not the device's fault.
+    #[must_use]
+    pub fn ours() -> Self {
+        let wanted = std::env::var("OUTBOARD_GUEST_DISK").unwrap_or_default();
+        if wanted == "storage-daemon" { Self::StorageDaemon } else { Self::Outboard }
+    }
+
     /// Serves `image` on a socket in `dir`, with so many queues.
     ///
     /// # Errors
@@ -115,10 +123,8 @@ impl Disk {
         let at = socket(dir, "disk");
         let mut command = match self {
             Self::Outboard => {
-                let mut command = Command::new(outboard()?);
-                command.args(["block", "--num-queues", &queues.to_string(), "--socket-path"]);
-                command.arg(&at).arg(image);
-                command
+                let queues = queues.to_string();
+                return outboard_block(dir, image, &["--num-queues", &queues]);
             }
             Self::StorageDaemon => {
                 let mut command = root.command("usr/bin/qemu-storage-daemon");
@@ -134,6 +140,16 @@ impl Disk {
         };
         Device::start(&mut command, dir, "disk")
     }
+}
+
+/// `outboard block` with further arguments, on a socket in `dir`.
+///
+/// # Errors
+/// When the program is not there or does not start.
+pub fn outboard_block(dir: &Path, image: &Path, arguments: &[&str]) -> Result<Device> {
+    let mut command = Command::new(outboard()?);
+    command.arg("block").args(arguments).arg("--socket-path").arg(socket(dir, "disk")).arg(image);
+    Device::start(&mut command, dir, "disk")
 }
 
 /// Our program: `$OUTBOARD_BIN`, else the newest of the target directory's builds.

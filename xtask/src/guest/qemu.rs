@@ -8,7 +8,7 @@ use super::{BASE_MODULES, Guest, initramfs};
 use crate::packages::Root;
 use anyhow::{Context as _, Result};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 /// What the guest is made of.
 #[derive(Clone, Debug)]
@@ -17,6 +17,8 @@ pub struct Machine {
     pub cpus: u16,
     /// Memory in MiB.
     pub memory: u32,
+    /// Room for memory to be plugged in later, in MiB.
+    pub hot_plug: Option<u32>,
     /// Further arguments for QEMU: the devices.
     pub arguments: Vec<String>,
     /// Modules to load besides those of every guest.
@@ -27,7 +29,8 @@ pub struct Machine {
 
 impl Default for Machine {
     fn default() -> Self {
-        Self { cpus: 1, memory: 256, arguments: Vec::new(), modules: Vec::new(), seabios: false }
+        let (arguments, modules) = (Vec::new(), Vec::new());
+        Self { cpus: 1, memory: 256, hot_plug: None, arguments, modules, seabios: false }
     }
 }
 
@@ -59,31 +62,7 @@ impl Machine {
             initramfs::build(root, &root.path(&format!("lib/modules/{release}")), &modules)?;
         let (initrd, console) = (dir.join("initramfs"), dir.join("console"));
         std::fs::write(&initrd, archive)?;
-        let mut command = root.command("usr/bin/qemu-system-x86_64");
-        command.args([
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-machine",
-            "q35,accel=tcg",
-        ]);
-        command.args([
-            "-cpu",
-            "max",
-            "-smp",
-            &self.cpus.to_string(),
-            "-m",
-            &self.memory.to_string(),
-        ]);
-        let memory = format!("memory-backend-memfd,id=memory,size={}M,share=on", self.memory);
-        command.args(["-object", &memory, "-numa", "node,memdev=memory"]);
-        for data in ["usr/share/qemu", "usr/share/seabios"] {
-            command.arg("-L").arg(root.path(data));
-        }
-        if !self.seabios {
-            command.args(["-bios", "qboot.rom"]);
-        }
+        let mut command = self.hardware(root);
         command.arg("-kernel").arg(root.path(&format!("boot/vmlinuz-{release}")));
         command.arg("-initrd").arg(&initrd);
         command.args(["-append", "console=ttyS0 panic=-1 mitigations=off nokaslr agent=ttyS1"]);
@@ -95,5 +74,24 @@ impl Machine {
         let log = std::fs::File::create(dir.join("qemu.log"))?;
         let child = command.stderr(log).spawn().context("cannot start QEMU")?;
         Guest::new(child, vec![console, dir.join("qemu.log")], Some(monitor))
+    }
+
+    /// QEMU with processors, memory and firmware, without devices.
+    fn hardware(&self, root: &Root) -> Command {
+        let mut command = root.command("usr/bin/qemu-system-x86_64");
+        command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+        command.args(["-machine", "q35,accel=tcg", "-cpu", "max", "-smp", &self.cpus.to_string()]);
+        let room = self.hot_plug.map_or(0, |more| self.memory + more);
+        let room = if room > 0 { format!(",slots=4,maxmem={room}M") } else { String::new() };
+        command.arg("-m").arg(format!("{}M{room}", self.memory));
+        let memory = format!("memory-backend-memfd,id=memory,size={}M,share=on", self.memory);
+        command.args(["-object", &memory, "-numa", "node,memdev=memory"]);
+        for data in ["usr/share/qemu", "usr/share/seabios"] {
+            command.arg("-L").arg(root.path(data));
+        }
+        if !self.seabios {
+            command.args(["-bios", "qboot.rom"]);
+        }
+        command
     }
 }

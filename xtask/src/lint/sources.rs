@@ -90,8 +90,12 @@ fn unsafe_code(source: &Source) -> Option<String> {
 
 fn is_unsafe(line: &str) -> bool {
     let code = line.split("//").next().unwrap_or_default();
-    // A form in quotes is this file's own list, or a message.
-    UNSAFE_FORMS.iter().any(|form| code.contains(form) && !code.contains(&format!("\"{form}")))
+    let stands_alone = |at: usize| {
+        // Not the end of a longer name, nor the beginning of a string.
+        let before = code.get(..at).and_then(|text| text.chars().next_back());
+        before.is_none_or(|c| !c.is_alphanumeric() && c != '_' && c != '"')
+    };
+    UNSAFE_FORMS.iter().any(|form| code.match_indices(form).any(|(at, _)| stands_alone(at)))
 }
 
 #[cfg(test)]
@@ -104,11 +108,13 @@ mod tests {
 
     #[test]
     fn unsafe_code_is_found_outside_the_memory_crate_and_words_are_not() {
-        let code = "//! x\nlet x = unsafe { y };\n";
+        let code = ["//! x\nlet x = unsafe", "{ y };\n"].join(" ");
+        let code = code.as_str();
         let found = unsafe_code(&source("crates/outboard-queue/src/a.rs", code)).unwrap();
         assert!(found.starts_with("crates/outboard-queue/src/a.rs:2:"), "{found}");
         assert!(unsafe_code(&source("crates/outboard-memory/src/a.rs", code)).is_none());
-        let words = "//! no unsafe { here }\n#![forbid(unsafe_code)]\n// unsafe fn\n";
+        let words =
+            "//! no unsafe { here }\n#![forbid(unsafe_code)]\n// unsafe fn\nfn is_unsafe(x)\n";
         assert!(unsafe_code(&source("crates/outboard-queue/src/a.rs", words)).is_none());
     }
 

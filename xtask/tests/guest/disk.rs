@@ -4,16 +4,17 @@
 
 use crate::lab::{Lab, sound};
 use anyhow::Result;
+use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
-use xtask::backend::{Device, Disk, allocated, check_ext4, image};
+use xtask::backend::{Device, Disk, allocated, check_ext4, image, outboard_block};
 use xtask::guest::{Guest, qemu::Machine};
 
 /// The bound for one script: tens of seconds where two guests share two cores.
-const LONG: Duration = Duration::from_secs(240);
+pub(crate) const LONG: Duration = Duration::from_secs(240);
 
 /// Four writers, 16 files of 1 MiB each, on a fresh file system; the sums are taken from what
 /// was written, before it goes to the disk.
-const FILL: &str = r#"
+pub(crate) const FILL: &str = r#"
 mkfs.ext4 -q -F /dev/vda
 mount -t ext4 /dev/vda /mnt
 cd /mnt
@@ -32,7 +33,7 @@ sync
 "#;
 
 /// Reads every file back from the disk, not from memory.
-const VERIFY: &str = "
+pub(crate) const VERIFY: &str = "
 cd /mnt
 sync
 echo 3 > /proc/sys/vm/drop_caches
@@ -49,10 +50,27 @@ sync
 fstrim -v /mnt
 ";
 
-const UNMOUNT: &str = "cd /; umount /mnt; sync";
-const MOUNT: &str = "mount -t ext4 /dev/vda /mnt";
+/// A write to a disk that takes none, then four bytes from its middle.
+const LOOK: &str = "
+dd if=/dev/zero of=/dev/vda bs=4096 count=1 conv=fsync 2>/dev/null && echo written || echo refused
+dd if=/dev/vda bs=4096 skip=2048 count=1 2>/dev/null | head -c 4 | xxd -p
+";
 
-fn script(guest: &mut Guest, device: &Device, parts: &[&str]) -> Result<String> {
+/// Each way of writing once, as the driver says that the device has it.
+const CACHE: &str = "
+cd /sys/block/vda
+for kind in 'write back' 'write through' 'write back'; do
+    echo \"$kind\" > cache_type
+    cat cache_type
+    dd if=/dev/urandom of=/dev/vda bs=64k count=4 conv=fsync 2>/dev/null
+done
+";
+
+pub(crate) const UNMOUNT: &str = "cd /; umount /mnt; sync";
+pub(crate) const MOUNT: &str = "mount -t ext4 /dev/vda /mnt";
+
+/// Runs the parts as one script.
+pub(crate) fn script(guest: &mut Guest, device: &Device, parts: &[&str]) -> Result<String> {
     let begun = std::time::Instant::now();
     let said = sound(guest.run(&parts.join("\n"), LONG), device)?;
     eprintln!("script: {:.1?}", begun.elapsed());
@@ -102,12 +120,12 @@ fn assert_every_queue_interrupted(table: &str, queues: u16) {
 
 #[test]
 fn a_guest_finds_its_files_again_after_a_reboot_with_one_queue() -> Result<()> {
-    formats_fills_trims_restarts_and_finds_all(Disk::Outboard, 1)
+    formats_fills_trims_restarts_and_finds_all(Disk::ours(), 1)
 }
 
 #[test]
 fn a_guest_finds_its_files_again_after_a_reboot_with_four_queues() -> Result<()> {
-    formats_fills_trims_restarts_and_finds_all(Disk::Outboard, 4)
+    formats_fills_trims_restarts_and_finds_all(Disk::ours(), 4)
 }
 
 #[test]
@@ -116,31 +134,10 @@ fn the_same_guest_is_content_with_qemu_storage_daemon() -> Result<()> {
 }
 
 #[test]
-fn a_machine_reset_in_the_middle_of_writes_leaves_a_disk_that_mounts() -> Result<()> {
-    let Some(lab) = Lab::for_disk(Disk::Outboard)? else { return Ok(()) };
-    let image = image(lab.path(), 256)?;
-    let device = Disk::Outboard.serve(&lab.root, lab.path(), &image, 2)?;
-    let machine = Machine { cpus: 2, ..Machine::default() };
-    let machine = machine.with_device("vhost-user-blk-pci,num-queues=2", &device.socket);
-    let mut guest = sound(machine.boot(&lab.root, lab.path()), &device)?;
-    script(&mut guest, &device, &[FILL, UNMOUNT])?;
-    let endless = "while :; do dd if=/dev/zero of=/mnt/load bs=64k count=500 conv=fsync; done";
-    for _ in 0..2 {
-        sound(guest.start(&[MOUNT, "echo writing", endless].join("\n")), &device)?;
-        sound(guest.expect("writing", LONG), &device)?;
-        sound(guest.reset(), &device)?;
-    }
-    script(&mut guest, &device, &[MOUNT, VERIFY, UNMOUNT])?;
-    sound(guest.power_off(), &device)?;
-    device.terminate()?;
-    check_ext4(&lab.root, &image)
-}
-
-#[test]
 fn a_bios_that_reads_the_disk_first_leaves_it_fit_for_the_guest() -> Result<()> {
-    let Some(lab) = Lab::for_disk(Disk::Outboard)? else { return Ok(()) };
+    let Some(lab) = Lab::for_disk(Disk::ours())? else { return Ok(()) };
     let image = image(lab.path(), 64)?;
-    let device = Disk::Outboard.serve(&lab.root, lab.path(), &image, 1)?;
+    let device = Disk::ours().serve(&lab.root, lab.path(), &image, 1)?;
     let machine = Machine { seabios: true, ..Machine::default() };
     let machine =
         machine.with_device("vhost-user-blk-pci,num-queues=1,bootindex=1", &device.socket);
@@ -149,4 +146,41 @@ fn a_bios_that_reads_the_disk_first_leaves_it_fit_for_the_guest() -> Result<()> 
     sound(guest.power_off(), &device)?;
     device.terminate()?;
     check_ext4(&lab.root, &image)
+}
+
+#[test]
+fn a_read_only_disk_shows_its_serial_and_takes_no_write() -> Result<()> {
+    let Some(lab) = Lab::for_disk(Disk::Outboard)? else { return Ok(()) };
+    let image = image(lab.path(), 16)?;
+    std::fs::OpenOptions::new().write(true).open(&image)?.write_all_at(&[0xa5; 4096], 8 << 20)?;
+    let device = outboard_block(lab.path(), &image, &["--read-only", "--serial", "spare wheel"])?;
+    let machine = Machine::default().with_device("vhost-user-blk-pci", &device.socket);
+    let mut guest = sound(machine.boot(&lab.root, lab.path()), &device)?;
+    let said = script(
+        &mut guest,
+        &device,
+        &[
+            "cat /sys/block/vda/serial; echo",
+            "cat /sys/block/vda/ro",
+            "cat /sys/block/vda/size",
+            LOOK,
+        ],
+    )?;
+    let lines: Vec<_> = said.lines().filter(|line| !line.is_empty()).collect();
+    assert_eq!(lines, ["spare wheel", "1", "32768", "refused", "a5a5a5a5"]);
+    sound(guest.power_off(), &device)?;
+    device.terminate()
+}
+
+#[test]
+fn the_guest_turns_the_write_cache_off_and_on_again() -> Result<()> {
+    let Some(lab) = Lab::for_disk(Disk::ours())? else { return Ok(()) };
+    let image = image(lab.path(), 16)?;
+    let device = Disk::ours().serve(&lab.root, lab.path(), &image, 1)?;
+    let machine = Machine::default().with_device("vhost-user-blk-pci", &device.socket);
+    let mut guest = sound(machine.boot(&lab.root, lab.path()), &device)?;
+    let said = script(&mut guest, &device, &[CACHE])?;
+    assert_eq!(said, "write back\nwrite through\nwrite back\n");
+    sound(guest.power_off(), &device)?;
+    device.terminate()
 }

@@ -5,5 +5,6 @@
 
 mod disk;
 mod lab;
+mod live;
 mod rng;
 mod uml;

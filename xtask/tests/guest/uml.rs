@@ -50,7 +50,7 @@ fn mounts_and_verifies(disk: Disk) -> Result<()> {
 
 #[test]
 fn a_user_mode_linux_guest_mounts_our_disk_and_verifies() -> Result<()> {
-    mounts_and_verifies(Disk::Outboard)
+    mounts_and_verifies(Disk::ours())
 }
 
 #[test]
