@@ -6,8 +6,9 @@
 
 use super::{BASE_MODULES, Guest, initramfs};
 use crate::packages::Root;
+use crate::process::Running;
 use anyhow::{Context as _, Result};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// What the guest is made of.
@@ -74,6 +75,21 @@ impl Machine {
         let log = std::fs::File::create(dir.join("qemu.log"))?;
         let child = command.stderr(log).spawn().context("cannot start QEMU")?;
         Guest::new(child, vec![console, dir.join("qemu.log")], Some(monitor))
+    }
+
+    /// Starts the machine without a kernel: its firmware boots from a disk. Gives the machine and
+    /// the file that its first serial port writes to.
+    ///
+    /// # Errors
+    /// When QEMU does not start.
+    pub fn boot_disk(&self, root: &Root, dir: &Path) -> Result<(Running, PathBuf)> {
+        let console = dir.join("firmware");
+        std::fs::write(&console, "")?;
+        let mut command = self.hardware(root);
+        command.arg("-serial").arg(format!("file:{}", console.display()));
+        let log = std::fs::File::create(dir.join("qemu.log"))?;
+        command.args(&self.arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        Ok((Running(command.spawn().context("cannot start QEMU")?), console))
     }
 
     /// QEMU with processors, memory and firmware, without devices.

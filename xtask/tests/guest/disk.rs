@@ -134,21 +134,6 @@ fn the_same_guest_is_content_with_qemu_storage_daemon() -> Result<()> {
 }
 
 #[test]
-fn a_bios_that_reads_the_disk_first_leaves_it_fit_for_the_guest() -> Result<()> {
-    let Some(lab) = Lab::for_disk(Disk::ours())? else { return Ok(()) };
-    let image = image(lab.path(), 64)?;
-    let device = Disk::ours().serve(&lab.root, lab.path(), &image, 1)?;
-    let machine = Machine { seabios: true, ..Machine::default() };
-    let machine =
-        machine.with_device("vhost-user-blk-pci,num-queues=1,bootindex=1", &device.socket);
-    let mut guest = sound(machine.boot(&lab.root, lab.path()), &device)?;
-    script(&mut guest, &device, &["mkfs.ext4 -q -F /dev/vda", MOUNT, "echo x > /mnt/x", UNMOUNT])?;
-    sound(guest.power_off(), &device)?;
-    device.terminate()?;
-    check_ext4(&lab.root, &image)
-}
-
-#[test]
 fn a_read_only_disk_shows_its_serial_and_takes_no_write() -> Result<()> {
     let Some(lab) = Lab::for_disk(Disk::Outboard)? else { return Ok(()) };
     let image = image(lab.path(), 16)?;

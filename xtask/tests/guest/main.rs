@@ -3,6 +3,7 @@
 //! They need the packages of `cargo xtask packages` and built programs; `cargo xtask test` sees
 //! to both. Without them each says that it is skipped.
 
+mod bios;
 mod disk;
 mod lab;
 mod live;
