@@ -1,1 +1,38 @@
-//! The VMM side of vhost-user: connection, shared memory, driver queues
+//! The VMM's side of vhost-user: connect to a device, negotiate, share memory, drive its queues.
+//!
+//! ```text
+//!  BlockDevice ─▶ BlockQueue ─▶ Virtqueue ─▶ rings in SharedMemory, kick and call eventfds
+//!       └───────▶ Vmm (life-cycle) ─▶ Connection (typed calls, deadline) ─▶ Socket (bytes, descriptors)
+//!                                          └▶ outboard_protocol::Frontend (rules)
+//! ```
+//! Usable by a VMM, by a test or a bench, and by a program that wants a disk without a VMM. Invariant: the
+//! back-end is not trusted. Wrong replies, silence, refusals, closed sockets and broken rings become
+//! [`Error`]s with names; nothing waits without a bound.
+//!
+//! ```no_run
+//! use outboard_frontend::block::{BlockDevice, BlockOptions};
+//!
+//! # fn main() -> Result<(), outboard_frontend::Error> {
+//! let mut disk = BlockDevice::connect("/run/disk.sock", BlockOptions::default())?;
+//! println!("{} bytes", disk.config().bytes());
+//! let mut sector = [0; 512];
+//! disk.read(0, &mut sector)?;
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod block;
+mod connection;
+mod error;
+mod memory;
+mod socket;
+pub mod transcript;
+mod virtqueue;
+mod vmm;
+
+pub use connection::{Connection, DEFAULT_TIMEOUT};
+pub use error::Error;
+pub use memory::{Buffer, DEFAULT_GUEST_BASE, SharedMemory, USER_OFFSET};
+pub use socket::{MAX_RECEIVED_FDS, MAX_SENT_FDS, Received, Socket, SocketError};
+pub use virtqueue::{Virtqueue, wait_any};
+pub use vmm::{QueueSetup, Sharing, Vmm, Wanted};

@@ -1,0 +1,258 @@
+//! A driver-side queue with its two eventfds: what the front-end puts requests into.
+//!
+//! Carries out the driver's half of virtio 1.3 §2.7 through [`outboard_queue::DriverQueue`] and the
+//! eventfd half of vhost-user's SET_VRING_KICK and SET_VRING_CALL. Invariant: after [`Virtqueue::wait`]
+//! says that there is nothing, a completion published later has made the call descriptor readable.
+
+use std::fmt;
+use std::io::IoSliceMut;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use outboard_protocol::features::virtio;
+use outboard_queue::{DriverQueue, QueueLayout};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+
+use crate::error::Error;
+use crate::memory::{Buffer, SharedMemory};
+use crate::socket::wait_fd;
+use crate::vmm::QueueSetup;
+
+/// Where a ring lies and what notifies its two sides; the VMM and the queue share it.
+#[derive(Debug)]
+pub(crate) struct RingShare {
+    pub(crate) index: u16,
+    pub(crate) layout: QueueLayout,
+    pub(crate) kick: OwnedFd,
+    pub(crate) call: OwnedFd,
+    /// Keeps the ring's memory from being handed out again.
+    pub(crate) memory: Buffer,
+    /// Indirect tables: one of this many entries for each head.
+    pub(crate) tables: Option<(Buffer, u16)>,
+}
+
+impl RingShare {
+    /// Lays out a zeroed split ring of `size` entries in `memory`.
+    pub(crate) fn new(memory: &SharedMemory, setup: QueueSetup) -> Result<Arc<Self>, Error> {
+        let QueueSetup { index, size, indirect } = setup;
+        if !size.is_power_of_two() || size > 32768 {
+            return Err(Error::Queue(format!(
+                "queue size {size} is no power of two from 1 to 32768"
+            )));
+        }
+        let entries = usize::from(size);
+        // Descriptor table, then the available ring, then the used ring on a cache line of its own.
+        let avail_at = 16 * entries;
+        let used_at = (avail_at + 6 + 2 * entries).next_multiple_of(64);
+        let buffer = memory.allocate(used_at + 6 + 8 * entries, 4096)?;
+        buffer.fill(0)?;
+        let at = |offset: usize| buffer.guest().wrapping_add(crate::memory::wide(offset));
+        let layout = QueueLayout { size, desc: at(0), avail: at(avail_at), used: at(used_at) };
+        let tables = match usize::from(indirect) {
+            0 => None,
+            room => Some((memory.allocate(16 * room * entries, 4096)?, indirect)),
+        };
+        let (kick, call) = (eventfd()?, eventfd()?);
+        Ok(Arc::new(Self { index, layout, kick, call, memory: buffer, tables }))
+    }
+}
+
+/// A queue as the driver sees it. It can move to another thread; it belongs to one at a time.
+pub struct Virtqueue {
+    share: Arc<RingShare>,
+    driver: DriverQueue,
+    /// Longest chain that goes into an indirect table; 0 without them.
+    table_room: usize,
+    kicks: u64,
+}
+
+impl Virtqueue {
+    pub(crate) fn new(share: Arc<RingShare>, features: u64) -> Result<Self, Error> {
+        let view = share.memory.memory().view();
+        let mut driver = DriverQueue::new(share.layout, features, view)
+            .map_err(|error| Error::Ring { queue: share.index, reason: error.to_string() })?;
+        let mut table_room = 0;
+        if let Some((tables, room)) = &share.tables
+            && features & virtio::RING_INDIRECT_DESC != 0
+        {
+            driver.set_indirect_area(tables.guest(), *room);
+            table_room = usize::from(*room);
+        }
+        Ok(Self { share, driver, table_room, kicks: 0 })
+    }
+
+    /// Number of the queue.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.share.index
+    }
+
+    /// Number of descriptors.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.share.layout.size
+    }
+
+    /// How often the device was kicked through the eventfd.
+    #[must_use]
+    pub const fn kicks(&self) -> u64 {
+        self.kicks
+    }
+
+    /// Adds a request: guest ranges that the device reads, then ranges that it writes. It is not seen by
+    /// the device before [`Self::kick`]. False when the ring is too full for it.
+    ///
+    /// # Errors
+    /// [`Error::BadRequest`] when no ring of this size could ever hold it.
+    pub fn add(
+        &mut self,
+        readable: &[(u64, u32)],
+        writable: &[(u64, u32)],
+        token: u64,
+    ) -> Result<bool, Error> {
+        let needed = readable.len() + writable.len();
+        if needed > 1 && needed <= self.table_room {
+            return Ok(self.driver.add_indirect(readable, writable, token).is_ok());
+        }
+        if needed == 0 || needed > usize::from(self.size()) {
+            return Err(Error::BadRequest(format!(
+                "a request of {needed} segments does not fit a queue of {}",
+                self.size()
+            )));
+        }
+        Ok(self.driver.add(readable, writable, token).is_ok())
+    }
+
+    /// Shows the added requests to the device, and kicks it when it wants that. True when it was kicked.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the eventfd cannot be written.
+    pub fn kick(&mut self) -> Result<bool, Error> {
+        if !self.driver.publish() {
+            return Ok(false);
+        }
+        self.kicks = self.kicks.wrapping_add(1);
+        signal(self.share.kick.as_fd()).map_err(|errno| Error::host("write to a kick", errno))?;
+        Ok(true)
+    }
+
+    /// The next finished request: its token, and how many bytes the device says it wrote.
+    ///
+    /// # Errors
+    /// [`Error::Ring`] when the device put something impossible into the used ring.
+    pub fn pop(&mut self) -> Result<Option<(u64, u32)>, Error> {
+        self.driver
+            .pop_used()
+            .map_err(|error| Error::Ring { queue: self.share.index, reason: error.to_string() })
+    }
+
+    /// Asks for a call at the next completion; true when there is one to pop already.
+    pub fn arm(&mut self) -> bool {
+        self.driver.arm()
+    }
+
+    /// Wants no calls: for a driver that polls.
+    pub fn disarm(&mut self) {
+        self.driver.disarm();
+    }
+
+    /// The descriptor that becomes readable when the device calls.
+    #[must_use]
+    pub fn call_fd(&self) -> BorrowedFd<'_> {
+        self.share.call.as_fd()
+    }
+
+    /// Takes the calls that came so far.
+    pub fn drain_calls(&self) {
+        let mut count = [0; 8];
+        let mut into = [IoSliceMut::new(&mut count)];
+        // The back-end has the same open file and may have made it blocking: RWF_NOWAIT holds for this
+        // read whatever it did. Nothing to take is as good as something taken.
+        let _ = rustix::io::preadv2(
+            &self.share.call,
+            &mut into,
+            u64::MAX,
+            rustix::io::ReadWriteFlags::NOWAIT,
+        );
+    }
+
+    /// Sleeps until a completion can be popped; false when there is none after `timeout`.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the wait itself fails.
+    pub fn wait(&mut self, timeout: Duration) -> Result<bool, Error> {
+        wait_any(&mut [self], timeout)
+    }
+}
+
+/// Sleeps until a completion can be popped from one of `queues`; false when there is none after
+/// `timeout`.
+///
+/// # Errors
+/// [`Error::Host`] when the wait itself fails.
+pub fn wait_any(queues: &mut [&mut Virtqueue], timeout: Duration) -> Result<bool, Error> {
+    let deadline = Instant::now().checked_add(timeout);
+    loop {
+        let mut found = false;
+        for queue in &mut *queues {
+            found |= queue.arm();
+        }
+        if found {
+            queues.iter_mut().for_each(|queue| queue.disarm());
+            return Ok(true);
+        }
+        let left = deadline.map_or(timeout, |at| at.saturating_duration_since(Instant::now()));
+        if left.is_zero() {
+            return Ok(false);
+        }
+        sleep_on(queues, left.min(Duration::from_secs(3600)))?;
+    }
+}
+
+fn sleep_on(queues: &[&mut Virtqueue], timeout: Duration) -> Result<(), Error> {
+    let failed = |errno| Error::host("poll", errno);
+    if let [queue] = queues {
+        wait_fd(queue.call_fd(), PollFlags::IN, timeout).map_err(failed)?;
+        queue.drain_calls();
+        return Ok(());
+    }
+    let mut set: Vec<_> = queues
+        .iter()
+        .map(|queue| PollFd::from_borrowed_fd(queue.call_fd(), PollFlags::IN))
+        .collect();
+    let timeout = Timespec::try_from(timeout).ok();
+    match rustix::event::poll(&mut set, timeout.as_ref()) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(errno) => return Err(failed(errno)),
+    }
+    for (queue, entry) in queues.iter().zip(&set) {
+        if !entry.revents().is_empty() {
+            queue.drain_calls();
+        }
+    }
+    Ok(())
+}
+
+impl fmt::Debug for Virtqueue {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "Virtqueue({} of {})", self.index(), self.size())
+    }
+}
+
+fn eventfd() -> Result<OwnedFd, Error> {
+    rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+        .map_err(|errno| Error::host("eventfd", errno))
+}
+
+/// Adds one to an eventfd. A counter that is full wakes its reader just as well.
+fn signal(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    loop {
+        match rustix::io::write(fd, &1u64.to_ne_bytes()) {
+            Ok(_) | Err(Errno::AGAIN) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}

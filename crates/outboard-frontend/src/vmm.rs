@@ -1,0 +1,327 @@
+//! The VMM's side of one device: negotiation, memory, and the life-cycle of its queues.
+//!
+//! Carries out what a front-end does in vhost-user ("Starting and stopping rings") in this order:
+//! ```text
+//!  new       SET_OWNER, GET_FEATURES, GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES
+//!  activate  SET_FEATURES, SET_MEM_TABLE, then per queue NUM, ADDR, BASE, CALL, KICK, ENABLE 1
+//!  reset     per queue ENABLE 0, GET_VRING_BASE; the rings are gone
+//!  sleep     per queue ENABLE 0, GET_VRING_BASE; rings and bases are kept
+//!  wake      as activate, with the kept bases
+//! ```
+//! Invariant: a queue is either stopped, and then the back-end has confirmed it, or it is in `active`;
+//! `sleep` and `reset` without an active queue send nothing.
+
+use std::sync::Arc;
+
+use outboard_protocol::features::{ProtocolFeatures, virtio};
+
+use crate::connection::Connection;
+use crate::error::Error;
+use crate::memory::SharedMemory;
+use crate::virtqueue::{RingShare, Virtqueue};
+
+/// What the front-end is ready to use, if the back-end offers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Virtio and vhost feature bits.
+    pub features: u64,
+    /// Protocol features.
+    pub protocol: ProtocolFeatures,
+    /// How memory is shared when the back-end can do both.
+    pub sharing: Sharing,
+}
+
+impl Default for Wanted {
+    /// Everything that this crate knows how to use.
+    fn default() -> Self {
+        // Packed rings, an IOMMU, the dirty log and what belongs to the VMM's own transport stay off.
+        let unused = virtio::RING_PACKED
+            | virtio::ACCESS_PLATFORM
+            | virtio::LOG_ALL
+            | virtio::SR_IOV
+            | virtio::NOTIFICATION_DATA
+            | virtio::NOTIF_CONFIG_DATA
+            | virtio::IN_ORDER
+            | virtio::NOTIFY_ON_EMPTY
+            | virtio::ADMIN_VQ;
+        Self {
+            features: !unused,
+            protocol: ProtocolFeatures::MQ
+                | ProtocolFeatures::REPLY_ACK
+                | ProtocolFeatures::CONFIG
+                | ProtocolFeatures::CONFIGURE_MEM_SLOTS,
+            sharing: Sharing::Table,
+        }
+    }
+}
+
+/// How the memory is made known to the back-end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// All regions at once, with SET_MEM_TABLE.
+    Table,
+    /// One by one, with ADD_MEM_REG; needs CONFIGURE_MEM_SLOTS.
+    Slots,
+}
+
+/// One queue to activate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueSetup {
+    /// Its number.
+    pub index: u16,
+    /// Its number of descriptors: a power of two.
+    pub size: u16,
+    /// Requests of up to this many segments go into indirect tables (if negotiated); 0 = none do.
+    pub indirect: u16,
+}
+
+/// One device as its VMM sees it. See the module's text for the messages of each call.
+#[derive(Debug)]
+pub struct Vmm {
+    connection: Connection,
+    memory: Option<SharedMemory>,
+    offered: u64,
+    acked: u64,
+    offered_protocol: ProtocolFeatures,
+    acked_protocol: ProtocolFeatures,
+    sharing: Sharing,
+    slots_sent: bool,
+    active: Vec<Arc<RingShare>>,
+    asleep: Option<Vec<(Arc<RingShare>, u32)>>,
+}
+
+impl Vmm {
+    /// Negotiates: takes the connection over and acknowledges what is both offered and wanted. The
+    /// features themselves are sent by [`Self::activate`], as a VMM does once its driver has chosen.
+    ///
+    /// # Errors
+    /// Anything the connection can fail with.
+    pub fn new(mut connection: Connection, wanted: Wanted) -> Result<Self, Error> {
+        connection.set_owner()?;
+        let offered = connection.get_features()?;
+        let mut offered_protocol = ProtocolFeatures::empty();
+        let mut acked_protocol = ProtocolFeatures::empty();
+        if offered & virtio::PROTOCOL_FEATURES != 0 {
+            offered_protocol = connection.get_protocol_features()?;
+            acked_protocol = offered_protocol & wanted.protocol;
+            connection.set_protocol_features(acked_protocol)?;
+        }
+        let slots = acked_protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS);
+        if wanted.sharing == Sharing::Slots && !slots {
+            return Err(Error::NotOffered("CONFIGURE_MEM_SLOTS"));
+        }
+        Ok(Self {
+            connection,
+            memory: None,
+            offered,
+            acked: offered & wanted.features,
+            offered_protocol,
+            acked_protocol,
+            sharing: wanted.sharing,
+            slots_sent: false,
+            active: Vec::new(),
+            asleep: None,
+        })
+    }
+
+    /// Feature bits that the back-end offers.
+    #[must_use]
+    pub const fn offered(&self) -> u64 {
+        self.offered
+    }
+
+    /// Feature bits that are used: offered and wanted.
+    #[must_use]
+    pub const fn features(&self) -> u64 {
+        self.acked
+    }
+
+    /// Gives up feature bits before the first [`Self::activate`]: what a driver does not understand.
+    pub fn mask_features(&mut self, mask: u64) {
+        self.acked &= mask;
+    }
+
+    /// Protocol features that the back-end offers.
+    #[must_use]
+    pub const fn offered_protocol(&self) -> ProtocolFeatures {
+        self.offered_protocol
+    }
+
+    /// Protocol features that are used.
+    #[must_use]
+    pub const fn protocol_features(&self) -> ProtocolFeatures {
+        self.acked_protocol
+    }
+
+    /// The connection, for messages that no call here stands for.
+    pub fn connection(&mut self) -> &mut Connection {
+        &mut self.connection
+    }
+
+    /// The number of queues that the back-end has at most, when it says (MQ).
+    ///
+    /// # Errors
+    /// Anything the connection can fail with.
+    pub fn queue_count(&mut self) -> Result<Option<u64>, Error> {
+        if !self.acked_protocol.contains(ProtocolFeatures::MQ) {
+            return Ok(None);
+        }
+        self.connection.get_queue_num().map(Some)
+    }
+
+    /// Gives the device the memory that [`Self::activate`] will share.
+    ///
+    /// # Errors
+    /// [`Error::State`] while queues are active or asleep in other memory.
+    pub fn share_memory(&mut self, memory: SharedMemory) -> Result<(), Error> {
+        if !self.active.is_empty() || self.asleep.is_some() {
+            return Err(Error::State("memory cannot be replaced under active queues"));
+        }
+        self.memory = Some(memory);
+        self.slots_sent = false;
+        Ok(())
+    }
+
+    /// Reads `size` bytes of the device's configuration space.
+    ///
+    /// # Errors
+    /// [`Error::NotOffered`] without CONFIG, [`Error::NoConfig`] when the back-end refuses.
+    pub fn read_config(&mut self, offset: u32, size: u32) -> Result<Vec<u8>, Error> {
+        self.need_config()?;
+        self.connection.get_config(offset, size)
+    }
+
+    /// Writes to the device's configuration space, as the guest does.
+    ///
+    /// # Errors
+    /// [`Error::NotOffered`] without CONFIG, [`Error::Refused`] when the back-end refuses.
+    pub fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), Error> {
+        self.need_config()?;
+        self.connection.set_config(offset, bytes, false)
+    }
+
+    fn need_config(&self) -> Result<(), Error> {
+        if self.acked_protocol.contains(ProtocolFeatures::CONFIG) {
+            return Ok(());
+        }
+        Err(Error::NotOffered("CONFIG"))
+    }
+
+    /// Starts these queues on fresh rings and hands out their driver sides, in the same order.
+    ///
+    /// # Errors
+    /// [`Error::State`] when queues are active or asleep already, or no memory was given.
+    pub fn activate(&mut self, queues: &[QueueSetup]) -> Result<Vec<Virtqueue>, Error> {
+        if !self.active.is_empty() || self.asleep.is_some() {
+            return Err(Error::State("the device is active already"));
+        }
+        let memory = self.memory.clone().ok_or(Error::State("no memory was shared"))?;
+        let mut driven = Vec::with_capacity(queues.len());
+        let mut rings = Vec::with_capacity(queues.len());
+        for setup in queues {
+            let ring = RingShare::new(&memory, *setup)?;
+            driven.push(Virtqueue::new(Arc::clone(&ring), self.acked)?);
+            rings.push((ring, 0));
+        }
+        self.start(rings)?;
+        Ok(driven)
+    }
+
+    /// Stops every active queue for good; the driver's sides are given back and gone. What was in flight
+    /// has been finished by the back-end and is lost.
+    ///
+    /// # Errors
+    /// Anything the connection can fail with.
+    pub fn reset(&mut self, queues: Vec<Virtqueue>) -> Result<(), Error> {
+        self.asleep = None;
+        self.stop()?;
+        drop(queues);
+        Ok(())
+    }
+
+    /// Stops every active queue and keeps its base. The driver's sides stay valid: what was in flight has
+    /// been finished, and can be popped. `None`, and no message, when no queue is active.
+    ///
+    /// # Errors
+    /// Anything the connection can fail with.
+    pub fn sleep(&mut self) -> Result<Option<Vec<(u16, u32)>>, Error> {
+        if self.active.is_empty() {
+            return Ok(None);
+        }
+        let kept = self.stop()?;
+        let bases = kept.iter().map(|(ring, base)| (ring.index, *base)).collect();
+        self.asleep = Some(kept);
+        Ok(Some(bases))
+    }
+
+    /// Starts the sleeping queues where they stopped. Nothing is sent when none sleeps.
+    ///
+    /// # Errors
+    /// Anything the connection can fail with.
+    pub fn wake(&mut self) -> Result<(), Error> {
+        match self.asleep.take() {
+            Some(rings) => self.start(rings),
+            None => Ok(()),
+        }
+    }
+
+    fn start(&mut self, rings: Vec<(Arc<RingShare>, u32)>) -> Result<(), Error> {
+        self.connection.set_features(self.acked)?;
+        self.send_memory()?;
+        let enables = self.acked & virtio::PROTOCOL_FEATURES != 0;
+        for (ring, base) in rings {
+            let index = ring.index;
+            self.connection.set_vring_num(index, ring.layout.size)?;
+            self.connection.set_vring_addr(index, &ring.layout)?;
+            self.connection.set_vring_base(index, base)?;
+            self.connection.set_vring_call(index, &ring.call)?;
+            self.connection.set_vring_kick(index, &ring.kick)?;
+            if enables {
+                self.connection.set_vring_enable(index, true)?;
+            }
+            self.active.push(ring);
+        }
+        if !self.acked_protocol.contains(ProtocolFeatures::REPLY_ACK) {
+            // Without acknowledgements this is the only way to know that all of it has taken effect.
+            self.connection.get_features()?;
+        }
+        Ok(())
+    }
+
+    fn send_memory(&mut self) -> Result<(), Error> {
+        let memory = self.memory.as_ref().ok_or(Error::State("no memory was shared"))?;
+        match self.sharing {
+            Sharing::Table => self.connection.set_mem_table(memory.regions()),
+            Sharing::Slots if self.slots_sent => Ok(()),
+            Sharing::Slots => {
+                let slots = self.connection.get_max_mem_slots()?;
+                let regions = crate::memory::wide(memory.regions().count());
+                if regions > slots {
+                    return Err(Error::Memory(format!(
+                        "{regions} regions, the back-end has {slots} memory slots"
+                    )));
+                }
+                for (spec, file) in memory.regions() {
+                    self.connection.add_mem_region(spec, file)?;
+                }
+                self.slots_sent = true;
+                Ok(())
+            }
+        }
+    }
+
+    fn stop(&mut self) -> Result<Vec<(Arc<RingShare>, u32)>, Error> {
+        let disables = self.acked & virtio::PROTOCOL_FEATURES != 0;
+        let mut kept = Vec::with_capacity(self.active.len());
+        for ring in &self.active {
+            if disables {
+                self.connection.set_vring_enable(ring.index, false)?;
+            }
+            let base = self.connection.get_vring_base(ring.index)?;
+            kept.push((Arc::clone(ring), base));
+        }
+        // Only now: after an error the back-end may still use every ring, and none is freed.
+        self.active.clear();
+        Ok(kept)
+    }
+}
