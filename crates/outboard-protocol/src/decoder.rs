@@ -5,8 +5,9 @@
 //!                            ▲ fds are remembered at the stream position of bytes[0]
 //! ```
 //! Invariant: a message gets exactly the descriptors that came with its first byte; descriptors
-//! that came elsewhere are dropped and counted. Nothing is allocated for bytes that have not come:
-//! a header that is out of step is refused before its payload is waited for.
+//! that came elsewhere are dropped at once and counted, so that no peer piles them up here. Nothing
+//! is allocated for bytes that have not come: a header that is out of step is refused before its
+//! payload is waited for.
 
 use std::collections::VecDeque;
 
@@ -43,26 +44,36 @@ pub struct Decoder<Fd> {
     bytes: Vec<u8>,
     /// Bytes at the front of `bytes` that were taken already.
     taken: usize,
-    /// Descriptors with the index in `bytes` of the byte they came with.
-    fds: VecDeque<(usize, Vec<Fd>)>,
+    arrived: VecDeque<Arrived<Fd>>,
+}
+
+/// The descriptors that came with one message.
+#[derive(Debug)]
+struct Arrived<Fd> {
+    /// Index in the buffer of the message's first byte.
+    at: usize,
+    /// Those that came with the first byte.
+    fds: Vec<Fd>,
+    /// Number of those that came later and were dropped.
+    misplaced: usize,
 }
 
 impl<Fd> Decoder<Fd> {
     /// A decoder at the start of a stream.
     #[must_use]
     pub const fn new(expects: Expects) -> Self {
-        Self { expects, bytes: Vec::new(), taken: 0, fds: VecDeque::new() }
+        Self { expects, bytes: Vec::new(), taken: 0, arrived: VecDeque::new() }
     }
 
     /// Takes what one `recvmsg` returned; the descriptors belong to the first of the bytes.
     pub fn receive(&mut self, bytes: &[u8], fds: Vec<Fd>) {
         self.bytes.drain(..self.taken);
-        for (at, _) in &mut self.fds {
-            *at = at.saturating_sub(self.taken);
+        for arrived in &mut self.arrived {
+            arrived.at = arrived.at.saturating_sub(self.taken);
         }
         self.taken = 0;
         if !fds.is_empty() && !bytes.is_empty() {
-            self.fds.push_back((self.bytes.len(), fds));
+            self.file(fds);
         }
         self.bytes.extend_from_slice(bytes);
     }
@@ -80,7 +91,9 @@ impl<Fd> Decoder<Fd> {
     pub fn wanted(&self) -> usize {
         let have = self.buffered();
         match self.peek() {
-            Some(header) => (HEADER_SIZE + to_usize(header.size)).saturating_sub(have),
+            Some(header) => {
+                (HEADER_SIZE + to_usize(header.size.min(MAX_PAYLOAD))).saturating_sub(have)
+            }
             None => HEADER_SIZE - have,
         }
     }
@@ -98,7 +111,7 @@ impl<Fd> Decoder<Fd> {
         let Some(payload) = self.bytes.get(body..end) else { return Ok(None) };
         let payload = payload.to_vec();
         self.taken = end;
-        let (fds, misplaced) = self.take_fds(start, end);
+        let (fds, misplaced) = self.take_fds(start);
         Ok(Some(Message { header, payload, fds, misplaced }))
     }
 
@@ -126,19 +139,40 @@ impl<Fd> Decoder<Fd> {
         Ok(())
     }
 
-    /// Takes the descriptors of the message at `start..end` and drops those behind its first byte.
-    fn take_fds(&mut self, start: usize, end: usize) -> (Vec<Fd>, usize) {
-        let mut own = Vec::new();
-        let mut misplaced = 0;
-        while self.fds.front().is_some_and(|(at, _)| *at < end) {
-            let Some((at, fds)) = self.fds.pop_front() else { break };
-            if at == start && own.is_empty() {
-                own = fds;
-            } else {
-                misplaced += fds.len();
+    /// Files descriptors that come with the next byte: they stay only if a message begins there.
+    fn file(&mut self, fds: Vec<Fd>) {
+        let next = self.bytes.len();
+        let mut at = self.taken;
+        while let Some(header) = self.bytes.get(at..).and_then(payload::read::<Header>) {
+            let end = (at + HEADER_SIZE).saturating_add(to_usize(header.size));
+            if end > next {
+                break;
+            }
+            at = end;
+        }
+        if at == next {
+            self.arrived.push_back(Arrived { at, fds, misplaced: 0 });
+            return;
+        }
+        match self.arrived.back_mut() {
+            Some(arrived) if arrived.at == at => arrived.misplaced += fds.len(),
+            _ => {
+                let misplaced = fds.len();
+                self.arrived.push_back(Arrived { at, fds: Vec::new(), misplaced });
             }
         }
-        (own, misplaced)
+    }
+
+    /// Takes the descriptors of the message at `start`.
+    fn take_fds(&mut self, start: usize) -> (Vec<Fd>, usize) {
+        match self.arrived.pop_front() {
+            Some(arrived) if arrived.at == start => (arrived.fds, arrived.misplaced),
+            Some(later) => {
+                self.arrived.push_front(later);
+                (Vec::new(), 0)
+            }
+            None => (Vec::new(), 0),
+        }
     }
 }
 

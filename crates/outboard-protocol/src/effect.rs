@@ -103,7 +103,8 @@ effects! {
         region: MemRegion,
     } -> Ack;
     /// NUM, ADDR or BASE stands in the ring's record. A remembered kick may be startable now.
-    /// A refusal puts the old record back.
+    /// A live ring gets this too: then nothing but the log flag and address of its addresses has
+    /// changed. A refusal puts the old record back.
     RingConfigured "RING_CONFIGURED" {
         /// Ring.
         index: u16,

@@ -3,6 +3,8 @@
 //! Invariant: each struct has exactly the size it has on the wire, padding spelt out, integers at
 //! wire width and in host order; nothing is range-checked here.
 
+use std::fmt;
+
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 /// Ring flag bit 0 of [`VringAddr::flags`]: log writes to the used ring.
@@ -16,6 +18,7 @@ pub const MAX_REGIONS: usize = 32;
 /// Slots of a memory table body that are tolerated although the count is smaller.
 pub const TOLERATED_SLOTS: usize = 8;
 
+/// The size is part of the declaration, so that a layout that drifts does not compile.
 macro_rules! wire {
     ($($(#[$meta:meta])* $name:ident: $size:literal { $($(#[$fmeta:meta])* $field:ident: $ty:ty),* $(,)? })*) => {$(
         $(#[$meta])*
@@ -175,16 +178,6 @@ wire! {
         /// Size of each region in bytes.
         sizes: [u64; 256],
     }
-    /// A crypto session. The layout is that of a 64-bit host: it holds raw pointers, which are
-    /// never followed.
-    CryptoSession: 1072 {
-        /// Virtio-crypto operation code; the service is in bits 8–15.
-        op_code: u64,
-        /// Symmetric or asymmetric parameters and keys.
-        body: [u8; 1056],
-        /// Session id; negative in a reply: refused.
-        session_id: i64,
-    }
     /// crosvm's GPU_MAP.
     GpuMap: 64 {
         /// Region id.
@@ -216,6 +209,40 @@ wire! {
         len: u64,
         /// Host address; never accepted from another process.
         ptr: u64,
+    }
+}
+
+/// A crypto session. The layout is that of a 64-bit host: it holds raw pointers, which are
+/// never followed.
+#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct CryptoSession {
+    /// Virtio-crypto operation code; the service is in bits 8–15.
+    pub op_code: u64,
+    /// Symmetric or asymmetric parameters and keys.
+    pub body: [u8; 1056],
+    /// Session id; negative in a reply: refused.
+    pub session_id: i64,
+}
+
+const _: () = assert!(size_of::<CryptoSession>() == 1072);
+
+impl Default for CryptoSession {
+    fn default() -> Self {
+        Self::new_zeroed()
+    }
+}
+
+/// Shows no key.
+impl fmt::Debug for CryptoSession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let CryptoKeys { key_len, auth_len, .. } = self.keys();
+        f.debug_struct("CryptoSession")
+            .field("op_code", &self.op_code)
+            .field("key_len", &key_len)
+            .field("auth_len", &auth_len)
+            .field("session_id", &self.session_id)
+            .finish()
     }
 }
 
