@@ -185,7 +185,9 @@ impl std::fmt::Display for Status {
 mod tests {
     use super::*;
 
-    fn chain(operation: Operation<'_>) -> (Vec<(u64, u32)>, Vec<(u64, u32)>) {
+    type Ranges = Vec<(u64, u32)>;
+
+    fn chain(operation: Operation<'_>) -> (Ranges, Ranges) {
         let (mut readable, mut writable) = (Vec::new(), Vec::new());
         operation.chain(0x1000, &mut readable, &mut writable);
         (readable, writable)
