@@ -157,9 +157,11 @@ fn loom(skipped: &Path) -> Result<Tally> {
             }
         }
         for run in runs {
-            let mut command = lint::cargo_command(&["test", "--release", "--locked", "-p", name]);
+            let mut command = lint::cargo_command(&["test", "--locked", "-p", name]);
             command.args(run).env("CARGO_TARGET_DIR", &target);
             command.env("RUSTFLAGS", "--cfg outboard_loom");
+            // Models run long, and what they need is built for them alone.
+            command.env("CARGO_PROFILE_DEV_OPT_LEVEL", "2").env("CARGO_PROFILE_DEV_DEBUG", "false");
             environment(&mut command, skipped)?;
             let mut part = Tally::default();
             let well = process::tee(&mut command, |line| part.read(line))?;

@@ -7,6 +7,9 @@ use std::process::Command;
 /// Lines that a file may have: it tells one idea.
 const LONGEST: usize = 600;
 
+/// Lines that a function may have, from `fn` to its closing brace.
+const LONGEST_FUNCTION: usize = 60;
+
 /// Where unsafe code may stand: the memory crate, the `io_uring` loop, and what rustix lacks.
 const UNSAFE_ALLOWED: &[&str] = &[
     "crates/outboard-memory/",
@@ -41,6 +44,7 @@ pub fn checks() -> Vec<(&'static str, Result<String>)> {
     vec![
         ("files of at most 600 lines", all(&sources, too_long)),
         ("files that open with //!", all(&sources, silent)),
+        ("functions of at most 60 lines", all(&sources, long_function)),
         ("unsafe code only where it may be", all(&sources, unsafe_code)),
     ]
 }
@@ -80,6 +84,33 @@ fn silent(source: &Source) -> Option<String> {
     (!opens).then(|| format!("{}: does not open with //!", source.path))
 }
 
+/// rustfmt puts a function's closing brace under its first word: no parser is needed.
+fn long_function(source: &Source) -> Option<String> {
+    let lines: Vec<_> = source.text.lines().collect();
+    for (begin, line) in lines.iter().enumerate() {
+        let code = line.trim_start();
+        let words = code.split(['(', '<']).next().unwrap_or_default();
+        if !words.split(' ').any(|word| word == "fn") || code.starts_with("//") {
+            continue;
+        }
+        let end = format!("{}}}", " ".repeat(line.len() - code.len()));
+        let mut heads = lines.iter().skip(begin);
+        let head = heads.find(|line| line.ends_with(['{', '}', ';'])).unwrap_or(line);
+        if !head.ends_with('{') {
+            continue; // on one line, or without a body
+        }
+        let more = lines.iter().skip(begin).position(|line| *line == end);
+        if let Some(count) = more.filter(|count| count + 1 > LONGEST_FUNCTION) {
+            let (path, count) = (&source.path, count + 1);
+            return Some(format!(
+                "{path}:{}: {count} lines, at most {LONGEST_FUNCTION}",
+                begin + 1
+            ));
+        }
+    }
+    None
+}
+
 fn unsafe_code(source: &Source) -> Option<String> {
     if UNSAFE_ALLOWED.iter().any(|place| source.path.starts_with(place)) {
         return None;
@@ -116,6 +147,17 @@ mod tests {
         let words =
             "//! no unsafe { here }\n#![forbid(unsafe_code)]\n// unsafe fn\nfn is_unsafe(x)\n";
         assert!(unsafe_code(&source("crates/outboard-queue/src/a.rs", words)).is_none());
+    }
+
+    #[test]
+    fn a_function_of_61_lines_is_found() {
+        let function = |lines: usize| {
+            let body = "        x();\n".repeat(lines - 2);
+            source("a.rs", &format!("    pub const fn a<T>(x: u8) {{\n{body}    }}\n    }}\n"))
+        };
+        assert!(long_function(&function(60)).is_none());
+        let found = long_function(&function(61));
+        assert_eq!(found.as_deref(), Some("a.rs:1: 61 lines, at most 60"));
     }
 
     #[test]
