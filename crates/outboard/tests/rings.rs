@@ -189,7 +189,7 @@ fn a58_descriptors_that_are_no_doorbells_do_no_harm() {
 
 fn cpu_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    Duration::try_from(time).unwrap()
+    Duration::try_from(time).unwrap_or_default()
 }
 
 #[test]

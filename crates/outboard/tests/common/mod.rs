@@ -4,7 +4,9 @@
     dead_code,
     unreachable_pub,
     clippy::allow_attributes,
-    reason = "each test file uses a part"
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests; each test file uses a part"
 )]
 
 use std::os::fd::{AsFd, OwnedFd};
