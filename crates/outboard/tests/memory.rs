@@ -1,5 +1,7 @@
 //! Guest memory that changes while rings run (messages 5, 36 to 38; cases A22–A44, D-7, D-18).
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 mod common;
 
 use std::os::fd::AsFd;

@@ -1,6 +1,8 @@
 //! Sessions: executors, front-ends that come and go, futures that are dropped
 //! (contract §2 and §5; cases A14, A15, A86, A93, A94, D-22, D-23).
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 mod common;
 
 use std::future::Future;

@@ -1,6 +1,8 @@
 //! Workers: requests that are deferred, dropped, failed or panicked over; drivers that break rings
 //! (contract §1b; rules R8, R10, R13, R18; cases B4, C32).
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 mod common;
 
 use std::sync::Mutex;
