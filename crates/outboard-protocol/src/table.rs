@@ -4,6 +4,8 @@
 //! Invariant: nothing else in this crate knows a message's id, size, descriptor count, reply,
 //! feature or legal ring states; decoder checks, gates, replies, error forms, tests, the fuzzers'
 //! dictionary and the documentation all ask here.
+//!
+#![doc = include_str!("../MESSAGES.md")]
 
 mod rows;
 

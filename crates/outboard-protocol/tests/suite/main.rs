@@ -8,6 +8,8 @@ mod common;
 #[cfg(test)]
 mod decoder;
 #[cfg(test)]
+mod document;
+#[cfg(test)]
 mod frontend;
 #[cfg(test)]
 mod pair;
