@@ -1,0 +1,274 @@
+//! Serves block requests: parse, run the job on the engine, put the status behind the data.
+//!
+//! Invariants: a request whose status byte can be had always gets one; the length told to the
+//! driver covers every writable byte in front of the status, so bytes that were not filled are
+//! zeroed first and the driver may trust all of them; with system calls a read or a write allocates
+//! nothing.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use outboard::{Error, Outcome, Request, Served, Worker};
+use slab::Slab;
+use tracing::{debug, warn};
+
+use super::config::SECTOR;
+use super::engine::{Engine, Op};
+use super::job::{Job, Next};
+use super::request::{Command, Header, Range, Rules, Segment, Status};
+use super::{Disk, ID_SIZE};
+
+/// Least time between two lines in the log about a disk that fails.
+const QUIET: Duration = Duration::from_secs(1);
+
+/// One worker of a block device; see the module.
+pub struct BlockWorker {
+    disk: Arc<Disk>,
+    rules: Rules,
+    engine: Box<dyn Engine>,
+    /// Requests that the engine works on.
+    jobs: Slab<Job>,
+    /// Lists of finished requests, to be filled again.
+    spare: Vec<Vec<Range>>,
+    log: ErrorLog,
+}
+
+/// What to do with a request.
+enum Plan {
+    Run(Job),
+    Finish(Status),
+}
+
+impl BlockWorker {
+    pub(super) fn new(disk: Arc<Disk>, engine: Box<dyn Engine>) -> Self {
+        let image = disk.image();
+        let rules = Rules {
+            capacity: image.sectors(),
+            read_only: image.read_only(),
+            granularity: image.granularity(),
+        };
+        Self { disk, rules, engine, jobs: Slab::new(), spare: Vec::new(), log: ErrorLog::default() }
+    }
+
+    /// Parses a request whose status byte is set aside.
+    fn plan(&mut self, request: &mut Request<'_>) -> Result<Plan, Status> {
+        let features = request.features();
+        let writable = request.writable().len();
+        let mut readable = request.readable();
+        let header = readable.read_obj::<Header>().map_err(|_| Status::IoError)?;
+        let job = match self.rules.check(&header, readable.len(), writable, features)? {
+            Command::Read { .. } if writable == 0 => return Ok(Plan::Finish(Status::Ok)),
+            Command::Read { offset } => Job::Read { at: offset },
+            Command::Write { offset } => {
+                let durable = self.disk.writes_through(features);
+                if readable.is_empty() {
+                    return Ok(Plan::Finish(Status::Ok));
+                }
+                Job::Write { at: offset, durable }
+            }
+            Command::Flush => Job::Sync,
+            Command::GetId => {
+                let id = self.disk.id();
+                let part = id.get(..usize::try_from(writable).unwrap_or(ID_SIZE).min(ID_SIZE));
+                let written = request.writable().write_all(part.unwrap_or_default());
+                written.map_err(|_| Status::IoError)?;
+                return Ok(Plan::Finish(Status::Ok));
+            }
+            Command::Discard { segments } => {
+                let rules = self.rules;
+                let ranges = self.ranges(request, segments, |raw| rules.check_discard(raw))?;
+                return Ok(clear(ranges, true, false));
+            }
+            Command::WriteZeroes { segments } => {
+                let rules = self.rules;
+                let check = |raw: &Segment| rules.check_write_zeroes(raw, features);
+                let ranges = self.ranges(request, segments, check)?;
+                return Ok(clear(ranges, false, self.disk.writes_through(features)));
+            }
+        };
+        Ok(Plan::Run(job))
+    }
+
+    /// Copies the segments out and checks each, before anything is done for the first.
+    fn ranges(
+        &mut self,
+        request: &mut Request<'_>,
+        segments: u32,
+        check: impl Fn(&Segment) -> Result<Option<Range>, Status>,
+    ) -> Result<Vec<Range>, Status> {
+        let mut readable = request.readable();
+        let mut ranges = self.spare.pop().unwrap_or_default();
+        ranges.clear();
+        for _ in 0..segments {
+            let raw = readable.read_obj::<Segment>().map_err(|_| Status::IoError)?;
+            ranges.extend(check(&raw)?);
+        }
+        Ok(ranges)
+    }
+
+    /// Runs the job to its end, or to the first operation that the engine starts.
+    fn advance(&mut self, mut job: Job, mut request: Request<'_>) -> Result<Served, Error> {
+        loop {
+            if self.engine.starts() && !self.refuses(job.op()) {
+                let (op, token) = (job.op(), self.jobs.insert(job));
+                request = match self.engine.start(op, request, token as u64) {
+                    Ok(served) => return Ok(served),
+                    Err(request) => request,
+                };
+                job = self.jobs.remove(token);
+            }
+            let outcome = self.run(job.op(), &mut request);
+            if let Next::Done(status) = self.step(&mut job, &outcome, &mut request) {
+                self.spare.extend(job.into_ranges());
+                return finish(request, status);
+            }
+        }
+    }
+
+    /// A flush that failed stays failed: the kernel forgets the error and the data with it, so a
+    /// later flush that succeeds would be a lie.
+    fn refuses(&self, op: Op) -> bool {
+        op == Op::Sync && self.disk.flush_failed()
+    }
+
+    fn run(&mut self, op: Op, request: &mut Request<'_>) -> io::Result<u64> {
+        if self.refuses(op) {
+            return Err(io::Error::other("an earlier flush failed, and what it lost stays lost"));
+        }
+        self.engine.run(op, request)
+    }
+
+    /// Takes an outcome into the job.
+    fn step(
+        &mut self,
+        job: &mut Job,
+        outcome: &io::Result<u64>,
+        request: &mut Request<'_>,
+    ) -> Next {
+        let op = job.op();
+        let left = match op {
+            Op::Read { .. } => request.writable().len(),
+            Op::Write { .. } => request.readable().len(),
+            _ => 0,
+        };
+        let next = job.next(outcome, left);
+        if let Err(error) = outcome {
+            if op == Op::Sync {
+                self.disk.set_flush_failed();
+            }
+            if next == Next::Done(Status::IoError) {
+                self.log.report(op, error);
+            }
+        }
+        next
+    }
+}
+
+impl Worker for BlockWorker {
+    fn serve(&mut self, mut request: Request<'_>) -> Result<Served, Error> {
+        if let Err(short) = request.reserve_tail(1) {
+            debug!("no room for a status: {short}");
+            return Ok(request.done(0));
+        }
+        match self.plan(&mut request) {
+            Ok(Plan::Run(job)) => self.advance(job, request),
+            Ok(Plan::Finish(status)) => finish(request, status),
+            Err(status) => {
+                debug!(?status, "request refused");
+                finish(request, status)
+            }
+        }
+    }
+
+    fn completed(
+        &mut self,
+        mut request: Request<'_>,
+        token: u64,
+        outcome: Outcome,
+    ) -> Result<Served, Error> {
+        let job = usize::try_from(token).ok().and_then(|token| self.jobs.try_remove(token));
+        let Some(mut job) = job else {
+            // A worker that panicked left it behind; what the kernel did is not known.
+            return finish(request, Status::IoError);
+        };
+        let op = job.op();
+        let outcome = match outcome {
+            Ok(moved) => consume(op, &mut request, moved),
+            Err(error) if not_now(&error) => self.run(op, &mut request),
+            Err(error) => Err(error),
+        };
+        match self.step(&mut job, &outcome, &mut request) {
+            Next::More => self.advance(job, request),
+            Next::Done(status) => {
+                self.spare.extend(job.into_ranges());
+                finish(request, status)
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for BlockWorker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BlockWorker").field("in_flight", &self.jobs.len()).finish_non_exhaustive()
+    }
+}
+
+/// Answers with `status`, behind data that is filled with zeros where nothing else was written.
+fn finish(mut request: Request<'_>, status: Status) -> Result<Served, Error> {
+    let mut data = request.writable();
+    data.fill_zero(data.len())?;
+    let written = data.written().saturating_add(1);
+    request.write_tail(&[status as u8])?;
+    Ok(request.done(u32::try_from(written).unwrap_or(u32::MAX)))
+}
+
+fn clear(ranges: Vec<Range>, discard: bool, durable: bool) -> Plan {
+    if ranges.is_empty() {
+        return Plan::Finish(Status::Ok);
+    }
+    Plan::Run(Job::clear(ranges, discard, durable))
+}
+
+/// The kernel moved bytes by itself: they leave the request.
+fn consume(op: Op, request: &mut Request<'_>, moved: u32) -> io::Result<u64> {
+    let moved = u64::from(moved);
+    match op {
+        Op::Read { .. } => request.writable().advance(moved).map_err(io::Error::other)?,
+        Op::Write { .. } => request.readable().advance(moved).map_err(io::Error::other)?,
+        _ => {}
+    }
+    Ok(moved)
+}
+
+/// Whether the kernel only says that it would have to wait.
+fn not_now(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
+}
+
+/// A failing disk is told about once a second, not once per request.
+#[derive(Debug, Default)]
+struct ErrorLog {
+    last: Option<Instant>,
+    hidden: u64,
+}
+
+impl ErrorLog {
+    fn report(&mut self, op: Op, error: &io::Error) {
+        if self.last.is_some_and(|last| last.elapsed() < QUIET) {
+            self.hidden += 1;
+            return;
+        }
+        self.last = Some(Instant::now());
+        let more = std::mem::take(&mut self.hidden);
+        let (what, sector) = match op {
+            Op::Read { offset } => ("read", offset / SECTOR),
+            Op::Write { offset } => ("write", offset / SECTOR),
+            Op::Allocate { offset, .. } | Op::WriteZeros { offset, .. } => {
+                ("discard or zeroing", offset / SECTOR)
+            }
+            Op::Sync => ("flush", 0),
+        };
+        warn!("{what} failed at sector {sector}: {error} ({more} more errors before)");
+    }
+}
