@@ -4,14 +4,17 @@
 //! from `cargo xtask` and from a test binary.
 
 use anyhow::{Context as _, Result};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
 /// The root of the workspace (the folder above `xtask`).
 #[must_use]
 pub fn workspace() -> PathBuf {
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-    manifest.parent().unwrap_or(manifest).to_path_buf()
+    // Where it was built and where it is run may differ when clones share a target directory.
+    let told = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+    let manifest = told.filter(|dir| dir.ends_with("xtask"));
+    let manifest = manifest.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")));
+    manifest.parent().unwrap_or(&manifest).to_path_buf()
 }
 
 /// The target directory that cargo really uses: environment and configuration are both heard.

@@ -118,7 +118,8 @@ fn counted(arguments: &[&str], skipped: &Path) -> Result<Tally> {
 /// What the tests find in their environment: where to note skips, our programs, and the packages'
 /// programs at the end of the search path.
 fn environment(command: &mut std::process::Command, skipped: &Path) -> Result<()> {
-    command.env(skips::LIST, skipped);
+    // Where an error was made matters less than what it says, and it is long.
+    command.env(skips::LIST, skipped).env("RUST_LIB_BACKTRACE", "0");
     if skips::forbidden() {
         command.env(skips::FORBIDDEN, "1");
     }

@@ -100,12 +100,18 @@ impl Agent {
     /// When the script ends, or the time runs out, first.
     pub fn expect(&mut self, text: &str, within: Duration) -> Result<()> {
         let end = Instant::now() + within;
+        let mut before = String::new();
         loop {
-            let line = self.line(end).with_context(|| format!("waiting for {text:?}"))?;
+            let line = self.line(end).with_context(|| format!("no {text:?} after:\n{before}"))?;
             if line.strip_prefix("| ") == Some(text) {
                 return Ok(());
             }
-            anyhow::ensure!(!line.starts_with("OUTBOARD"), "{line:?} came before {text:?}");
+            anyhow::ensure!(
+                !line.starts_with("OUTBOARD"),
+                "{line:?}, no {text:?} after:\n{before}"
+            );
+            before.push_str(&line);
+            before.push('\n');
         }
     }
 

@@ -1,6 +1,6 @@
 //! What the guest tests share: the environment, or a counted skip.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Result, anyhow};
 use std::path::Path;
 use tempfile::TempDir;
 use xtask::backend::{self, Device, Disk};
@@ -44,7 +44,7 @@ impl Lab {
 
 /// Adds what the device said to an error.
 pub(crate) fn sound<T>(result: Result<T>, device: &Device) -> Result<T> {
-    result.with_context(|| device.said())
+    result.map_err(|error| anyhow!("{error:#}\n{}", device.said()))
 }
 
 /// The name of the test that runs: nextest tells it, elsewhere the thread carries it.

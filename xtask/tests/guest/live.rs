@@ -2,9 +2,10 @@
 
 use crate::disk::{FILL, LONG, MOUNT, UNMOUNT, VERIFY, script};
 use crate::lab::{Lab, sound};
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde_json::json;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 use xtask::backend::{Device, Disk, check_ext4, image};
 use xtask::guest::{Guest, qemu::Machine};
 
@@ -80,13 +81,14 @@ fn a_guest_that_is_paused_in_the_middle_of_writes_goes_on_where_it_was() -> Resu
 }
 
 #[test]
-fn memory_plugged_in_while_the_guest_writes_is_used_for_its_requests() -> Result<()> {
+fn memory_is_plugged_in_used_for_requests_and_taken_away_while_the_guest_writes() -> Result<()> {
     let mut machine = two_cpus();
     machine.hot_plug = Some(512);
     let Some(mut bench) = Bench::new(machine)? else { return Ok(()) };
-    let online = "echo online > /sys/devices/system/memory/auto_online_blocks";
-    script(&mut bench.guest, &bench.device, &[online, "free -m"])?;
-    bench.guest.start(&[MOUNT, FILL_MEMORY].join("\n"))?;
+    // Movable: so that it can be taken away again.
+    let online = "echo online_movable > /sys/devices/system/memory/auto_online_blocks";
+    script(&mut bench.guest, &bench.device, &[online])?;
+    bench.guest.start(&[MOUNT, USE_MORE_MEMORY].join("\n"))?;
     sound(bench.guest.expect("writing", LONG), &bench.device)?;
     let mut monitor = bench.guest.monitor()?;
     let backend = json!({ "qom-type": "memory-backend-memfd", "id": "more", "size": 256 << 20,
@@ -94,29 +96,40 @@ fn memory_plugged_in_while_the_guest_writes_is_used_for_its_requests() -> Result
     sound(monitor.execute("object-add", &backend), &bench.device)?;
     let module = json!({ "driver": "pc-dimm", "id": "module", "memdev": "more" });
     sound(monitor.execute("device_add", &module), &bench.device)?;
+    sound(bench.guest.expect("used", LONG), &bench.device)?;
+    sound(monitor.execute("device_del", &json!({ "id": "module" })), &bench.device)?;
+    let end = Instant::now() + LONG;
+    while monitor.execute("query-memory-devices", &json!({}))? != json!([]) {
+        ensure!(Instant::now() < end, "the guest keeps the memory\n{}", bench.device.said());
+        std::thread::sleep(Duration::from_millis(100)); // the guest decides when
+    }
     sound(bench.guest.finish(LONG), &bench.device)?;
     bench.verify()
 }
 
-/// Reads a file over and over into memory until there is more memory than the guest began with,
-/// then more file than fitted there before: pages of the new module take part.
-const FILL_MEMORY: &str = "
+/// Writes until there is more memory than the guest began with; then a file larger than what was
+/// there before goes through memory to the disk and back, so that the new module takes part;
+/// writes on until the module is gone.
+const USE_MORE_MEMORY: &str = "
 total() { sed -n 's/^MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo; }
+load() { dd if=/dev/urandom of=/mnt/load bs=64k count=16 conv=fsync 2>/dev/null; }
 before=$(total)
 echo writing
 n=0
-while [ $(total) -le $((before + 200000)) ]; do
-    dd if=/dev/urandom of=/mnt/load bs=64k count=16 conv=fsync 2>/dev/null
-    n=$((n + 1)); test $n -lt 2000
-done
+while [ $(total) -le $((before + 200000)) ]; do load; n=$((n + 1)); test $n -lt 2000; done
 mkdir /tmp/big
 mount -t tmpfs -o size=400m tmpfs /tmp/big
-dd if=/dev/urandom of=/tmp/big/x bs=1M count=150 2>/dev/null
+dd if=/dev/urandom of=/tmp/big/x bs=1M count=140 2>/dev/null
 dd if=/tmp/big/x of=/mnt/load bs=1M conv=fsync 2>/dev/null
 sum=$(md5sum < /tmp/big/x)
 rm /tmp/big/x
 echo 3 > /proc/sys/vm/drop_caches
 test \"$(md5sum < /mnt/load)\" = \"$sum\"
+echo 3 > /proc/sys/vm/drop_caches
+echo used
+n=0
+while [ $(total) -gt $((before + 10000)) ]; do load; n=$((n + 1)); test $n -lt 2000; done
+for n in 1 2 3 4; do load; done
 rm /mnt/load
 cd /
 umount /mnt
