@@ -27,13 +27,20 @@ pub struct Descriptor {
     pub addr: u64,
     /// Bytes.
     pub len: u32,
-    /// NEXT 1, WRITE 2, INDIRECT 4.
+    /// [`NEXT`](Self::NEXT), [`WRITE`](Self::WRITE), [`INDIRECT`](Self::INDIRECT).
     pub flags: u16,
     /// Index of the next descriptor of the chain, with NEXT.
     pub next: u16,
 }
 
 impl Descriptor {
+    /// Flag: another one follows.
+    pub const NEXT: u16 = 1;
+    /// Flag: the device writes this buffer.
+    pub const WRITE: u16 = 2;
+    /// Flag: the buffer is a table of descriptors.
+    pub const INDIRECT: u16 = 4;
+
     /// From its two 64-bit words.
     #[inline(always)]
     pub(crate) fn from_words(addr: u64, rest: u64) -> Self {

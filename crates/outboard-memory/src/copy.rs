@@ -22,14 +22,22 @@ struct Unaligned<T>(T);
 /// `from` is readable for `len` bytes inside a live mapping; `to` is writable for `len` bytes and is no guest memory.
 #[inline(always)]
 pub(crate) unsafe fn copy_in(from: *const u8, to: *mut u8, len: usize) {
-    if len <= SHORT {
-        // SAFETY: the caller's promise is the same.
-        unsafe { words(from, to, len) }
-    } else {
+    if len > SHORT {
         // SAFETY: both are valid for `len` bytes; guest memory and our own memory are different mappings.
         unsafe { ptr::copy_nonoverlapping(from, to, len) };
         compiler_fence(Ordering::SeqCst);
+        return;
     }
+    words(len, |at, size| match size {
+        // SAFETY: `words` stays below `len`; so do the other three.
+        8 => unsafe { word_in::<u64>(from, to, at) },
+        // SAFETY: as above.
+        4 => unsafe { word_in::<u32>(from, to, at) },
+        // SAFETY: as above.
+        2 => unsafe { word_in::<u16>(from, to, at) },
+        // SAFETY: as above.
+        _ => unsafe { word_in::<u8>(from, to, at) },
+    });
 }
 
 /// Copies `len` bytes at `from` into guest memory at `to`.
@@ -38,15 +46,23 @@ pub(crate) unsafe fn copy_in(from: *const u8, to: *mut u8, len: usize) {
 /// `from` is readable for `len` bytes and is no guest memory; `to` is writable for `len` bytes inside a live mapping.
 #[inline(always)]
 pub(crate) unsafe fn copy_out(from: *const u8, to: *mut u8, len: usize) {
-    if len <= SHORT {
-        // SAFETY: the caller's promise is the same.
-        unsafe { words(from, to, len) }
-    } else {
+    if len > SHORT {
         compiler_fence(Ordering::SeqCst);
         // SAFETY: both are valid for `len` bytes; guest memory and our own memory are different mappings.
         unsafe { ptr::copy_nonoverlapping(from, to, len) };
         compiler_fence(Ordering::SeqCst);
+        return;
     }
+    words(len, |at, size| match size {
+        // SAFETY: `words` stays below `len`; so do the other three.
+        8 => unsafe { word_out::<u64>(from, to, at) },
+        // SAFETY: as above.
+        4 => unsafe { word_out::<u32>(from, to, at) },
+        // SAFETY: as above.
+        2 => unsafe { word_out::<u16>(from, to, at) },
+        // SAFETY: as above.
+        _ => unsafe { byte_out(from, to, at) },
+    });
 }
 
 /// Writes `len` zero bytes into guest memory at `to`.
@@ -60,46 +76,57 @@ pub(crate) unsafe fn zero(to: *mut u8, len: usize) {
     compiler_fence(Ordering::SeqCst);
 }
 
-/// The short copy: eight bytes at a time, then four, two, one.
-///
-/// # Safety
-/// `from` is readable and `to` writable for `len` bytes.
+/// Cuts `len` bytes into words of eight bytes, then four, two and one: calls `with` with the offset and the size of
+/// each, so that offset plus size is at most `len`.
 #[inline(always)]
-unsafe fn words(from: *const u8, to: *mut u8, len: usize) {
+fn words(len: usize, mut with: impl FnMut(usize, usize)) {
     let mut done = 0;
     while len - done >= 8 {
-        // SAFETY: `done + 8 <= len`.
-        unsafe { word::<u64>(from, to, done) };
+        with(done, 8);
         done += 8;
     }
-    if len & 4 != 0 {
-        // SAFETY: `done` is a multiple of 8 and `len - done < 8` has bit 2 set, so `done + 4 <= len`.
-        unsafe { word::<u32>(from, to, done) };
-        done += 4;
-    }
-    if len & 2 != 0 {
-        // SAFETY: as above, with bit 1.
-        unsafe { word::<u16>(from, to, done) };
-        done += 2;
-    }
-    if len & 1 != 0 {
-        // SAFETY: as above, with bit 0.
-        unsafe { word::<u8>(from, to, done) };
+    for size in [4, 2, 1] {
+        if len & size != 0 {
+            with(done, size);
+            done += size;
+        }
     }
 }
 
-/// One word from `from + at` to `to + at`.
+/// One word of guest memory from `from + at` to `to + at`.
 ///
 /// # Safety
 /// Both are valid for `at + size_of::<T>()` bytes.
 #[inline(always)]
-unsafe fn word<T: Copy>(from: *const u8, to: *mut u8, at: usize) {
-    let from = from.wrapping_add(at).cast::<Unaligned<T>>();
-    let to = to.wrapping_add(at).cast::<Unaligned<T>>();
+unsafe fn word_in<T: Copy>(from: *const u8, to: *mut u8, at: usize) {
     // SAFETY: valid by the caller's promise; the packed type has alignment 1.
-    let value = unsafe { ptr::read_volatile(from) };
+    let value = unsafe { ptr::read_volatile(from.wrapping_add(at).cast::<Unaligned<T>>()) };
     // SAFETY: likewise.
-    unsafe { ptr::write_volatile(to, value) };
+    unsafe { ptr::write(to.wrapping_add(at).cast::<Unaligned<T>>(), value) };
+}
+
+/// One word from `from + at` to guest memory at `to + at`.
+///
+/// # Safety
+/// Both are valid for `at + size_of::<T>()` bytes.
+#[inline(always)]
+unsafe fn word_out<T: Copy>(from: *const u8, to: *mut u8, at: usize) {
+    // SAFETY: valid by the caller's promise; the packed type has alignment 1.
+    let value = unsafe { ptr::read(from.wrapping_add(at).cast::<Unaligned<T>>()) };
+    // SAFETY: likewise.
+    unsafe { ptr::write_volatile(to.wrapping_add(at).cast::<Unaligned<T>>(), value) };
+}
+
+/// One byte from `from + at` to guest memory at `to + at`. (By way of `Unaligned` it would go over the stack.)
+///
+/// # Safety
+/// Both are valid for `at + 1` bytes.
+#[inline(always)]
+unsafe fn byte_out(from: *const u8, to: *mut u8, at: usize) {
+    // SAFETY: valid by the caller's promise.
+    let value = unsafe { ptr::read(from.wrapping_add(at)) };
+    // SAFETY: likewise.
+    unsafe { ptr::write_volatile(to.wrapping_add(at), value) };
 }
 
 /// Two 64-bit words of guest memory at any address.
@@ -127,24 +154,4 @@ pub(crate) unsafe fn write_pair(to: *mut u8, first: u64, second: u64) {
     unsafe { ptr::write_volatile(to, Unaligned(first)) };
     // SAFETY: likewise, the second eight bytes.
     unsafe { ptr::write_volatile(to.wrapping_add(1), Unaligned(second)) };
-}
-
-/// One 64-bit word of guest memory at any address.
-///
-/// # Safety
-/// `from` is readable for 8 bytes inside a live mapping.
-#[inline(always)]
-pub(crate) unsafe fn read_u64(from: *const u8) -> u64 {
-    // SAFETY: the caller's promise; alignment 1.
-    unsafe { ptr::read_volatile(from.cast::<Unaligned<u64>>()) }.0
-}
-
-/// Writes one 64-bit word into guest memory at any address.
-///
-/// # Safety
-/// `to` is writable for 8 bytes inside a live mapping.
-#[inline(always)]
-pub(crate) unsafe fn write_u64(to: *mut u8, value: u64) {
-    // SAFETY: the caller's promise; alignment 1.
-    unsafe { ptr::write_volatile(to.cast::<Unaligned<u64>>(), Unaligned(value)) };
 }

@@ -122,7 +122,4 @@ pub enum AccessError {
         /// The most that is accepted.
         limit: usize,
     },
-    /// The list already holds segments of another generation of guest memory.
-    #[error("segments of two generations of guest memory in one list")]
-    MixedGenerations,
 }

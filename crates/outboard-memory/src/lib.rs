@@ -4,7 +4,7 @@
 //! ```text
 //!  SET_MEM_TABLE fds ─▶ Region::map ─▶ GuestMemory (Arc, generation) ─▶ View (one owner, last-hit cache)
 //!                         │ fstat first                                    ├─▶ Cells: ring indices and elements, resolved once
-//!                         └ SIGBUS guard: hole ─▶ zero page + poisoned     └─▶ Segments: buffers of one request, kept alive by Arc
+//!                         └ SIGBUS guard: hole ─▶ zero page + poisoned     └─▶ Buffers: what one request reads and writes, kept alive by Arc
 //! ```
 //!
 //! Invariants, which everything above this crate leans on:
@@ -18,27 +18,31 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64", target_endian = "little")))]
 compile_error!("outboard runs on 64-bit little-endian Linux");
 
+mod buffers;
 mod cells;
 mod copy;
+mod cursor;
 mod error;
+mod gather;
 mod map;
 mod mapping;
 mod num;
 mod region;
-mod segments;
 mod sigbus;
 mod table;
 mod transfer;
+mod usual;
 mod view;
 
+pub use buffers::{Buffers, Segment};
 #[cfg(outboard_loom)]
 pub use cells::twin;
 pub use cells::{Cell16, Cells, Descriptor, Descriptors, Pairs, Ring16, fence};
+pub use cursor::Cursor;
 pub use error::{AccessError, LayoutError, MapError};
+pub use gather::Gather;
 pub use map::GuestMemory;
 pub use mapping::rounded;
 pub use region::{MapOptions, Region, RegionSpec};
-pub use segments::{Segment, Segments};
 pub use sigbus::install_sigbus_guard;
-pub use table::Table;
 pub use view::View;

@@ -8,8 +8,12 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::error::LayoutError;
+use crate::num::index;
 use crate::region::{Region, RegionSpec};
 use crate::sigbus;
+
+/// Bits of the index of the table of slots.
+const SLOT_BITS: u32 = 10;
 
 /// What a look-up needs of one region.
 #[derive(Clone, Copy, Debug)]
@@ -41,7 +45,7 @@ impl Entry {
     pub(crate) fn translate(&self, guest: u64, len: u64) -> Option<*mut u8> {
         let offset = guest.wrapping_sub(self.start);
         if offset < self.size && len <= self.size - offset {
-            Some(self.host.wrapping_add(crate::num::index(offset)))
+            Some(self.host.wrapping_add(index(offset)))
         } else {
             None
         }
@@ -55,6 +59,9 @@ pub struct GuestMemory {
     regions: Vec<Arc<Region>>,
     /// The same, flat.
     entries: Box<[Entry]>,
+    /// For each 2^`shift` bytes of guest-physical space the first region that ends behind their start.
+    slots: Box<[u16]>,
+    shift: u32,
     /// Sorted by user address: (user address, size, guest address).
     by_user: Box<[(u64, u64, u64)]>,
     #[cfg(outboard_loom)]
@@ -75,14 +82,17 @@ impl GuestMemory {
             .collect();
         by_user.sort_unstable();
         check_overlap("user", by_user.iter().map(|&(user, size, _)| (user, size)))?;
-        let entries = regions
+        let entries: Box<[_]> = regions
             .iter()
             .map(|r| Entry { start: r.spec().guest_addr, size: r.spec().size, host: r.host() })
             .collect();
+        let (slots, shift) = slots(&entries);
         Ok(Self {
             generation,
             regions,
             entries,
+            slots,
+            shift,
             by_user: by_user.into(),
             #[cfg(outboard_loom)]
             twin: crate::cells::twin::Store::default(),
@@ -141,11 +151,23 @@ impl GuestMemory {
         sigbus::any_poisoned() && self.regions.iter().any(|region| region.is_poisoned())
     }
 
-    /// The region that holds `guest`.
-    pub(crate) fn entry(&self, guest: u64) -> Option<&Entry> {
+    /// The region that holds `guest`; one without addresses when none does.
+    pub(crate) fn entry(&self, guest: u64) -> Entry {
+        if let Some(entry) = self.slot(guest)
+            && entry.rest(guest).is_some()
+        {
+            return *entry;
+        }
         let after = self.entries.partition_point(|entry| entry.start <= guest);
-        let entry = self.entries.get(after.checked_sub(1)?)?;
-        entry.rest(guest).map(|_| entry)
+        let entry = after.checked_sub(1).and_then(|at| self.entries.get(at));
+        entry.filter(|entry| entry.rest(guest).is_some()).copied().unwrap_or(Entry::NONE)
+    }
+
+    /// The only region that `guest` can be in, or the first of several.
+    #[inline(always)]
+    pub(crate) fn slot(&self, guest: u64) -> Option<&Entry> {
+        let at = *self.slots.get(index(guest >> self.shift))?;
+        self.entries.get(usize::from(at))
     }
 
     /// The first region, which a fresh view starts with.
@@ -161,6 +183,24 @@ impl fmt::Debug for GuestMemory {
             .field("regions", &self.regions)
             .finish()
     }
+}
+
+/// A table from the high bits of an address to the region it may be in, and how many low bits it leaves out.
+fn slots(entries: &[Entry]) -> (Box<[u16]>, u32) {
+    let last = entries.last().map_or(0, |entry| entry.start + (entry.size - 1));
+    let shift = (u64::BITS - last.leading_zeros()).saturating_sub(SLOT_BITS).max(12);
+    let mut at = 0;
+    let slots = (0..=last >> shift).map(|slot| {
+        let start = slot << shift;
+        while entries
+            .get(usize::from(at))
+            .is_some_and(|entry| entry.start + (entry.size - 1) < start)
+        {
+            at += 1;
+        }
+        at
+    });
+    (slots.collect(), shift)
 }
 
 /// `ranges` sorted by start; their ends fit 64 bits.

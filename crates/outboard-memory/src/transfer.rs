@@ -7,14 +7,14 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-use crate::segments::Segments;
+use crate::cursor::Cursor;
 
 /// Most pieces the kernel takes at once.
 const IOV_MAX: usize = 1024;
 
-impl Segments {
-    /// Fills the front of the list from `file` at `offset` and drops what was filled. Returns the bytes; 0 at the end
-    /// of the file or of the list.
+impl Cursor<'_> {
+    /// Fills the front of what is left from `file` at `offset` and drops what was filled. Returns the bytes; 0 at the end
+    /// of the file or when nothing is left.
     ///
     /// # Errors
     /// What the system says, `EINTR` excepted: that is tried again. Nothing is dropped then.
@@ -22,7 +22,7 @@ impl Segments {
         self.transfer(file, offset, libc::preadv)
     }
 
-    /// Writes the front of the list to `file` at `offset` and drops what was written. Returns the bytes.
+    /// Writes the front of what is left to `file` at `offset` and drops what was written. Returns the bytes.
     ///
     /// # Errors
     /// What the system says, `EINTR` excepted: that is tried again. Nothing is dropped then.
@@ -50,12 +50,13 @@ impl Segments {
         let pieces = pieces.as_ptr().cast::<libc::iovec>();
         let raw = file.as_fd().as_raw_fd();
         loop {
-            // SAFETY: `count` pieces laid out like iovecs, each in guest memory that this list keeps mapped; the
+            // SAFETY: `count` pieces laid out like iovecs, each in guest memory that the borrowed buffers keep mapped; the
             // kernel may write there, as the guest may at any time.
             let moved = unsafe { call(raw, pieces, count, offset) };
             match usize::try_from(moved) {
                 Ok(moved) => {
-                    self.transferred(moved);
+                    let dropped = self.advance(crate::num::wide(moved));
+                    debug_assert!(dropped.is_some(), "the kernel moved more than it was given");
                     return Ok(moved);
                 }
                 Err(_) => {

@@ -1,18 +1,20 @@
-//! One owner's view of guest memory: the table, and the region the last look-up hit.
+//! One owner's view of guest memory: the regions, and the one the last look-up hit.
 //!
 //! `Send`, not `Sync`: each queue has its own. Ring memory is resolved once, into [`Cells`]; buffers are translated as
-//! ranges, into [`Segments`] that keep the mapping alive by themselves.
+//! ranges, into [`Buffers`] that keep the mapping alive by themselves.
+#![expect(unsafe_code, reason = "copies to and from guest memory")]
 
 use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::cells::Cells;
+use crate::buffers::Buffers;
+use crate::cells::{Cells, Descriptors};
+use crate::copy;
 use crate::error::AccessError;
+use crate::gather::Gather;
 use crate::map::{Entry, GuestMemory};
-use crate::num::index;
-use crate::segments::Segments;
-use crate::table::Table;
+use crate::num::{index, wide};
 
 /// Translates guest-physical ranges of one generation of guest memory.
 pub struct View {
@@ -28,6 +30,7 @@ impl View {
     }
 
     /// What it is a view of.
+    #[inline(always)]
     pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
     }
@@ -41,55 +44,23 @@ impl View {
         Ok(Cells::new(host, guest, len, Arc::clone(&self.memory)))
     }
 
-    /// Appends the range to `to`: as one segment, or as several when it crosses regions that are neighbours in
-    /// guest-physical space. No segment for a range of length 0.
-    ///
-    /// # Errors
-    /// Some byte is in no region, or `to` holds segments of another generation; `to` may have grown by a part of the
-    /// range then.
-    #[inline]
-    pub fn push_segments(
-        &self,
-        guest: u64,
-        len: u32,
-        to: &mut Segments,
-    ) -> Result<(), AccessError> {
-        if len == 0 {
-            return Ok(());
-        }
-        to.attach(&self.memory)?;
-        match self.find(guest, u64::from(len)) {
-            Some(host) => {
-                to.push(host, len as usize);
-                Ok(())
-            }
-            None => self.push_split(guest, u64::from(len), to),
-        }
-    }
-
-    /// An indirect descriptor table of `count` entries, at any address.
-    ///
-    /// # Errors
-    /// Some byte of it is in no region.
-    #[inline]
-    pub fn table(&self, guest: u64, count: u16) -> Result<Table<'_>, AccessError> {
-        let len = u64::from(count) * 16;
-        match self.find(guest, len) {
-            Some(host) => Ok(Table::whole(host, count, self)),
-            None => {
-                self.check(guest, len)?;
-                Ok(Table::scattered(guest, count, self))
-            }
-        }
+    /// Begins to fill `to` with the buffers of a request whose descriptors start in `table`; what it held is gone.
+    pub fn gather<'a>(&'a self, table: &'a Descriptors, to: &'a mut Buffers) -> Gather<'a> {
+        Gather::new(self, table, to)
     }
 
     /// Copies guest memory out.
     ///
     /// # Errors
-    /// Some byte is in no region.
+    /// Some byte is in no region; what was copied before it stays copied.
     pub fn read(&self, guest: u64, to: &mut [u8]) -> Result<(), AccessError> {
-        let mut from = self.segments(guest, to.len())?;
-        from.read_exact(to).ok_or(AccessError::Outside { guest, len: to.len() as u64 })
+        let mut to_at = to.as_mut_ptr();
+        self.each_part(guest, wide(to.len()), |from, len| {
+            // SAFETY: `each_part` hands out parts of live mappings, `to.len()` bytes in all; `to_at` moves along.
+            unsafe { copy::copy_in(from, to_at, len) };
+            to_at = to_at.wrapping_add(len);
+            Ok(())
+        })
     }
 
     /// Copies into guest memory.
@@ -97,61 +68,59 @@ impl View {
     /// # Errors
     /// Some byte is in no region; nothing was written then.
     pub fn write(&self, guest: u64, from: &[u8]) -> Result<(), AccessError> {
-        let mut to = self.segments(guest, from.len())?;
-        to.write_all(from).ok_or(AccessError::Outside { guest, len: from.len() as u64 })
-    }
-
-    fn segments(&self, guest: u64, len: usize) -> Result<Segments, AccessError> {
-        let mut list = Segments::new();
-        let len = crate::num::wide(len);
-        if len != 0 {
-            list.attach(&self.memory)?;
-            self.push_split(guest, len, &mut list)?;
-        }
-        Ok(list)
+        self.each_part(guest, wide(from.len()), |_, _| Ok(()))?;
+        let mut from_at = from.as_ptr();
+        self.each_part(guest, wide(from.len()), |to, len| {
+            // SAFETY: `each_part` hands out parts of live mappings, `from.len()` bytes in all; `from_at` moves along.
+            unsafe { copy::copy_out(from_at, to, len) };
+            from_at = from_at.wrapping_add(len);
+            Ok(())
+        })
     }
 
     /// Where a range of one region lies in this process.
-    #[inline(always)]
-    fn find(&self, guest: u64, len: u64) -> Option<*mut u8> {
-        match self.last.get().translate(guest, len) {
-            Some(host) => Some(host),
-            None => self.search(guest, len),
+    pub(crate) fn find(&self, guest: u64, len: u64) -> Option<*mut u8> {
+        if let Some(host) = self.last.get().translate(guest, len) {
+            return Some(host);
         }
+        let entry = self.memory.entry(guest);
+        self.last.set(entry);
+        entry.translate(guest, len)
     }
 
-    /// The same when the last region does not hold it.
-    #[inline(never)]
-    fn search(&self, guest: u64, len: u64) -> Option<*mut u8> {
-        let entry = self.memory.entry(guest)?;
-        let host = entry.translate(guest, len)?;
-        self.last.set(*entry);
-        Some(host)
+    /// The region hit last.
+    #[inline(always)]
+    pub(crate) fn last(&self) -> Entry {
+        self.last.get()
     }
 
-    #[cold]
-    fn push_split(&self, guest: u64, len: u64, to: &mut Segments) -> Result<(), AccessError> {
+    /// The region that holds `guest`, which becomes the last, where one look at the table of slots says.
+    #[inline(always)]
+    pub(crate) fn search_slot(&self, guest: u64) -> Option<Entry> {
+        let entry = *self.memory.slot(guest)?;
+        self.last.set(entry);
+        Some(entry)
+    }
+
+    /// Calls `with` for each part of a range in turn, an address of this process and a length.
+    pub(crate) fn each_part(
+        &self,
+        guest: u64,
+        len: u64,
+        mut with: impl FnMut(*mut u8, usize) -> Result<(), AccessError>,
+    ) -> Result<(), AccessError> {
         let outside = AccessError::Outside { guest, len };
+        guest.checked_add(len).ok_or(outside)?;
         let (mut at, mut left) = (guest, len);
         while left > 0 {
-            let entry = self.memory.entry(at).ok_or(outside)?;
+            let entry = self.memory.entry(at);
             let part = entry.rest(at).ok_or(outside)?.min(left);
             let host = entry.translate(at, part).ok_or(outside)?;
-            to.push_bounded(host, index(part))?;
+            with(host, index(part))?;
             left -= part;
-            // Only the last part may end at the top of the address space, and then nothing is left.
-            at = at.wrapping_add(part);
-            if at == 0 && left > 0 {
-                return Err(outside);
-            }
+            at += part;
         }
         Ok(())
-    }
-
-    /// Whether every byte of a range is in some region.
-    #[cold]
-    fn check(&self, guest: u64, len: u64) -> Result<(), AccessError> {
-        self.push_split(guest, len, &mut Segments::new())
     }
 }
 

@@ -11,7 +11,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 
-use outboard_memory::{Segment, Segments};
+use outboard_memory::{Buffers, Cursor, Segment};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::error::ShortBuffer;
@@ -20,24 +20,20 @@ use crate::error::ShortBuffer;
 const STAGING: usize = 4096;
 
 /// What a chain is made of. Boxed, recycled by its queue.
-#[derive(Default)]
-pub(crate) struct Buffers {
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) buffers: Buffers,
     pub(crate) head: u16,
+    /// Whether it is one of those that may keep a long list while idle.
+    pub(crate) grown: bool,
     /// Pieces charged to the queue's budget while in flight; 0 for a chain of few.
     pub(crate) charged: usize,
-    /// Whether the lists have grown beyond what every pooled chain may keep.
-    pub(crate) grown: bool,
-    pub(crate) readable: Segments,
-    pub(crate) writable: Segments,
-    pub(crate) tail: Segments,
-    /// Writable bytes at first, without the tail.
-    pub(crate) room: u64,
 }
 
 /// A request taken from a queue. Give it back with [`DeviceQueue::complete`](crate::DeviceQueue::complete): a chain
 /// that is only dropped stays in flight until the ring is stopped.
 #[must_use = "a dropped chain is never given back to the driver"]
-pub struct Chain(pub(crate) Box<Buffers>);
+pub struct Chain(pub(crate) Box<Parts>);
 
 impl Chain {
     /// The descriptor the chain starts with, which names it to the driver.
@@ -49,23 +45,22 @@ impl Chain {
     /// The bytes for the device to read that are left.
     #[inline]
     pub fn readable(&mut self) -> Readable<'_> {
-        Readable(&mut self.0.readable)
+        Readable(self.0.buffers.readable())
     }
 
     /// The bytes for the device to write that are left, without the tail.
     #[inline]
     pub fn writable(&mut self) -> Writable<'_> {
-        Writable { segments: &mut self.0.writable, room: self.0.room }
+        let room = self.0.buffers.room();
+        Writable { cursor: self.0.buffers.writable(), room }
     }
 
     /// Both at once.
     #[inline]
     pub fn parts(&mut self) -> (Readable<'_>, Writable<'_>) {
-        let buffers = &mut *self.0;
-        (
-            Readable(&mut buffers.readable),
-            Writable { segments: &mut buffers.writable, room: buffers.room },
-        )
+        let room = self.0.buffers.room();
+        let (readable, writable) = self.0.buffers.both();
+        (Readable(readable), Writable { cursor: writable, room })
     }
 
     /// Cuts the last `n` writable bytes off, wherever they lie, for [`write_tail`](Self::write_tail): the status byte
@@ -75,12 +70,11 @@ impl Chain {
     /// Fewer than `n` bytes are left; nothing is cut.
     #[inline]
     pub fn reserve_tail(&mut self, n: usize) -> Result<(), ShortBuffer> {
-        let buffers = &mut *self.0;
-        let n = n as u64;
-        let left = buffers.writable.len();
-        buffers.writable.split_tail(n, &mut buffers.tail).ok_or(ShortBuffer { needed: n, left })?;
-        buffers.room -= n;
-        Ok(())
+        let needed = n as u64;
+        match self.0.buffers.split_tail(needed) {
+            Some(()) => Ok(()),
+            None => Err(ShortBuffer { needed, left: self.0.buffers.writable().len() }),
+        }
     }
 
     /// Writes to the front of the reserved tail.
@@ -89,28 +83,32 @@ impl Chain {
     /// The tail is shorter; nothing is written.
     #[inline]
     pub fn write_tail(&mut self, bytes: &[u8]) -> Result<(), ShortBuffer> {
-        let left = self.0.tail.len();
-        self.0.tail.write_all(bytes).ok_or(ShortBuffer { needed: bytes.len() as u64, left })
+        let mut tail = self.0.buffers.tail();
+        tail.write_all(bytes).ok_or_else(|| short(tail.segments(), bytes.len()))
     }
+}
+
+/// What an access of `needed` bytes lacks. (Takes the pieces, so that the cursor stays in registers.)
+#[cold]
+fn short(pieces: &[Segment], needed: usize) -> ShortBuffer {
+    ShortBuffer { needed: needed as u64, left: pieces.iter().map(|piece| piece.len() as u64).sum() }
 }
 
 impl fmt::Debug for Chain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Chain")
             .field("head", &self.0.head)
-            .field("readable", &self.0.readable)
-            .field("writable", &self.0.writable)
-            .field("tail", &self.0.tail)
+            .field("buffers", &self.0.buffers)
             .finish()
     }
 }
 
 /// The bytes of a request that the driver wrote, taken from the front.
 #[derive(Debug)]
-pub struct Readable<'a>(&'a mut Segments);
+pub struct Readable<'a>(Cursor<'a>);
 
 impl Readable<'_> {
-    /// Bytes left.
+    /// Bytes left. Adds the pieces up.
     #[inline]
     pub fn len(&self) -> u64 {
         self.0.len()
@@ -128,8 +126,7 @@ impl Readable<'_> {
     /// Too few bytes are left; none is taken.
     #[inline]
     pub fn read_obj<T: FromBytes>(&mut self) -> Result<T, ShortBuffer> {
-        let left = self.0.len();
-        self.0.read_obj().ok_or(ShortBuffer { needed: size_of::<T>() as u64, left })
+        self.0.read_obj().ok_or_else(|| short(self.0.segments(), size_of::<T>()))
     }
 
     /// Takes bytes.
@@ -138,8 +135,7 @@ impl Readable<'_> {
     /// Too few bytes are left; none is taken.
     #[inline]
     pub fn read_exact(&mut self, to: &mut [u8]) -> Result<(), ShortBuffer> {
-        let left = self.0.len();
-        self.0.read_exact(to).ok_or(ShortBuffer { needed: to.len() as u64, left })
+        self.0.read_exact(to).ok_or_else(|| short(self.0.segments(), to.len()))
     }
 
     /// Leaves `n` bytes out.
@@ -148,8 +144,7 @@ impl Readable<'_> {
     /// Fewer are left; none is left out.
     #[inline]
     pub fn skip(&mut self, n: u64) -> Result<(), ShortBuffer> {
-        let left = self.0.len();
-        self.0.advance(n).ok_or(ShortBuffer { needed: n, left })
+        self.0.advance(n).ok_or_else(|| ShortBuffer { needed: n, left: self.0.len() })
     }
 
     /// The pieces that are left, for a transfer by the kernel; follow it with [`advance`](Self::advance).
@@ -180,27 +175,27 @@ impl Readable<'_> {
 /// The bytes of a request that the device is to write, taken from the front.
 #[derive(Debug)]
 pub struct Writable<'a> {
-    segments: &'a mut Segments,
+    cursor: Cursor<'a>,
     room: u64,
 }
 
 impl Writable<'_> {
-    /// Bytes of room left.
+    /// Bytes of room left. Adds the pieces up.
     #[inline]
     pub fn len(&self) -> u64 {
-        self.segments.len()
+        self.cursor.len()
     }
 
     /// Whether no room is left.
     #[inline]
     pub fn is_empty(&self) -> bool {
-        self.segments.is_empty()
+        self.cursor.is_empty()
     }
 
     /// Bytes written so far (the tail does not count).
     #[inline]
     pub fn written(&self) -> u64 {
-        self.room - self.segments.len()
+        self.room - self.cursor.len()
     }
 
     /// Writes a value.
@@ -221,8 +216,7 @@ impl Writable<'_> {
     /// Too little room; nothing is written.
     #[inline]
     pub fn write_all(&mut self, from: &[u8]) -> Result<(), ShortBuffer> {
-        let left = self.segments.len();
-        self.segments.write_all(from).ok_or(ShortBuffer { needed: from.len() as u64, left })
+        self.cursor.write_all(from).ok_or_else(|| short(self.cursor.segments(), from.len()))
     }
 
     /// Writes `n` zero bytes.
@@ -230,14 +224,13 @@ impl Writable<'_> {
     /// # Errors
     /// Too little room; nothing is written.
     pub fn fill_zero(&mut self, n: u64) -> Result<(), ShortBuffer> {
-        let left = self.segments.len();
-        self.segments.fill_zero(n).ok_or(ShortBuffer { needed: n, left })
+        self.cursor.fill_zero(n).ok_or_else(|| ShortBuffer { needed: n, left: self.cursor.len() })
     }
 
     /// The pieces that are left, for a transfer by the kernel; follow it with [`advance`](Self::advance).
     #[inline]
     pub fn segments(&self) -> &[Segment] {
-        self.segments.segments()
+        self.cursor.segments()
     }
 
     /// The kernel wrote `n` bytes.
@@ -246,8 +239,7 @@ impl Writable<'_> {
     /// There is less room; nothing is dropped.
     #[inline]
     pub fn advance(&mut self, n: u64) -> Result<(), ShortBuffer> {
-        let left = self.segments.len();
-        self.segments.advance(n).ok_or(ShortBuffer { needed: n, left })
+        self.cursor.advance(n).ok_or_else(|| ShortBuffer { needed: n, left: self.cursor.len() })
     }
 
     /// Fills the room from `file` at `offset`, in one call. Returns the bytes; 0 is the end of the file.
@@ -255,7 +247,7 @@ impl Writable<'_> {
     /// # Errors
     /// What the system says; `EINTR` is tried again.
     pub fn read_from_file_at(&mut self, file: impl AsFd, offset: u64) -> io::Result<usize> {
-        self.segments.read_from_file_at(file, offset)
+        self.cursor.read_from_file_at(file, offset)
     }
 
     /// Fills the room from `source` until it is full, `max` bytes were written or the source ends, through a bounded

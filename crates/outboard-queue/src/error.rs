@@ -54,13 +54,11 @@ pub enum RingError {
         /// The head.
         head: u16,
     },
-    /// A descriptor leads to one that is not there.
-    #[error("next descriptor {index} in a table of {size}")]
+    /// A descriptor leads to one that is not in its table.
+    #[error("next descriptor {index} is outside the table")]
     Next {
         /// Where it leads.
         index: u16,
-        /// Descriptors in the table.
-        size: u16,
     },
     /// A chain longer than the ring, which may be a loop.
     #[error("chain of head {head} is longer than {size} descriptors")]

@@ -2,12 +2,14 @@
 #![expect(unsafe_code, reason = "atomic and volatile access to ring memory")]
 
 use std::fmt;
+use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{self, AtomicU16, Ordering};
 
 use super::{Cells, Descriptor};
 use crate::copy;
 use crate::map::GuestMemory;
+use crate::table::Table;
 
 /// A memory fence, as [`std::sync::atomic::fence`]; under loom, loom's.
 #[inline(always)]
@@ -94,7 +96,7 @@ impl Ring16 {
     }
 }
 
-/// An array of pairs of 32-bit elements, indexed modulo its length. Invariant: `mask + 1` pairs in a live mapping.
+/// An array of pairs of 32-bit elements, indexed modulo its length. Invariant: aligned, `mask + 1` pairs in a live mapping.
 #[derive(Clone, Debug)]
 pub struct Pairs {
     held: Held,
@@ -107,24 +109,29 @@ impl Pairs {
     }
 
     #[inline(always)]
-    fn element(&self, at: u16) -> *mut u8 {
-        self.held.at.wrapping_add(usize::from(at & self.mask) * 8)
+    fn element(&self, at: u16) -> *mut u32 {
+        self.held.at.wrapping_add(usize::from(at & self.mask) * 8).cast()
     }
 
     /// Pair `at`, modulo the length.
     #[inline(always)]
     pub fn load(&self, at: u16) -> (u32, u32) {
-        // SAFETY: the masked index is inside the array, which is mapped.
-        let both = unsafe { copy::read_u64(self.element(at)) };
-        (super::low32(both), super::low32(both >> 32))
+        let element = self.element(at);
+        // SAFETY: the masked index is inside the array, which is mapped and aligned to 4.
+        let first = unsafe { ptr::read_volatile(element) };
+        // SAFETY: likewise, the second half of the pair.
+        let second = unsafe { ptr::read_volatile(element.wrapping_add(1)) };
+        (first, second)
     }
 
     /// Replaces pair `at`, modulo the length.
     #[inline(always)]
     pub fn store(&self, at: u16, first: u32, second: u32) {
-        let both = u64::from(first) | u64::from(second) << 32;
-        // SAFETY: the masked index is inside the array, which is mapped.
-        unsafe { copy::write_u64(self.element(at), both) };
+        let element = self.element(at);
+        // SAFETY: the masked index is inside the array, which is mapped and aligned to 4.
+        unsafe { ptr::write_volatile(element, first) };
+        // SAFETY: likewise, the second half of the pair.
+        unsafe { ptr::write_volatile(element.wrapping_add(1), second) };
     }
 }
 
@@ -143,13 +150,12 @@ impl Descriptors {
     /// Descriptor `at`, each of its bytes read once; `None` past the end.
     #[inline(always)]
     pub fn get(&self, at: u16) -> Option<Descriptor> {
-        if at >= self.count {
-            return None;
-        }
-        // SAFETY: `at < count`, inside the table, which is mapped.
-        let (addr, rest) =
-            unsafe { copy::read_pair(self.held.at.wrapping_add(usize::from(at) * 16)) };
-        Some(Descriptor::from_words(addr, rest))
+        self.table().get(at)
+    }
+
+    #[inline(always)]
+    pub(crate) fn table(&self) -> Table<'_> {
+        Table::new(self.held.at, self.count)
     }
 
     /// Replaces descriptor `at`; `None` past the end.

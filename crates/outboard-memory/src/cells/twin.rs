@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use loom::sync::atomic::{self, AtomicU16, AtomicU64, Ordering};
 
 use super::{Cells, Descriptor};
+use crate::table::Table;
 
 thread_local! {
     static FENCES: Cell<bool> = const { Cell::new(true) };
@@ -144,6 +145,10 @@ impl Descriptors {
     pub fn get(&self, at: u16) -> Option<Descriptor> {
         let (addr, rest) = self.0.get(usize::from(at))?;
         Some(Descriptor::from_words(addr.load(Ordering::Relaxed), rest.load(Ordering::Relaxed)))
+    }
+
+    pub(crate) fn table(&self) -> Table<'_> {
+        Table::twin(self)
     }
 
     /// Replaces descriptor `at`; `None` past the end.

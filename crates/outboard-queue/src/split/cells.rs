@@ -10,10 +10,9 @@ use outboard_memory::{AccessError, Cell16, Cells, Descriptors, Pairs, Ring16, Vi
 use crate::error::RingError;
 use crate::layout::{QueueFeatures, QueueLayout};
 
-/// Handles on every field of a split ring.
+/// Handles on every field of the two rings.
 #[derive(Clone, Debug)]
 pub(crate) struct SplitCells {
-    pub(crate) desc: Descriptors,
     pub(crate) avail_flags: Cell16,
     pub(crate) avail_idx: Cell16,
     pub(crate) avail: Ring16,
@@ -34,12 +33,12 @@ pub(crate) struct Events {
 }
 
 impl SplitCells {
-    /// Finds the ring in guest memory.
+    /// Finds the ring in guest memory: its descriptor table, and the fields of the two rings.
     pub(crate) fn resolve(
         layout: &QueueLayout,
         features: QueueFeatures,
         view: &View,
-    ) -> Result<Self, RingError> {
+    ) -> Result<(Descriptors, Self), RingError> {
         let size = layout.size;
         if !size.is_power_of_two() || size > 32_768 {
             return Err(RingError::Size { size });
@@ -70,7 +69,7 @@ impl SplitCells {
         } else {
             None
         };
-        Ok(Self { desc, avail_flags, avail_idx, avail, used_flags, used_idx, used, events })
+        Ok((desc, Self { avail_flags, avail_idx, avail, used_flags, used_idx, used, events }))
     }
 }
 

@@ -15,19 +15,13 @@ use std::sync::atomic::Ordering;
 use outboard_memory::{View, fence};
 
 use super::cells::SplitCells;
-use super::walk::Walk;
+use super::chains::Chains;
+use super::walk::Source;
 use super::{NO_INTERRUPT, NO_NOTIFY};
-use crate::chain::{Buffers, Chain};
+use crate::chain::Chain;
 use crate::error::RingError;
 use crate::event::need_event;
 use crate::layout::{QueueFeatures, QueueLayout};
-
-/// A chain of so many pieces is charged, and its lists are kept only within limits.
-const FEW_PIECES: usize = 64;
-/// The most pieces of chains in flight that have more than a few: 64 MiB of lists.
-const MOST_PIECES: usize = 4 << 20;
-/// Lists of more than a few pieces that the pool keeps for the next such chain.
-const MOST_GROWN: usize = 64;
 
 /// How much of the ring still works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +36,7 @@ enum Health {
 #[derive(Debug)]
 pub(crate) struct SplitDevice {
     cells: SplitCells,
-    view: View,
+    source: Source,
     layout: QueueLayout,
     features: QueueFeatures,
     health: Health,
@@ -50,15 +44,15 @@ pub(crate) struct SplitDevice {
     seen_avail: u16,
     next_used: u16,
     told_used: u16,
-    in_flight: u16,
-    /// Which heads are in flight.
-    heads: Box<[bool]>,
-    /// Spent chains, for the next ones.
-    pool: Pool,
+    /// `next_avail - next_used` with nothing in flight.
+    lead: u16,
     /// Whether the driver may believe that kicks are wanted.
     armed: bool,
     /// Whether a call is due whatever the driver asked for: its wish may be older than this queue.
     call_is_due: bool,
+    /// The broken rule, until it is told.
+    fault: Option<RingError>,
+    chains: Chains,
 }
 
 impl SplitDevice {
@@ -69,11 +63,11 @@ impl SplitDevice {
         view: View,
     ) -> Result<Self, RingError> {
         let next_avail = u16::try_from(base).map_err(|_| RingError::Base { base })?;
-        let cells = SplitCells::resolve(&layout, features, &view)?;
+        let (desc, cells) = SplitCells::resolve(&layout, features, &view)?;
         let used = cells.used_idx.load(Ordering::Acquire);
         Ok(Self {
             cells,
-            view,
+            source: Source { desc, view, size: layout.size, indirect: features.indirect },
             layout,
             features,
             health: Health::Live,
@@ -81,86 +75,99 @@ impl SplitDevice {
             seen_avail: next_avail,
             next_used: used,
             told_used: used,
-            in_flight: 0,
-            heads: vec![false; usize::from(layout.size)].into(),
-            pool: Pool::default(),
+            lead: next_avail.wrapping_sub(used),
             armed: true,
             call_is_due: true,
+            fault: None,
+            chains: Chains::new(layout.size),
         })
     }
 
     #[inline]
     pub(crate) fn pop(&mut self) -> Result<Option<Chain>, RingError> {
-        if self.next_avail == self.seen_avail && !self.look()? {
-            return Ok(None);
+        if self.next_avail == self.seen_avail && !self.look() {
+            return self.tell();
         }
         match self.take() {
-            Ok(chain) => Ok(Some(chain)),
-            Err(error) => Err(self.retire(error)),
+            Some(chain) => Ok(Some(chain)),
+            None => self.tell(),
         }
+    }
+
+    /// No chain: nothing there, or a broken rule that was not told yet.
+    #[inline]
+    fn tell(&mut self) -> Result<Option<Chain>, RingError> {
+        if self.health == Health::Live { Ok(None) } else { self.fault.take().map_or(Ok(None), Err) }
     }
 
     /// Looks at the available index. False: nothing there.
-    fn look(&mut self) -> Result<bool, RingError> {
+    #[inline]
+    fn look(&mut self) -> bool {
         if self.health != Health::Live {
-            return Ok(false);
+            return false;
         }
         let avail = self.cells.avail_idx.load(Ordering::Acquire);
-        if self.view.memory().poisoned() {
-            return Err(self.retire(RingError::MemoryLost));
-        }
         let (next, size) = (self.next_avail, self.layout.size);
+        if avail == next {
+            // A ring in a hole of its file reads as zeros, for ever.
+            if self.source.view.memory().poisoned() {
+                self.retire(RingError::MemoryLost);
+            }
+            return false;
+        }
         if avail.wrapping_sub(next) > size {
-            return Err(self.retire(RingError::AvailIndex { avail, next, size }));
+            self.retire(RingError::AvailIndex { avail, next, size });
+            return false;
         }
         self.seen_avail = avail;
-        Ok(avail != next)
+        true
     }
 
-    /// Takes the next chain, which the available index covers.
-    #[inline]
-    fn take(&mut self) -> Result<Chain, RingError> {
-        let size = self.layout.size;
-        let head = self.cells.avail.load(self.next_avail);
-        let taken = self.heads.get_mut(usize::from(head)).ok_or(RingError::Head { head, size })?;
-        if std::mem::replace(taken, true) {
-            return Err(RingError::HeadInFlight { head });
+    /// Takes the next chain, which the available index covers. None: the driver broke a rule. (Out of line, so that
+    /// the walk has the registers for itself.)
+    #[inline(never)]
+    fn take(&mut self) -> Option<Chain> {
+        match self.try_take() {
+            Ok(chain) => {
+                self.next_avail = self.next_avail.wrapping_add(1);
+                Some(chain)
+            }
+            Err(error) => {
+                self.retire(error);
+                None
+            }
         }
-        let mut buffers = self.pool.get();
-        let walk =
-            Walk { cells: &self.cells, view: &self.view, size, indirect: self.features.indirect };
-        walk.run(head, &mut buffers)?;
-        self.pool.charge(&mut buffers)?;
-        buffers.head = head;
-        buffers.room = buffers.writable.len();
-        self.next_avail = self.next_avail.wrapping_add(1);
-        self.in_flight += 1;
-        Ok(Chain(buffers))
+    }
+
+    #[inline(always)]
+    fn try_take(&mut self) -> Result<Chain, RingError> {
+        let head = self.cells.avail.load(self.next_avail);
+        let mut parts = self.chains.take(head, self.source.size, &self.source.view)?;
+        let pieces = self.source.walk(head, &mut parts.buffers)?;
+        self.chains.charge(&mut parts, pieces)?;
+        Ok(Chain(parts))
     }
 
     /// The driver broke a rule, or memory went: the ring takes nothing from now on. What `pop` says is the cause.
     #[cold]
-    fn retire(&mut self, error: RingError) -> RingError {
-        let lost = self.view.memory().poisoned();
+    fn retire(&mut self, error: RingError) {
+        let lost = self.source.view.memory().poisoned();
         self.health = if lost { Health::Lost } else { Health::Retired };
         self.seen_avail = self.next_avail;
-        if lost { RingError::MemoryLost } else { error }
+        self.fault = Some(if lost { RingError::MemoryLost } else { error });
     }
 
     #[inline]
     pub(crate) fn complete(&mut self, chain: Chain, written: u32) {
-        let buffers = chain.0;
-        let head = buffers.head;
-        if let Some(taken) = self.heads.get_mut(usize::from(head))
-            && std::mem::replace(taken, false)
-        {
+        let mut parts = chain.0;
+        let head = parts.head;
+        parts.buffers.recycle(&self.source.view);
+        if self.chains.put(parts) {
             self.cells.used.store(self.next_used, u32::from(head), written);
             self.next_used = self.next_used.wrapping_add(1);
-            self.in_flight -= 1;
         } else {
             debug_assert!(false, "head {head} was not taken from this queue");
         }
-        self.pool.put(buffers, &self.view);
     }
 
     #[inline]
@@ -169,8 +176,9 @@ impl SplitDevice {
         if old == new || self.health == Health::Lost {
             return Ok(false);
         }
-        if self.view.memory().poisoned() {
-            return Err(self.retire(RingError::MemoryLost));
+        if self.source.view.memory().poisoned() {
+            self.retire(RingError::MemoryLost);
+            return Err(self.fault.take().unwrap_or(RingError::MemoryLost));
         }
         // Release: the elements, and the data they speak of, are there before the index covers them.
         self.cells.used_idx.store(new, Ordering::Release);
@@ -221,9 +229,11 @@ impl SplitDevice {
     }
 
     pub(crate) fn set_memory(&mut self, view: View) -> Result<(), RingError> {
-        self.cells = SplitCells::resolve(&self.layout, self.features, &view)?;
-        self.pool.recycle(&view);
-        self.view = view;
+        let (desc, cells) = SplitCells::resolve(&self.layout, self.features, &view)?;
+        self.chains.recycle(&view);
+        self.cells = cells;
+        self.source.desc = desc;
+        self.source.view = view;
         // The wishes stand in the same guest memory, wherever it is mapped now.
         Ok(())
     }
@@ -233,7 +243,7 @@ impl SplitDevice {
     }
 
     pub(crate) fn in_flight(&self) -> u16 {
-        self.in_flight
+        self.next_avail.wrapping_sub(self.next_used).wrapping_sub(self.lead)
     }
 
     pub(crate) fn layout(&self) -> &QueueLayout {
@@ -245,82 +255,10 @@ impl SplitDevice {
     }
 
     pub(crate) fn view(&self) -> &View {
-        &self.view
+        &self.source.view
     }
 
     pub(crate) fn is_broken(&self) -> bool {
         self.health != Health::Live
-    }
-}
-
-/// Spent chains, whose lists are used again. What it keeps is bounded whatever the guest offers.
-#[derive(Default)]
-struct Pool {
-    #[expect(
-        clippy::vec_box,
-        reason = "a chain is one pointer: its box moves in and out as it stands"
-    )]
-    spare: Vec<Box<Buffers>>,
-    /// How many of the spare ones have grown lists.
-    grown: usize,
-    /// Pieces of chains in flight that have more than a few.
-    charged: usize,
-}
-
-impl Pool {
-    #[inline]
-    fn get(&mut self) -> Box<Buffers> {
-        let Some(buffers) = self.spare.pop() else { return Box::default() };
-        self.grown -= usize::from(buffers.grown);
-        buffers
-    }
-
-    /// Counts the pieces of a chain that was just walked.
-    #[inline]
-    fn charge(&mut self, buffers: &mut Buffers) -> Result<(), RingError> {
-        let pieces = buffers.readable.segments().len() + buffers.writable.segments().len();
-        if pieces > FEW_PIECES {
-            buffers.grown = true;
-            buffers.charged = pieces;
-            self.charged += pieces;
-            if self.charged > MOST_PIECES {
-                return Err(RingError::Pieces { limit: MOST_PIECES });
-            }
-        }
-        Ok(())
-    }
-
-    #[inline]
-    fn put(&mut self, mut buffers: Box<Buffers>, view: &View) {
-        if buffers.grown {
-            self.charged -= std::mem::take(&mut buffers.charged);
-            if self.grown == MOST_GROWN {
-                return;
-            }
-            self.grown += 1;
-        }
-        let memory = view.memory();
-        buffers.readable.recycle(memory);
-        buffers.writable.recycle(memory);
-        buffers.tail.recycle(memory);
-        self.spare.push(buffers);
-    }
-
-    /// Lets go of guest memory that is not the one of `view`.
-    fn recycle(&mut self, view: &View) {
-        for buffers in &mut self.spare {
-            buffers.readable.recycle(view.memory());
-            buffers.writable.recycle(view.memory());
-            buffers.tail.recycle(view.memory());
-        }
-    }
-}
-
-impl std::fmt::Debug for Pool {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pool")
-            .field("spare", &self.spare.len())
-            .field("charged", &self.charged)
-            .finish()
     }
 }

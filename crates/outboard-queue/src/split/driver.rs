@@ -5,10 +5,10 @@
 
 use std::sync::atomic::Ordering;
 
-use outboard_memory::{Descriptor, View, fence};
+use outboard_memory::{Descriptor, Descriptors, View, fence};
 
 use super::cells::SplitCells;
-use super::{INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, WRITE};
+use super::{NO_INTERRUPT, NO_NOTIFY};
 use crate::error::{QueueFull, RingError};
 use crate::event::need_event;
 use crate::layout::{QueueFeatures, QueueLayout};
@@ -25,6 +25,7 @@ struct Slot {
 
 #[derive(Debug)]
 pub(crate) struct SplitDriver {
+    desc: Descriptors,
     cells: SplitCells,
     view: View,
     layout: QueueLayout,
@@ -48,7 +49,7 @@ impl SplitDriver {
         view: View,
         index: u16,
     ) -> Result<Self, RingError> {
-        let cells = SplitCells::resolve(&layout, features, &view)?;
+        let (desc, cells) = SplitCells::resolve(&layout, features, &view)?;
         cells.avail_flags.store(0, Ordering::Relaxed);
         cells.used_flags.store(0, Ordering::Relaxed);
         if let Some(events) = &cells.events {
@@ -59,6 +60,7 @@ impl SplitDriver {
         cells.avail_idx.store(index, Ordering::Release);
         let slots = (1..=layout.size).map(|next| Slot { next, ..Slot::default() }).collect();
         Ok(Self {
+            desc,
             cells,
             view,
             layout,
@@ -95,11 +97,8 @@ impl SplitDriver {
         for (addr, len, write) in buffers(readable, writable) {
             let next = self.slots.get(usize::from(at)).ok_or(full)?.next;
             left -= 1;
-            let more = if left > 0 { NEXT } else { 0 };
-            self.cells
-                .desc
-                .set(at, Descriptor { addr, len, flags: write | more, next })
-                .ok_or(full)?;
+            let more = if left > 0 { Descriptor::NEXT } else { 0 };
+            self.desc.set(at, Descriptor { addr, len, flags: write | more, next }).ok_or(full)?;
             at = next;
         }
         self.offer(head, count, at, token).ok_or(full)
@@ -120,13 +119,17 @@ impl SplitDriver {
         let next = self.slots.get(usize::from(head)).filter(|_| self.free > 0).ok_or(full)?.next;
         let table = area + u64::from(head) * u64::from(entries) * 16;
         for (index, (addr, len, write)) in (0..count).zip(buffers(readable, writable)) {
-            let more = if index + 1 < count { NEXT } else { 0 };
+            let more = if index + 1 < count { Descriptor::NEXT } else { 0 };
             let entry = Descriptor { addr, len, flags: write | more, next: index + 1 };
             self.view.write(table + u64::from(index) * 16, &bytes(entry)).map_err(|_| full)?;
         }
-        let outer =
-            Descriptor { addr: table, len: u32::from(count) * 16, flags: INDIRECT, next: 0 };
-        self.cells.desc.set(head, outer).ok_or(full)?;
+        let outer = Descriptor {
+            addr: table,
+            len: u32::from(count) * 16,
+            flags: Descriptor::INDIRECT,
+            next: 0,
+        };
+        self.desc.set(head, outer).ok_or(full)?;
         self.offer(head, 1, next, token).ok_or(full)
     }
 
@@ -244,7 +247,7 @@ impl SplitDriver {
     }
 }
 
-/// The buffers of a chain in order, each with its WRITE flag; one empty readable one when there are none.
+/// The buffers of a chain in order, each with its Descriptor::WRITE flag; one empty readable one when there are none.
 fn buffers(
     readable: &[(u64, u32)],
     writable: &[(u64, u32)],
@@ -252,7 +255,7 @@ fn buffers(
     let none = readable.is_empty() && writable.is_empty();
     let empty = none.then_some((0, 0, 0));
     let readable = readable.iter().map(|&(addr, len)| (addr, len, 0));
-    readable.chain(writable.iter().map(|&(addr, len)| (addr, len, WRITE))).chain(empty)
+    readable.chain(writable.iter().map(|&(addr, len)| (addr, len, Descriptor::WRITE))).chain(empty)
 }
 
 /// A descriptor as it lies in memory.

@@ -3,120 +3,92 @@
 //! Zero or more descriptors of the ring, then possibly one indirect table (§2.7.5.3.2). The walk is bounded by the size
 //! of the ring whatever the guest writes meanwhile.
 
-use outboard_memory::{Descriptor, View};
+use outboard_memory::{Buffers, Descriptor, Descriptors, View};
 
-use super::cells::SplitCells;
-use super::{INDIRECT, NEXT, WRITE};
-use crate::chain::Buffers;
 use crate::error::RingError;
 
 /// The most bytes of a chain (virtio 1.3 §2.6.4: "the total length … MUST NOT exceed 2³²").
 const MOST_BYTES: u64 = 1 << 32;
 
-/// What a walk needs to know of its queue.
-pub(crate) struct Walk<'a> {
-    pub(crate) cells: &'a SplitCells,
-    pub(crate) view: &'a View,
+/// Where the chains of a ring come from.
+#[derive(Debug)]
+pub(crate) struct Source {
+    pub(crate) desc: Descriptors,
+    pub(crate) view: View,
     pub(crate) size: u16,
     pub(crate) indirect: bool,
 }
 
-impl Walk<'_> {
-    /// Puts the buffers of the chain that starts at `head` into `to`, which is empty.
-    #[inline]
-    pub(crate) fn run(&self, head: u16, to: &mut Buffers) -> Result<(), RingError> {
-        let size = self.size;
-        let mut left = size;
-        let mut index = head;
-        let mut writable = false;
-        loop {
-            let descriptor = self.cells.desc.get(index).ok_or(RingError::Next { index, size })?;
-            if descriptor.flags & INDIRECT != 0 {
-                self.run_indirect(head, index, descriptor, left, writable, to)?;
-                break;
-            }
-            if left == 0 {
-                return Err(RingError::ChainLength { head, size });
-            }
-            left -= 1;
-            self.take(head, index, &descriptor, &mut writable, to)?;
-            if descriptor.flags & NEXT == 0 {
-                break;
-            }
-            index = descriptor.next;
+impl Source {
+    /// Puts the buffers of the chain that starts at `head` into `to`. Returns how many pieces they are.
+    #[inline(always)]
+    pub(crate) fn walk(&self, head: u16, to: &mut Buffers) -> Result<usize, RingError> {
+        match self.view.gather_usual(&self.desc, head, self.size, self.indirect, to) {
+            Some(pieces) => Ok(pieces),
+            // Something rare or something wrong: from the start, with care.
+            None => self.walk_carefully(head, to),
         }
-        let bytes = to.readable.len() + to.writable.len();
-        if bytes > MOST_BYTES {
-            return Err(RingError::ChainBytes { head, bytes });
-        }
-        Ok(())
     }
 
-    /// The same for the rest of a chain that lies in an indirect table.
+    /// The walk of any chain. It ends: each step uses up one of `size` descriptors, or enters the one table.
+    #[cold]
     #[inline(never)]
-    fn run_indirect(
-        &self,
-        head: u16,
-        index: u16,
-        descriptor: Descriptor,
-        left: u16,
-        mut writable: bool,
-        to: &mut Buffers,
-    ) -> Result<(), RingError> {
-        let count = self.check_indirect(index, &descriptor)?;
-        let table = self.view.table(descriptor.addr, count);
-        let table = table.map_err(|source| RingError::Buffer { head, source })?;
-        let mut left = left;
-        let mut index = 0;
+    pub(crate) fn walk_carefully(&self, head: u16, to: &mut Buffers) -> Result<usize, RingError> {
+        let mut gather = self.view.gather(&self.desc, to);
+        let mut left = self.size;
+        let mut index = head;
+        let mut inside = false;
+        let mut turned = false;
         loop {
-            let descriptor = table.get(index).ok_or(RingError::Next { index, size: count })?;
-            if descriptor.flags & INDIRECT != 0 {
-                return Err(RingError::IndirectNested { index });
+            let descriptor = gather.descriptor(index).ok_or(RingError::Next { index })?;
+            let flags = descriptor.flags;
+            if flags & Descriptor::INDIRECT != 0 {
+                let count = self.table_size(index, &descriptor, inside)?;
+                gather
+                    .enter(descriptor.addr, count)
+                    .map_err(|source| RingError::Buffer { head, source })?;
+                (inside, index) = (true, 0);
+                continue;
             }
-            if left == 0 {
-                return Err(RingError::ChainLength { head, size: self.size });
+            // Writable buffers come after all readable ones (§2.7.4.2); empty ones count for the order only.
+            if flags & Descriptor::WRITE == 0 && turned {
+                return Err(RingError::Order { head, index });
             }
-            left -= 1;
-            self.take(head, index, &descriptor, &mut writable, to)?;
-            if descriptor.flags & NEXT == 0 {
-                return Ok(());
+            if flags & Descriptor::WRITE != 0 && !turned {
+                gather.turn();
+                turned = true;
+            }
+            left = left.checked_sub(1).ok_or(RingError::ChainLength { head, size: self.size })?;
+            gather
+                .push(descriptor.addr, descriptor.len)
+                .map_err(|source| RingError::Buffer { head, source })?;
+            if flags & Descriptor::NEXT == 0 {
+                break;
             }
             index = descriptor.next;
         }
+        let (bytes, pieces) = gather.finish(turned);
+        if bytes > MOST_BYTES { Err(RingError::ChainBytes { head, bytes }) } else { Ok(pieces) }
     }
 
     /// The entries of the table an indirect descriptor leads to. Its WRITE flag is ignored (§2.7.5.3.2).
-    fn check_indirect(&self, index: u16, descriptor: &Descriptor) -> Result<u16, RingError> {
+    fn table_size(
+        &self,
+        index: u16,
+        descriptor: &Descriptor,
+        inside: bool,
+    ) -> Result<u16, RingError> {
+        if inside {
+            return Err(RingError::IndirectNested { index });
+        }
         if !self.indirect {
             return Err(RingError::IndirectNotNegotiated { index });
         }
-        if descriptor.flags & NEXT != 0 {
+        if descriptor.flags & Descriptor::NEXT != 0 {
             return Err(RingError::IndirectNext { index });
         }
         let (len, size) = (descriptor.len, self.size);
         let count = u16::try_from(len / 16).ok().filter(|&count| count >= 1 && count <= size);
         count.filter(|_| len.is_multiple_of(16)).ok_or(RingError::IndirectLength { len, size })
-    }
-
-    /// One buffer. Writable ones come after all readable ones (§2.7.4.2); empty ones count for the order only.
-    #[inline(always)]
-    fn take(
-        &self,
-        head: u16,
-        index: u16,
-        descriptor: &Descriptor,
-        writable: &mut bool,
-        to: &mut Buffers,
-    ) -> Result<(), RingError> {
-        let list = if descriptor.flags & WRITE != 0 {
-            *writable = true;
-            &mut to.writable
-        } else if *writable {
-            return Err(RingError::Order { head, index });
-        } else {
-            &mut to.readable
-        };
-        let pushed = self.view.push_segments(descriptor.addr, descriptor.len, list);
-        pushed.map_err(|source| RingError::Buffer { head, source })
     }
 }

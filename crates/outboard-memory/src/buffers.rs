@@ -1,0 +1,248 @@
+//! The buffers of one request: pieces of guest memory, taken from the front as they are read or written.
+//!
+//! ```text
+//!  list  [header 16][data 4096][data 512][status 1]
+//!        └ readable ┘└───── writable ────┘└ tail ─┘     a span each: next piece, end
+//! ```
+//! A piece is laid out like `struct iovec`, so that a span goes to `preadv` or io_uring as it stands. The list holds
+//! the guest memory its pieces point into. What was read is gone from its span: nothing is read twice.
+#![expect(unsafe_code, reason = "addresses that may be sent to other threads")]
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::cursor::Cursor;
+use crate::map::GuestMemory;
+use crate::num::{index, wide};
+use crate::view::View;
+
+/// The most pieces of one request. A legal chain has at most 32,768 descriptors, each in one region or across the seam
+/// of two; what is beyond this bound was made to use up memory.
+pub(crate) const MOST_PIECES: usize = 2 * 32_768 + 1024;
+
+/// A piece of guest memory in this process: an address and a length, laid out like `struct iovec`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Segment {
+    pub(crate) base: *mut u8,
+    pub(crate) len: usize,
+}
+
+const _: () = assert!(size_of::<Segment>() == size_of::<libc::iovec>());
+const _: () =
+    assert!(std::mem::offset_of!(Segment, base) == std::mem::offset_of!(libc::iovec, iov_base));
+const _: () =
+    assert!(std::mem::offset_of!(Segment, len) == std::mem::offset_of!(libc::iovec, iov_len));
+
+// SAFETY: an address and a length; only the owner of the guest memory behind it can use it, by unsafe code.
+unsafe impl Send for Segment {}
+// SAFETY: likewise.
+unsafe impl Sync for Segment {}
+
+impl Segment {
+    /// Address of the first byte. Valid while the [`Buffers`] it came from are alive; the guest may change what is
+    /// there at any time, so no reference to it may be made.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.base
+    }
+
+    /// Bytes.
+    #[expect(clippy::len_without_is_empty, reason = "a segment of a request is never empty")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    #[inline(always)]
+    pub(crate) fn advance(&mut self, n: usize) {
+        self.base = self.base.wrapping_add(n);
+        self.len -= n;
+    }
+}
+
+impl fmt::Debug for Segment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:p}+{:#x}", self.base, self.len)
+    }
+}
+
+/// A run of pieces: those from `next` to `end` of the list are left.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Span {
+    pub(crate) next: u32,
+    pub(crate) end: u32,
+}
+
+impl Span {
+    /// Pieces `next..end`; a list has at most [`MOST_PIECES`], and a tail of no more.
+    #[inline(always)]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "indices of a list of at most 2 * MOST_PIECES pieces"
+    )]
+    pub(crate) fn new(next: usize, end: usize) -> Self {
+        Self { next: next as u32, end: end as u32 }
+    }
+
+    #[inline(always)]
+    pub(crate) fn end(self) -> usize {
+        self.end as usize
+    }
+
+    #[inline(always)]
+    fn next(self) -> usize {
+        self.next as usize
+    }
+}
+
+/// What one request reads, what it writes, and the tail of what it writes. Filled by
+/// [`View::gather`](crate::View::gather), used again for request after request.
+pub struct Buffers {
+    /// Invariant: the pieces of a span lie in regions of `memory`, none is empty.
+    pub(crate) list: Vec<Segment>,
+    pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) readable: Span,
+    pub(crate) writable: Span,
+    pub(crate) tail: Span,
+    /// Writable bytes at first, without the tail.
+    pub(crate) room: u64,
+    /// The copy of an indirect table that lies across regions.
+    pub(crate) scratch: Vec<u8>,
+}
+
+impl Buffers {
+    /// No buffers, in the memory of this view.
+    pub fn new(view: &View) -> Self {
+        Self {
+            list: Vec::new(),
+            memory: Arc::clone(view.memory()),
+            readable: Span::default(),
+            writable: Span::default(),
+            tail: Span::default(),
+            room: 0,
+            scratch: Vec::new(),
+        }
+    }
+
+    /// The bytes to read that are left.
+    #[inline(always)]
+    pub fn readable(&mut self) -> Cursor<'_> {
+        Cursor::new(&mut self.list, &mut self.readable, 0)
+    }
+
+    /// The room to write that is left, without the tail.
+    #[inline(always)]
+    pub fn writable(&mut self) -> Cursor<'_> {
+        Cursor::new(&mut self.list, &mut self.writable, 0)
+    }
+
+    /// Both at once: readable pieces come before the writable ones in the list.
+    pub fn both(&mut self) -> (Cursor<'_>, Cursor<'_>) {
+        let Self { list, readable, writable, .. } = self;
+        let seam = readable.end;
+        let (front, back) = list.split_at_mut_checked(readable.end()).unwrap_or_default();
+        (Cursor::new(front, readable, 0), Cursor::new(back, writable, seam))
+    }
+
+    /// The tail that is left.
+    #[inline(always)]
+    pub fn tail(&mut self) -> Cursor<'_> {
+        Cursor::new(&mut self.list, &mut self.tail, 0)
+    }
+
+    /// Pieces in all.
+    #[inline(always)]
+    pub fn pieces(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Bytes of room at first, without the tail.
+    #[inline(always)]
+    pub fn room(&self) -> u64 {
+        self.room
+    }
+
+    /// Moves the last `count` bytes of the room to the tail, in place of what that held. `None`, and nothing moved,
+    /// when there are fewer.
+    #[inline(always)]
+    pub fn split_tail(&mut self, count: u64) -> Option<()> {
+        let Span { next, end } = self.writable;
+        if next < end
+            && let Some(piece) = self.list.get(end as usize - 1)
+            && wide(piece.len) == count
+        {
+            // The usual case: the last descriptor is the status.
+            self.tail = Span { next: end - 1, end };
+            self.writable.end = end - 1;
+        } else {
+            self.split_tail_slowly(count)?;
+        }
+        self.room -= count;
+        Some(())
+    }
+
+    /// The tail begins inside a piece or holds several: it gets pieces of its own behind all others.
+    #[inline(never)]
+    fn split_tail_slowly(&mut self, count: u64) -> Option<()> {
+        if self.writable().len() < count {
+            return None;
+        }
+        let end = self.writable.end();
+        let mut first = end;
+        let mut over = count;
+        // `over` bytes are still to come from in front of `first`.
+        while over > 0
+            && let Some(piece) = first.checked_sub(1).and_then(|at| self.list.get(at))
+        {
+            first -= 1;
+            if wide(piece.len) > over {
+                break;
+            }
+            over -= wide(piece.len);
+        }
+        let next = self.list.len();
+        let mut whole = first;
+        if over > 0
+            && let Some(piece) = self.list.get_mut(first)
+        {
+            let part = index(over);
+            piece.len -= part;
+            let cut = Segment { base: piece.base.wrapping_add(piece.len), len: part };
+            self.list.push(cut);
+            whole += 1;
+        }
+        self.list.extend_from_within(whole..end);
+        self.writable = Span::new(self.writable.next(), whole);
+        self.tail = Span::new(next, self.list.len());
+        Some(())
+    }
+
+    /// Forgets what is left and frees the room for pieces that a long request took.
+    pub fn shrink(&mut self) {
+        (self.list, self.scratch) = Default::default();
+        (self.readable, self.writable, self.tail) = Default::default();
+    }
+
+    /// Lets go of guest memory that is not the one of `view`, and of the buffers with it.
+    #[inline(always)]
+    pub fn recycle(&mut self, view: &View) {
+        if !Arc::ptr_eq(&self.memory, view.memory()) {
+            self.replace(view);
+        }
+    }
+
+    #[cold]
+    fn replace(&mut self, view: &View) {
+        *self = Self::new(view);
+    }
+}
+
+impl fmt::Debug for Buffers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pieces = |span: Span| self.list.get(span.next()..span.end()).unwrap_or_default();
+        f.debug_struct("Buffers")
+            .field("readable", &pieces(self.readable))
+            .field("writable", &pieces(self.writable))
+            .field("tail", &pieces(self.tail))
+            .finish()
+    }
+}

@@ -1,0 +1,134 @@
+//! Programs to count instructions of, for `cargo xtask counts` and for `valgrind --tool=callgrind`.
+//!
+//! `--list` prints the cases, `CASE ITERATIONS` runs one. An iteration is one block-shaped request: a 16-byte header, a
+//! data buffer and a status byte in three descriptors, taken, its header read, its status written, given back and
+//! shown to the driver. The driver costs one store per batch: its ring is filled beforehand and offered for ever.
+//! `regions`: header, data and status lie in different ones when there are eight.
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use outboard_memory::{Cell16, GuestMemory, Region, View};
+use outboard_queue::{DeviceQueue, QueueLayout};
+
+/// Requests that lie in the ring.
+const REQUESTS: u16 = 64;
+const SIZE: u16 = 256;
+const REGION: u64 = 1 << 20;
+const DATA: u32 = 4096;
+
+#[derive(Clone, Copy)]
+struct Case {
+    name: &'static str,
+    regions: u64,
+    indirect: bool,
+    event_idx: bool,
+    batch: u16,
+}
+
+const CASES: [Case; 8] = {
+    const fn case(
+        name: &'static str,
+        regions: u64,
+        indirect: bool,
+        event_idx: bool,
+        batch: u16,
+    ) -> Case {
+        Case { name, regions, indirect, event_idx, batch }
+    }
+    [
+        case("direct-1-region", 1, false, true, 1),
+        case("direct-8-regions", 8, false, true, 1),
+        case("direct-1-region-no-event", 1, false, false, 1),
+        case("direct-1-region-batch-32", 1, false, true, 32),
+        case("direct-8-regions-batch-32", 8, false, true, 32),
+        case("indirect-1-region", 1, true, true, 1),
+        case("indirect-8-regions", 8, true, true, 1),
+        case("indirect-8-regions-batch-32", 8, true, true, 32),
+    ]
+};
+
+fn main() {
+    let arguments: Vec<_> =
+        std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["--list"] => CASES.iter().for_each(|case| println!("{}", case.name)),
+        [name, iterations] => {
+            let case = CASES.into_iter().find(|case| case.name == name).expect("a case of --list");
+            run(case, iterations.parse().expect("a number of iterations"));
+        }
+        // As `cargo bench` and `cargo test` call it: show that the cases run.
+        _ => CASES.into_iter().for_each(|case| run(case, 64)),
+    }
+}
+
+fn run(case: Case, iterations: u64) {
+    let (mut queue, avail) = filled(case);
+    let mut index = 0;
+    for _ in 0..iterations / u64::from(case.batch) {
+        index = case.batch.wrapping_add(index);
+        avail.store(index, Ordering::Release);
+        black_box(hot_batch(&mut queue));
+    }
+    assert_eq!(queue.base(), u32::from(index));
+}
+
+/// What is counted.
+#[inline(never)]
+fn hot_batch(queue: &mut DeviceQueue) -> bool {
+    while let Some(mut chain) = queue.pop().expect("an honest ring") {
+        let header: [u64; 2] = chain.readable().read_obj().expect("a header");
+        chain.reserve_tail(1).expect("a status byte");
+        let status = u8::from(chain.writable().is_empty() | (header[0] == 1));
+        chain.write_tail(&[status]).expect("the status byte");
+        queue.complete(chain, DATA + 1);
+    }
+    queue.publish().expect("memory")
+}
+
+/// A ring whose every entry stands for a request, and its available index.
+fn filled(case: Case) -> (DeviceQueue, Cell16) {
+    let regions = (0..case.regions).map(|at| {
+        let (region, _file) = Region::memfd(at * 2 * REGION, REGION).expect("memory");
+        Arc::new(region)
+    });
+    let memory = GuestMemory::new(1, regions.collect()).expect("a layout");
+    let view = View::new(Arc::new(memory));
+    let (layout, tables) = QueueLayout::split_at(0, SIZE).expect("room");
+    let tables = tables.next_multiple_of(16);
+    for request in 0..REQUESTS {
+        let place = |at: u64| {
+            (u64::from(request) + at) % case.regions * 2 * REGION + REGION / 2 + at * 0x2_0000
+        };
+        let buffers = [(place(0), 16, 0), (place(1), DATA, 2), (place(2), 1, 2)];
+        let base = if case.indirect { 0 } else { 3 * request };
+        let mut bytes = Vec::new();
+        for (at, (addr, len, write)) in (0_u16..).zip(buffers) {
+            let next = if at < 2 { 1 } else { 0 };
+            bytes.extend(descriptor(addr, len, write | next, base + at + 1));
+        }
+        let head = if case.indirect {
+            let table = tables + u64::from(request) * 48;
+            view.write(table, &bytes).expect("room");
+            view.write(layout.desc + 16 * u64::from(request), &descriptor(table, 48, 4, 0))
+                .expect("room");
+            request
+        } else {
+            view.write(layout.desc + 16 * u64::from(base), &bytes).expect("room");
+            base
+        };
+        for entry in (request..SIZE).step_by(usize::from(REQUESTS)) {
+            view.write(layout.avail + 4 + 2 * u64::from(entry), &head.to_le_bytes()).expect("room");
+        }
+    }
+    let features = u64::from(case.event_idx) << 29 | u64::from(case.indirect) << 28;
+    let cells = view.cells(layout.avail, 4).expect("the available ring");
+    let avail = cells.u16_at(2).expect("its index");
+    (DeviceQueue::new(layout, features, 0, view).expect("a ring"), avail)
+}
+
+fn descriptor(addr: u64, len: u32, flags: u16, next: u16) -> Vec<u8> {
+    [&addr.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()]
+        .concat()
+}

@@ -1,0 +1,120 @@
+//! The chains of a ring, one for each head: idle here, or in flight somewhere else.
+//!
+//! A chain is made when its head is first used and is used again ever after, so that a request costs no allocation in
+//! the long run. What idle chains keep, and what chains in flight may take, is bounded whatever the guest offers.
+
+use outboard_memory::{Buffers, View};
+
+use crate::chain::Parts;
+use crate::error::RingError;
+
+/// A chain of more pieces is charged, and its list is kept only within limits.
+const FEW_PIECES: usize = 64;
+/// The most pieces of chains in flight that have more than a few: 64 MiB of lists.
+const MOST_PIECES: usize = 4 << 20;
+/// Idle chains that may keep a long list for the next request.
+const MOST_GROWN: usize = 64;
+
+pub(crate) struct Chains {
+    /// By head. `None`: in flight, or never made.
+    idle: Box<[Option<Box<Parts>>]>,
+    /// Which were made.
+    made: Box<[bool]>,
+    /// How many may keep a long list.
+    grown: usize,
+    /// Pieces of chains in flight that have more than a few.
+    charged: usize,
+}
+
+impl Chains {
+    pub(crate) fn new(size: u16) -> Self {
+        let size = usize::from(size);
+        let idle = std::iter::repeat_with(|| None).take(size).collect();
+        Self { idle, made: vec![false; size].into(), grown: 0, charged: 0 }
+    }
+
+    /// Takes the chain of this head out.
+    #[inline(always)]
+    pub(crate) fn take(
+        &mut self,
+        head: u16,
+        size: u16,
+        view: &View,
+    ) -> Result<Box<Parts>, RingError> {
+        match self.idle.get_mut(usize::from(head)).and_then(Option::take) {
+            Some(parts) => Ok(parts),
+            None => self.make(head, size, view),
+        }
+    }
+
+    /// The first time; not when the chain is in flight.
+    #[cold]
+    fn make(&mut self, head: u16, size: u16, view: &View) -> Result<Box<Parts>, RingError> {
+        let made = self.made.get_mut(usize::from(head)).ok_or(RingError::Head { head, size })?;
+        if std::mem::replace(made, true) {
+            return Err(RingError::HeadInFlight { head });
+        }
+        Ok(Box::new(Parts { buffers: Buffers::new(view), head, grown: false, charged: 0 }))
+    }
+
+    /// Counts the pieces of a chain that was just walked.
+    #[inline(always)]
+    pub(crate) fn charge(&mut self, parts: &mut Parts, pieces: usize) -> Result<(), RingError> {
+        if pieces > FEW_PIECES { self.charge_many(parts, pieces) } else { Ok(()) }
+    }
+
+    #[inline(never)]
+    fn charge_many(&mut self, parts: &mut Parts, pieces: usize) -> Result<(), RingError> {
+        parts.charged = pieces;
+        self.charged += pieces;
+        if self.charged > MOST_PIECES {
+            Err(RingError::Pieces { limit: MOST_PIECES })
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Puts a chain back. False: no chain of its head is in flight here.
+    #[inline(always)]
+    pub(crate) fn put(&mut self, mut parts: Box<Parts>) -> bool {
+        if parts.charged != 0 {
+            self.discharge(&mut parts);
+        }
+        match self.idle.get_mut(usize::from(parts.head)) {
+            Some(slot @ None) => {
+                *slot = Some(parts);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// A chain with a long list goes idle: it keeps the list, or not.
+    #[inline(never)]
+    fn discharge(&mut self, parts: &mut Parts) {
+        self.charged = self.charged.saturating_sub(std::mem::take(&mut parts.charged));
+        if !parts.grown && self.grown < MOST_GROWN {
+            self.grown += 1;
+            parts.grown = true;
+        }
+        if !parts.grown {
+            parts.buffers.shrink();
+        }
+    }
+
+    /// Lets go of guest memory that is not the one of `view`.
+    pub(crate) fn recycle(&mut self, view: &View) {
+        for parts in self.idle.iter_mut().flatten() {
+            parts.buffers.recycle(view);
+        }
+    }
+}
+
+impl std::fmt::Debug for Chains {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Chains")
+            .field("grown", &self.grown)
+            .field("charged", &self.charged)
+            .finish()
+    }
+}
