@@ -182,8 +182,11 @@ impl<Fd> Backend<Fd> {
 
     /// Takes what one `recvmsg` returned, split in whatever way. The descriptors belong to the
     /// first of the bytes; read at most [`wanted`](Self::wanted) bytes at a time to make that true.
+    /// What comes after a fatal violation is dropped.
     pub fn receive(&mut self, bytes: &[u8], fds: Vec<Fd>) {
-        self.decoder.receive(bytes, fds);
+        if self.closed.is_none() {
+            self.decoder.receive(bytes, fds);
+        }
     }
 
     /// Bytes that are missing from the message that is coming in, or from its header: never 0

@@ -105,9 +105,12 @@ impl<Fd> Frontend<Fd> {
         self.out.pop_front()
     }
 
-    /// Takes what one `recvmsg` returned; the descriptors belong to the first of the bytes.
+    /// Takes what one `recvmsg` returned; the descriptors belong to the first of the bytes. What
+    /// comes after a violation is dropped.
     pub fn receive(&mut self, bytes: &[u8], fds: Vec<Fd>) {
-        self.decoder.receive(bytes, fds);
+        if self.closed.is_none() {
+            self.decoder.receive(bytes, fds);
+        }
     }
 
     /// Bytes that are missing from the reply that is coming in, or from its header. A transport

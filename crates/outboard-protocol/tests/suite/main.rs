@@ -12,6 +12,8 @@ mod document;
 #[cfg(test)]
 mod frontend;
 #[cfg(test)]
+mod machine;
+#[cfg(test)]
 mod pair;
 #[cfg(test)]
 mod ring_rules;
