@@ -61,6 +61,15 @@ bitflags! {
     }
 }
 
+impl ProtocolFeatures {
+    /// The feature that `name` stands for: `VHOST_USER_PROTOCOL_F_MQ`, `MQ`, `mq`.
+    #[must_use]
+    pub fn by_name(name: &str) -> Option<Self> {
+        let name = name.to_ascii_uppercase().replace('-', "_");
+        Self::from_name(name.strip_prefix("VHOST_USER_PROTOCOL_F_").unwrap_or(&name))
+    }
+}
+
 /// Virtio and vhost feature bits as masks of the 64-bit feature word.
 pub mod virtio {
     /// VIRTIO_NET_F_MTU (a net device's bit 3).
@@ -97,4 +106,58 @@ pub mod virtio {
     pub const RING_RESET: u64 = 1 << 40;
     /// VIRTIO_F_ADMIN_VQ.
     pub const ADMIN_VQ: u64 = 1 << 41;
+
+    /// The bits that a device can offer, by the end of their names.
+    const NAMES: [(&str, u64); 15] = [
+        ("NOTIFY_ON_EMPTY", NOTIFY_ON_EMPTY),
+        ("LOG_ALL", LOG_ALL),
+        ("ANY_LAYOUT", ANY_LAYOUT),
+        ("INDIRECT_DESC", RING_INDIRECT_DESC),
+        ("EVENT_IDX", RING_EVENT_IDX),
+        ("PROTOCOL_FEATURES", PROTOCOL_FEATURES),
+        ("VERSION_1", VERSION_1),
+        ("ACCESS_PLATFORM", ACCESS_PLATFORM),
+        ("PACKED", RING_PACKED),
+        ("IN_ORDER", IN_ORDER),
+        ("ORDER_PLATFORM", ORDER_PLATFORM),
+        ("NOTIFICATION_DATA", NOTIFICATION_DATA),
+        ("NOTIF_CONFIG_DATA", NOTIF_CONFIG_DATA),
+        ("RING_RESET", RING_RESET),
+        ("ADMIN_VQ", ADMIN_VQ),
+    ];
+
+    /// The bit that `name` stands for: `VIRTIO_RING_F_EVENT_IDX`, `RING_EVENT_IDX`, `event-idx`.
+    #[must_use]
+    pub fn by_name(name: &str) -> Option<u64> {
+        let name = name.to_ascii_uppercase().replace('-', "_");
+        let prefixes = ["VIRTIO_RING_F_", "VIRTIO_F_", "VHOST_USER_F_", "VHOST_F_"];
+        let short = prefixes.iter().find_map(|prefix| name.strip_prefix(prefix)).unwrap_or(&name);
+        let is = |known: &str| short == known || short.strip_prefix("RING_") == Some(known);
+        NAMES.iter().find(|(known, _)| is(known)).map(|(_, bit)| *bit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn feature_names_are_found_however_they_are_spelt() {
+        for name in ["VIRTIO_RING_F_EVENT_IDX", "RING_EVENT_IDX", "event-idx", "event_idx"] {
+            assert_eq!(virtio::by_name(name), Some(virtio::RING_EVENT_IDX), "{name}");
+        }
+        for name in ["VIRTIO_F_RING_PACKED", "RING_PACKED", "packed"] {
+            assert_eq!(virtio::by_name(name), Some(virtio::RING_PACKED), "{name}");
+        }
+        assert_eq!(virtio::by_name("VIRTIO_F_RING_RESET"), Some(virtio::RING_RESET));
+        let bit_30 = virtio::by_name("VHOST_USER_F_PROTOCOL_FEATURES");
+        assert_eq!(bit_30, Some(virtio::PROTOCOL_FEATURES));
+        for name in ["VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS", "configure-mem-slots"] {
+            let found = ProtocolFeatures::by_name(name);
+            assert_eq!(found, Some(ProtocolFeatures::CONFIGURE_MEM_SLOTS), "{name}");
+        }
+        assert_eq!(virtio::by_name("RESET"), None);
+        assert_eq!(virtio::by_name(""), None);
+        assert_eq!(ProtocolFeatures::by_name("VIRTIO_BLK_F_MQ"), None);
+    }
 }
