@@ -1,2 +1,160 @@
-//! The `outboard` program.
-fn main() {}
+//! The `outboard` program: one sub-command, one module.
+//!
+//! Invariants: a bad option or operand ends with exit code 2 and one clear line on standard error, a
+//! failure of the job itself with 1; what a command answers goes to standard output, everything else to
+//! standard error; each module has `Args` (clap) and `run`, and knows nothing of the others.
+
+mod bench;
+mod block;
+mod demo;
+mod probe;
+mod report;
+
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
+
+const EXAMPLES: &str = "\
+Examples:
+  outboard block --socket-path /run/disk.sock disk.img    a disk for QEMU
+  outboard demo                          see it work: a disk, driven, verified and measured
+  outboard probe /run/disk.sock          what does this back-end offer?
+  outboard bench /run/disk.sock          how fast is it? (random 4 KiB reads, harmless)
+  outboard bench a.sock --vs b.sock      which of two is faster?
+
+Every command explains itself with examples: outboard COMMAND --help
+Exit code: 0 done, 1 it failed, 2 the command line was wrong.";
+
+/// Virtio devices outside the VMM: run them, drive them, measure them, over vhost-user.
+#[derive(Parser)]
+#[command(name = "outboard", version, after_help = EXAMPLES, max_term_width = 100)]
+#[command(disable_help_subcommand = true, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Block(Box<block::Args>),
+    Demo(demo::Args),
+    Probe(probe::Args),
+    Bench(bench::Args),
+}
+
+/// Why a command ended without success: the exit code and the one line that says it.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The command line is wrong, or names something that is not there: exit code 2.
+    Usage(String),
+    /// The job was tried and failed: exit code 1.
+    Failed(String),
+}
+
+impl Failure {
+    /// A failure of the job, from any error.
+    pub(crate) fn failed(error: impl std::fmt::Display) -> Self {
+        Self::Failed(error.to_string())
+    }
+
+    /// A wrong command line, from any error.
+    pub(crate) fn usage(error: impl std::fmt::Display) -> Self {
+        Self::Usage(error.to_string())
+    }
+
+    fn report(self) -> ExitCode {
+        let (code, line) = match self {
+            Self::Usage(line) => (2, line),
+            Self::Failed(line) => (1, line),
+        };
+        eprintln!("outboard: {line}");
+        ExitCode::from(code)
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return answer_parser(&error),
+    };
+    start_logging();
+    let outcome = match cli.command {
+        Command::Block(args) => block::run(*args),
+        Command::Demo(args) => demo::run(args),
+        Command::Probe(args) => probe::run(args),
+        Command::Bench(args) => bench::run(args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+/// Help and version go where the user asked for them; a wrong command line becomes one line.
+fn answer_parser(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // A closed pipe is the reader's choice.
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = Cli::command().print_help();
+            ExitCode::from(2)
+        }
+        _ => Failure::Usage(one_line(&error.to_string())).report(),
+    }
+}
+
+/// The parser's first paragraph and its tip, on one line.
+fn one_line(text: &str) -> String {
+    let text = text.strip_prefix("error: ").unwrap_or(text);
+    let first = text.split("\n\n").next().unwrap_or(text);
+    let mut line = first.split_whitespace().collect::<Vec<_>>().join(" ");
+    if let Some((_, tip)) = text.split_once("tip: ") {
+        let tip = tip.split("\n\n").next().unwrap_or(tip);
+        line.push_str("; ");
+        line.push_str(&tip.split_whitespace().collect::<Vec<_>>().join(" "));
+    }
+    line.push_str("; see --help");
+    line
+}
+
+/// Log lines go to standard error; `OUTBOARD_LOG` chooses them (`info`, `outboard=debug`, …).
+fn start_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("OUTBOARD_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    // Only fails when a subscriber is set already, and then there is one.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_wrong_option_becomes_one_line_that_names_it() {
+        let error = Cli::try_parse_from(["outboard", "probe", "s", "--jsom"]).err().expect("wrong");
+        let line = one_line(&error.to_string());
+        assert!(line.contains("--jsom") && line.contains("--json"), "{line}");
+        assert_eq!(line.lines().count(), 1, "{line}");
+    }
+
+    #[test]
+    fn a_missing_operand_becomes_one_line_that_names_it() {
+        let error = Cli::try_parse_from(["outboard", "probe"]).err().expect("wrong");
+        let line = one_line(&error.to_string());
+        assert!(line.contains("<SOCKET>"), "{line}");
+        assert_eq!(line.lines().count(), 1, "{line}");
+    }
+}

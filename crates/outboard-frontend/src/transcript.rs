@@ -2,7 +2,7 @@
 //!
 //! The text is made from the bytes that really pass, not from what the caller meant. Invariant: it holds
 //! nothing that changes from run to run (no descriptor numbers, no times; addresses are those of
-//! [`crate::memory`], which hands out the same ones each time), so that transcripts can be kept and
+//! [`SharedMemory`](crate::SharedMemory), which hands out the same ones each time), so that transcripts can be kept and
 //! compared.
 
 use std::fmt::Write as _;
