@@ -357,6 +357,9 @@ fn protocol(text: &str) -> ProtocolFeatures {
     if text == "all" {
         return super::all_protocol();
     }
+    if text.starts_with("0x") {
+        return ProtocolFeatures::from_bits(number(text)).expect("known bits");
+    }
     let named = |name| ProtocolFeatures::from_name(name).unwrap_or_else(|| panic!("no {name}"));
     text.split('|').map(named).fold(ProtocolFeatures::empty(), |all, bit| all | bit)
 }
