@@ -1,96 +1,124 @@
-//! `cargo xtask fuzz`: each target of `fuzz/` for so many seconds, with cargo-fuzz on a nightly
-//! toolchain.
+//! `cargo xtask fuzz`: each target of `fuzz/` for so many seconds, on libFuzzer.
 //!
-//! A target starts from its checked-in seeds (`fuzz/seeds/TARGET`) and from what earlier runs on
-//! this machine found (`target/xtask/corpus/TARGET`), with its dictionary (`fuzz/TARGET.dict`).
+//! The targets are built as cargo-fuzz builds them, with the coverage pass of LLVM switched on by
+//! code generation options, which the stable compiler takes too: no nightly toolchain is needed.
+//! What was found before (`fuzz/corpus`) is the start, what is new stays below the target
+//! directory. A target says what it has to reach (`want: …`) and what it reached (`cover: …`):
+//! a run that does not reach all of it has failed.
 
 use crate::summary::Tally;
 use crate::{paths, process, skips};
 use anyhow::{Context as _, Result};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+
+const COVERAGE: &[&str] = &[
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+    "-Ccodegen-units=1",
+    "--cfg=fuzzing",
+];
 
 /// Runs each target, or the one named.
 ///
 /// # Errors
 /// When a tool is missing where nothing may be skipped, or the targets cannot be listed.
 pub fn run(seconds: u64, only: Option<&str>) -> Result<Tally> {
-    let root = paths::workspace();
     let mut tally = Tally::default();
-    if !root.join("fuzz/Cargo.toml").exists() {
-        println!("fuzz: there are no targets");
+    let Some(compiler) = process::find("c++").or_else(|| process::find("g++")) else {
+        skips::skip("fuzz", "no C++ compiler for libFuzzer (Debian: g++)")?;
+        tally.skipped += 1;
         return Ok(tally);
-    }
-    let tool = match tool() {
-        Ok(tool) => tool,
-        Err(why) => {
-            skips::skip("fuzz", &format!("{why:#}"))?;
-            tally.skipped += 1;
-            return Ok(tally);
-        }
     };
-    let listed = process::output(cargo_fuzz(&tool, &root).arg("list"))?;
-    for target in listed.lines().map(str::trim).filter(|name| only.is_none_or(|one| one == *name)) {
+    let programs = build(&compiler)?;
+    for target in targets()?.iter().filter(|name| only.is_none_or(|one| one == *name)) {
         println!("fuzz: {target}, {seconds} s");
-        let begun = Instant::now();
-        match one(&tool, &root, target, seconds) {
-            Ok(()) => {
-                println!("fuzz: {target}: clean after {:.0?}, building included", begun.elapsed());
-                tally.passed += 1;
-            }
+        match fuzz(&programs, target, seconds) {
+            Ok(()) => tally.passed += 1,
             Err(error) => {
                 println!("fuzz: {target}: FAILED: {error:#}");
                 tally.failed += 1;
             }
         }
     }
-    anyhow::ensure!(tally != Tally::default(), "there is no such target");
     Ok(tally)
 }
 
-fn one(tool: &Path, root: &Path, target: &str, seconds: u64) -> Result<()> {
-    let corpus = paths::xtask()?.join("corpus").join(target);
-    std::fs::create_dir_all(&corpus)?;
-    let mut command = cargo_fuzz(tool, root);
-    command.args(["run", "--target-dir"]).arg(paths::target()?.join("fuzz"));
-    command.arg(target).arg(corpus);
-    let seeds = root.join("fuzz/seeds").join(target);
-    if seeds.is_dir() {
-        command.arg(seeds);
-    }
-    command.arg("--").arg(format!("-max_total_time={seconds}"));
-    command.args(["-rss_limit_mb=4096", "-timeout=20", "-print_final_stats=1", "-verbosity=0"]);
-    let words = root.join(format!("fuzz/{target}.dict"));
-    if words.exists() {
-        command.arg(format!("-dict={}", words.display()));
-    }
-    process::run(&mut command)
+/// Builds all targets; the folder of their programs.
+fn build(compiler: &Path) -> Result<PathBuf> {
+    let told = process::output(Command::new("rustc").arg("-vV"))?;
+    let host = told.lines().find_map(|line| line.strip_prefix("host: "));
+    let host = host.context("rustc does not say its host")?;
+    let target = paths::target()?.join("fuzz");
+    let mut command = Command::new("cargo");
+    command.args(["build", "--release", "--quiet", "--locked", "--manifest-path"]);
+    command.arg(paths::workspace().join("fuzz/Cargo.toml"));
+    // With a target named, build scripts are not instrumented.
+    command.args(["--target", host, "--target-dir"]).arg(&target);
+    command.env("RUSTFLAGS", COVERAGE.join(" ")).env("CXX", compiler);
+    process::run(&mut command).context("the fuzz targets do not build")?;
+    Ok(target.join(host).join("release"))
 }
 
-fn cargo_fuzz(tool: &Path, root: &Path) -> Command {
-    let mut command = Command::new(tool);
-    command.arg("fuzz").current_dir(root);
-    // The cargo that runs xtask is not the one wanted here.
-    command.env("RUSTUP_TOOLCHAIN", "nightly").env_remove("CARGO").env_remove("CARGO_TARGET_DIR");
-    command
+/// The targets' names: a program each.
+fn targets() -> Result<BTreeSet<String>> {
+    let folder = paths::workspace().join("fuzz/src/bin");
+    let mut names = BTreeSet::new();
+    for entry in std::fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
+        if let Some(name) = entry?.path().file_stem() {
+            names.insert(name.to_string_lossy().into_owned());
+        }
+    }
+    Ok(names)
 }
 
-/// cargo-fuzz: the user's, or one of our own below the target directory.
-fn tool() -> Result<PathBuf> {
-    let nightly =
-        process::output(Command::new("rustc").env("RUSTUP_TOOLCHAIN", "nightly").arg("-V"));
-    nightly.context("no nightly toolchain")?;
-    if let Some(found) = process::find("cargo-fuzz") {
-        return Ok(found);
+/// One target's run.
+fn fuzz(programs: &Path, target: &str, seconds: u64) -> Result<()> {
+    let found = paths::target()?.join("fuzz/corpus").join(target);
+    let artifacts = paths::target()?.join("fuzz/artifacts").join(target);
+    std::fs::create_dir_all(&found)?;
+    std::fs::create_dir_all(&artifacts)?;
+    let mut command = Command::new(programs.join(target));
+    command.arg(format!("-max_total_time={seconds}"));
+    command.arg(format!("-artifact_prefix={}/", artifacts.display()));
+    command.args(["-rss_limit_mb=2048", "-timeout=20", "-max_len=4096", "-print_final_stats=1"]);
+    command.arg(&found);
+    let kept = paths::workspace().join("fuzz/corpus").join(target);
+    if kept.is_dir() {
+        command.arg(kept);
     }
-    let tools = paths::xtask()?.join("tools");
-    let own = tools.join("bin/cargo-fuzz");
-    if !own.exists() {
-        println!("fuzz: building cargo-fuzz");
-        let mut install = Command::new("cargo");
-        install.args(["install", "--quiet", "--locked", "cargo-fuzz", "--root"]).arg(&tools);
-        process::run(&mut install).context("cargo-fuzz cannot be built")?;
+    let (mut wanted, mut reached) = (BTreeSet::new(), BTreeSet::new());
+    let ended = quietly(&mut command, |line| {
+        if let Some(what) = line.strip_prefix("want: ") {
+            wanted.insert(what.to_owned());
+        }
+        if let Some(what) = line.strip_prefix("cover: ") {
+            reached.insert(what.to_owned());
+        }
+    })?;
+    anyhow::ensure!(ended, "it found something: see {}", artifacts.display());
+    let missing: Vec<_> = wanted.difference(&reached).cloned().collect();
+    anyhow::ensure!(missing.is_empty(), "not reached: {}", missing.join(", "));
+    println!("fuzz: {target}: {} of {} wanted things reached", wanted.len(), wanted.len());
+    Ok(())
+}
+
+/// Runs the command, shows its findings and closing figures, hands each line on.
+fn quietly(command: &mut Command, mut line: impl FnMut(&str)) -> Result<bool> {
+    let output = command.output().with_context(|| process::shown(command))?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    for said in text.lines() {
+        line(said);
+        let worth = said.starts_with("stat::number_of_executed_units")
+            || said.starts_with("stat::average_exec_per_sec")
+            || (!output.status.success() && !said.starts_with('#') && !said.contains(": "));
+        if worth || said.contains("panicked") || said.starts_with("==") {
+            println!("  {said}");
+        }
     }
-    Ok(own)
+    Ok(output.status.success())
 }
