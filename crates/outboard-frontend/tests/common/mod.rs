@@ -5,7 +5,6 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use outboard_frontend::Connection;
-use outboard_frontend::block::{BlockDevice, BlockOptions};
 
 /// A running daemon with one vhost-user-blk export.
 pub(crate) struct Daemon {
@@ -53,20 +52,15 @@ impl Daemon {
         self.folder.path().join("s")
     }
 
-    /// What lies on its disk now.
-    pub(crate) fn image(&self) -> Vec<u8> {
-        std::fs::read(self.folder.path().join("disk.img")).expect("the image")
+    /// The file that its disk is.
+    pub(crate) fn image(&self) -> PathBuf {
+        self.folder.path().join("disk.img")
     }
 
     /// A fresh connection.
     pub(crate) fn connect(&self) -> Connection {
         let patience = Duration::from_secs(10);
         Connection::connect_patiently(self.socket(), patience, patience).expect("it listens")
-    }
-
-    /// The device behind a fresh connection.
-    pub(crate) fn open(&self, options: BlockOptions) -> BlockDevice {
-        BlockDevice::open(self.connect(), options).expect("it is a block device")
     }
 }
 
