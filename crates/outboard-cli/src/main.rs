@@ -17,7 +17,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 const EXAMPLES: &str = "\
 Examples:
-  outboard block --socket-path /run/disk.sock disk.img    a disk for QEMU
+  outboard block --socket-path /run/disk.sock F   serve the file F as a disk for a VMM
   outboard demo                          see it work: a disk, driven, verified and measured
   outboard probe /run/disk.sock          what does this back-end offer?
   outboard bench /run/disk.sock          how fast is it? (random 4 KiB reads, harmless)
