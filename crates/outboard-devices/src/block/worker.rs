@@ -134,7 +134,7 @@ impl BlockWorker {
 
     fn run(&mut self, op: Op, request: &mut Request<'_>) -> io::Result<u64> {
         if self.refuses(op) {
-            return Err(io::Error::other("an earlier flush failed, and what it lost stays lost"));
+            return Err(lost());
         }
         self.engine.run(op, request)
     }
@@ -198,6 +198,8 @@ impl Worker for BlockWorker {
             Err(error) if not_now(&error) => self.run(op, &mut request),
             Err(error) => Err(error),
         };
+        // One that failed while this one was under way may have taken its error.
+        let outcome = if self.refuses(op) { Err(lost()) } else { outcome };
         match self.step(&mut job, &outcome, &mut request) {
             Next::More => self.advance(job, request),
             Next::Done(status) => {
@@ -228,6 +230,10 @@ fn clear(ranges: Vec<Range>, discard: bool, durable: bool) -> Plan {
         return Plan::Finish(Status::Ok);
     }
     Plan::Run(Job::clear(ranges, discard, durable))
+}
+
+fn lost() -> io::Error {
+    io::Error::other("an earlier flush failed, and what it lost stays lost")
 }
 
 /// The kernel moved bytes by itself: they leave the request.
