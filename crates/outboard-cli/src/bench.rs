@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::Failure;
 use crate::probe::connect_failure;
-use crate::report::{Table, bytes, parse_size, process_name, short, spinner};
+use crate::report::{Table, bytes, maybe, micros, parse_size, process_name, say, short, spinner};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -150,10 +150,11 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
         cases,
     };
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&answer).map_err(Failure::failed)?);
+        say(serde_json::to_string_pretty(&answer).map_err(Failure::failed)?);
     } else {
-        print!("{}", heading(&args, &answer, &mut targets));
-        print!("{}", table(&answer));
+        let table = if answer.b.is_some() { side_by_side(&answer) } else { alone(&answer) };
+        say(heading(&args, &answer, &mut targets));
+        say(table.to_string().trim_end());
     }
     Ok(())
 }
@@ -242,7 +243,7 @@ fn heading(args: &Args, answer: &Answer, targets: &mut [Target]) -> String {
     let plural =
         |count: u16, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
     text.push_str(&format!(
-        "{} requests, {}, {}, driver {}s, medians of {} of {} s{}\n\n",
+        "{} requests, {}, {}, driver {}s, medians of {} of {} s{}\n",
         bytes(u64::from(answer.block_size)),
         plural(answer.queues, "queue"),
         plural(answer.threads, "driver thread"),
@@ -254,42 +255,42 @@ fn heading(args: &Args, answer: &Answer, targets: &mut [Target]) -> String {
     text
 }
 
-fn table(answer: &Answer) -> String {
-    let us = |value: f64| format!("{value:.1}");
-    let cpu =
-        |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
-    if answer.b.is_none() {
-        let mut table = Table::new([
-            "load",
-            "depth",
-            "IOPS",
-            "MiB/s",
-            "mean µs",
-            "p50",
-            "p99",
-            "p99.9",
-            "max",
-            "CPU µs/IO",
-            "kicks/IO",
+/// The figures of one back-end.
+fn alone(answer: &Answer) -> Table {
+    let mut table = Table::new([
+        "load",
+        "depth",
+        "IOPS",
+        "MiB/s",
+        "mean µs",
+        "p50",
+        "p99",
+        "p99.9",
+        "max",
+        "CPU µs/IO",
+        "kicks/IO",
+    ]);
+    for case in &answer.cases {
+        let round = case.a.median;
+        table.row([
+            case.load.to_owned(),
+            case.depth.to_string(),
+            short(round.iops),
+            short(round.mib_per_second),
+            micros(round.latency.mean_us),
+            micros(round.latency.p50_us),
+            micros(round.latency.p99_us),
+            micros(round.latency.p999_us),
+            micros(round.latency.max_us),
+            maybe(round.backend_cpu_us_per_io),
+            format!("{:.3}", round.kicks_per_io),
         ]);
-        for case in &answer.cases {
-            let Round { latency, .. } = case.a.median;
-            table.row([
-                case.load.to_owned(),
-                case.depth.to_string(),
-                short(case.a.median.iops),
-                short(case.a.median.mib_per_second),
-                us(latency.mean_us),
-                us(latency.p50_us),
-                us(latency.p99_us),
-                us(latency.p999_us),
-                us(latency.max_us),
-                cpu(case.a.median.backend_cpu_us_per_io),
-                format!("{:.3}", case.a.median.kicks_per_io),
-            ]);
-        }
-        return table.to_string();
     }
+    table
+}
+
+/// The figures of two back-ends, with ratios.
+fn side_by_side(answer: &Answer) -> Table {
     let mut table = Table::new([
         "load",
         "depth",
@@ -305,8 +306,6 @@ fn table(answer: &Answer) -> String {
         "B CPU µs/IO",
         "A/B",
     ]);
-    let ratio =
-        |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
     for case in &answer.cases {
         let (a, b) = (case.a.median, case.b.as_ref().map_or(case.a.median, |b| b.median));
         table.row([
@@ -314,26 +313,26 @@ fn table(answer: &Answer) -> String {
             case.depth.to_string(),
             short(a.iops),
             short(b.iops),
-            ratio(case.iops_ratio),
-            us(a.latency.p50_us),
-            us(b.latency.p50_us),
-            ratio(case.p50_ratio),
-            us(a.latency.p99_us),
-            us(b.latency.p99_us),
-            cpu(a.backend_cpu_us_per_io),
-            cpu(b.backend_cpu_us_per_io),
-            ratio(case.cpu_ratio),
+            maybe(case.iops_ratio),
+            micros(a.latency.p50_us),
+            micros(b.latency.p50_us),
+            maybe(case.p50_ratio),
+            micros(a.latency.p99_us),
+            micros(b.latency.p99_us),
+            maybe(a.backend_cpu_us_per_io),
+            maybe(b.backend_cpu_us_per_io),
+            maybe(case.cpu_ratio),
         ]);
     }
-    table.to_string()
+    table
 }
 
 /// A load that does not fit the device is a wrong command line; anything else is a failure.
 fn failure(error: BenchError) -> Failure {
     match error {
-        BenchError::Frontend(outboard_frontend::Error::Queue(_)) | BenchError::Load(_) => {
-            Failure::usage(error)
-        }
+        BenchError::Frontend(outboard_frontend::Error::Queue(_))
+        | BenchError::Load(_)
+        | BenchError::Host { .. } => Failure::usage(error),
         BenchError::Frontend(error) => connect_failure(error),
         other => Failure::failed(other),
     }

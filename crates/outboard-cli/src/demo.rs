@@ -18,7 +18,7 @@ use outboard_frontend::block::SECTOR;
 use outboard_frontend::{Connection, Error, SocketError};
 
 use crate::Failure;
-use crate::report::{Table, bytes, parse_size, short, spinner};
+use crate::report::{Table, bytes, maybe, micros, parse_size, say, short, spinner};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -51,7 +51,7 @@ const DISCARDED: (u64, u64) = (8 * MIB, 2 * MIB);
 
 /// Runs the command.
 pub(crate) fn run(args: Args) -> Result<(), Failure> {
-    println!("outboard demo: a disk of {} in a process of its own\n", bytes(args.size));
+    say(format!("outboard demo: a disk of {} in a process of its own\n", bytes(args.size)));
     let folder =
         Folder::create().map_err(|error| Failure::Failed(format!("temporary folder: {error}")))?;
     let image = folder.0.join("disk.img");
@@ -189,20 +189,19 @@ fn measure(args: &Args, target: &mut Target) -> Result<(), Failure> {
         }
     }
     progress.finish_and_clear();
-    println!("\n{table}");
+    say(format!("\n{table}"));
     Ok(())
 }
 
 fn row(name: &str, depth: u16, round: &Round) -> [String; 7] {
-    let cpu = round.backend_cpu_us_per_io;
     [
         name.to_owned(),
         depth.to_string(),
         short(round.iops),
         short(round.mib_per_second),
-        format!("{:.1}", round.latency.p50_us),
-        format!("{:.1}", round.latency.p99_us),
-        cpu.map_or_else(|| "-".to_owned(), |cpu| format!("{cpu:.2}")),
+        micros(round.latency.p50_us),
+        micros(round.latency.p99_us),
+        maybe(round.backend_cpu_us_per_io),
     ]
 }
 
@@ -318,7 +317,7 @@ impl Drop for Folder {
 }
 
 fn step(name: &str, what: &str) {
-    println!("  {name:<12}{what}");
+    say(format!("  {name:<12}{what}"));
 }
 
 fn expect(right: bool, otherwise: &str) -> Result<(), Failure> {

@@ -9,7 +9,7 @@ use outboard_check::probe::{Bits, DeviceType, Offer, hex, probe};
 use outboard_frontend::{Connection, Error, SocketError};
 
 use crate::Failure;
-use crate::report::process_name;
+use crate::report::{process_name, say};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -44,9 +44,9 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     let connection = Connection::connect(&args.socket, timeout).map_err(connect_failure)?;
     let offer = probe(connection, args.device).map_err(Failure::failed)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&offer).map_err(Failure::failed)?);
+        say(serde_json::to_string_pretty(&offer).map_err(Failure::failed)?);
     } else {
-        print!("{}", in_words(&offer, &args.socket.display().to_string()));
+        say(in_words(&offer, &args.socket.display().to_string()).trim_end());
     }
     Ok(())
 }

@@ -97,6 +97,22 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text} does not fit into 64 bits"))
 }
 
+/// Writes to standard output. A reader that has gone (`| head`) is no failure of ours.
+pub(crate) fn say(text: impl std::fmt::Display) {
+    use std::io::Write as _;
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// Microseconds to one place.
+pub(crate) fn micros(value: f64) -> String {
+    format!("{value:.1}")
+}
+
+/// A figure to two places, or a dash.
+pub(crate) fn maybe(value: Option<f64>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"))
+}
+
 /// The name of a process in brackets, with a space before it; nothing when it is not known.
 pub(crate) fn process_name(pid: u32) -> String {
     match std::fs::read_to_string(format!("/proc/{pid}/comm")) {

@@ -36,7 +36,7 @@ fn a_wrong_command_line_is_one_line_and_exit_code_2() {
         (vec!["bench", "s", "--bs", "3"], "512 bytes"),
         (vec!["bench", "s", "--depth", "1,0"], "depth"),
         (vec!["bench", "s", "--rw", "trim"], "randread"),
-        (vec!["bench", "s", "--seconds", "-1"], "seconds"),
+        (vec!["bench", "s", "--seconds", "0"], "seconds"),
         (vec!["demo", "--size", "1k"], "64M"),
     ] {
         let output = outboard(&args);
@@ -50,7 +50,9 @@ fn a_wrong_command_line_is_one_line_and_exit_code_2() {
 
 #[test]
 fn help_teaches_with_examples_and_exits_with_0() {
-    for args in [vec!["--help"], vec!["demo", "--help"], vec!["probe", "--help"], vec!["bench", "--help"]] {
+    for args in
+        [vec!["--help"], vec!["demo", "--help"], vec!["probe", "--help"], vec!["bench", "--help"]]
+    {
         let output = outboard(&args);
         assert_eq!(output.status.code(), Some(0), "{args:?}");
         assert!(text(&output.stdout).contains("Examples:\n  outboard "), "{args:?}");
@@ -86,12 +88,16 @@ fn a_bench_answers_with_a_table_and_in_json() {
     assert_eq!(words.status.code(), Some(0), "{}", text(&words.stderr));
     assert_eq!(text(&words.stdout).lines().filter(|line| line.contains("randread")).count(), 2);
     assert!(words.stderr.is_empty(), "progress is for terminals");
-    let json = outboard(&[&["bench", socket, "--json", "--verify", "--rw", "randrw"], &quick[..]].concat());
+    let json = outboard(
+        &[&["bench", socket, "--json", "--verify", "--rw", "randrw"], &quick[..]].concat(),
+    );
     let answer: Value = serde_json::from_slice(&json.stdout).expect("JSON");
     let median = &answer["cases"][0]["a"]["median"];
     assert!(median["iops"].as_f64().is_some_and(|iops| iops > 0.0), "{answer}");
     assert!(median["backend_cpu_us_per_io"].as_f64().is_some_and(|cpu| cpu > 0.0), "{answer}");
     assert_eq!(answer["verified"], true);
+    let image = std::fs::read(daemon.image()).expect("the image");
+    assert!(image.chunks(4096).all(|block| block.iter().any(|&byte| byte != 0)), "all was written");
     let two = outboard(&["bench", socket, "--queues", "2"]);
     assert_eq!(two.status.code(), Some(2), "it has one queue");
 }

@@ -81,7 +81,7 @@ impl Round {
 pub struct Summary {
     /// How many rounds.
     pub rounds: usize,
-    /// Each figure's own median.
+    /// Each figure's own median (of the counts: the mean).
     pub median: Round,
     /// The slowest round's requests per second.
     pub iops_min: f64,
@@ -95,15 +95,27 @@ pub fn summary(rounds: &[Round]) -> Option<Summary> {
     if rounds.is_empty() {
         return None;
     }
+    let rates = || rounds.iter().map(|round| round.iops);
+    Some(Summary {
+        rounds: rounds.len(),
+        median: medians(rounds),
+        iops_min: rates().fold(f64::INFINITY, f64::min),
+        iops_max: rates().fold(0.0, f64::max),
+    })
+}
+
+/// A round of medians.
+fn medians(rounds: &[Round]) -> Round {
     let of = |get: fn(&Round) -> f64| median(rounds.iter().map(get));
     let optional = |get: fn(&Round) -> Option<f64>| {
         let values: Option<Vec<f64>> = rounds.iter().map(get).collect();
         values.map(|values| median(values.into_iter()))
     };
-    let median = Round {
+    let mean = |get: fn(&Round) -> u64| rounds.iter().map(get).sum::<u64>() / count(rounds);
+    Round {
         seconds: of(|round| round.seconds),
-        reads: rounds.iter().map(|round| round.reads).sum::<u64>() / count(rounds),
-        writes: rounds.iter().map(|round| round.writes).sum::<u64>() / count(rounds),
+        reads: mean(|round| round.reads),
+        writes: mean(|round| round.writes),
         iops: of(|round| round.iops),
         mib_per_second: of(|round| round.mib_per_second),
         latency: Latency {
@@ -117,14 +129,7 @@ pub fn summary(rounds: &[Round]) -> Option<Summary> {
         kicks_per_io: of(|round| round.kicks_per_io),
         backend_cpu_us_per_io: optional(|round| round.backend_cpu_us_per_io),
         backend_cpus: optional(|round| round.backend_cpus),
-    };
-    let rates = || rounds.iter().map(|round| round.iops);
-    Some(Summary {
-        rounds: rounds.len(),
-        median,
-        iops_min: rates().fold(f64::INFINITY, f64::min),
-        iops_max: rates().fold(0.0, f64::max),
-    })
+    }
 }
 
 /// Two back-ends under the same load, in turns.
