@@ -51,6 +51,13 @@ impl DeviceQueue {
         ring.pop()
     }
 
+    /// Whether the driver offers something: a look that takes nothing, for a device that polls.
+    #[inline]
+    pub fn has_available(&self) -> bool {
+        let Ring::Split(ring) = &self.ring;
+        ring.has_available()
+    }
+
     /// Gives a chain back, with the bytes that were written to it, tail included. The driver sees it after the next
     /// [`publish`](Self::publish). A chain of another queue is not given back.
     #[inline]

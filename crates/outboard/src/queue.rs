@@ -235,6 +235,11 @@ impl Queue {
             && (self.setup.enabled || self.setup.when_disabled == WhenDisabled::Discard)
     }
 
+    /// Whether a request waits in the ring: a look that takes nothing, for polling.
+    pub(crate) fn has_requests(&self) -> bool {
+        self.looks() && self.ring.as_ref().is_some_and(DeviceQueue::has_available)
+    }
+
     /// Puts a finished request into the batch; `written` bytes count from the first writable one.
     pub(crate) fn complete(&mut self, chain: Chain, written: u32) {
         if let Some(ring) = &mut self.ring {

@@ -22,6 +22,7 @@ use tracing::{debug, error, warn};
 
 use crate::events::{Event, EventLoop};
 use crate::notify::Waker;
+use crate::poller::Poller;
 use crate::queue::Queue;
 use crate::request::Request;
 use crate::worker::{MakeWorker, Worker, WorkerContext};
@@ -30,6 +31,8 @@ use crate::worker::{MakeWorker, Worker, WorkerContext};
 const BUDGET: u32 = 64;
 /// Requests after which finished ones are shown to the driver although more are waiting.
 const BATCH: u32 = 16;
+/// Looks at the rings between two looks at the clock.
+const SPINS: u32 = 32;
 /// How often a ring without a doorbell is looked at.
 const POLL_EVERY: Duration = Duration::from_micros(500);
 
@@ -69,6 +72,8 @@ struct Lane {
     queue: Box<Queue>,
     /// The ring may hold requests: it is to have a turn.
     ready: bool,
+    /// A kick was asked for, and nothing has come since.
+    armed: bool,
     kick_watched: bool,
     stopping: Option<oneshot::Sender<Box<Queue>>>,
 }
@@ -101,6 +106,7 @@ struct Thread<W> {
     events: Box<dyn EventLoop>,
     port: Arc<Port>,
     happened: Vec<Event>,
+    poller: Poller,
     next_tick: Option<Instant>,
     quit: bool,
 }
@@ -111,6 +117,7 @@ pub(crate) fn run<W: Worker>(
     mut events: Box<dyn EventLoop>,
     make: &MakeWorker<W>,
     number: usize,
+    poll: Duration,
     built: &std::sync::mpsc::Sender<Result<(), crate::Error>>,
 ) {
     let worker = match prepare(&port, events.as_mut(), make, number) {
@@ -127,6 +134,7 @@ pub(crate) fn run<W: Worker>(
         events,
         port,
         happened: Vec::new(),
+        poller: Poller::new(poll),
         quit: false,
     };
     let _ = built.send(Ok(()));
@@ -153,13 +161,11 @@ impl<W: Worker> Thread<W> {
         while !self.quit {
             let busy = self.turns();
             self.retire_stopping();
-            let timeout = if busy { Some(Duration::ZERO) } else { self.timeout() };
-            if let Err(failure) = self.events.wait(timeout, &mut self.happened) {
-                // Nothing of a peer can cause it; without its loop the thread cannot serve.
-                error!("event loop: {failure}");
-                self.quit = true;
+            if busy || self.spin() || self.arm() {
+                self.look();
+            } else {
+                self.sleep();
             }
-            self.handle_events();
             self.tick();
         }
     }
@@ -170,10 +176,70 @@ impl<W: Worker> Thread<W> {
         for lane in &mut self.lanes {
             if lane.ready {
                 lane.ready = turn(&mut self.worker, lane, self.events.as_mut());
+                lane.armed = false;
                 busy |= lane.ready;
             }
         }
         busy
+    }
+
+    /// Looks at the rings for as long as that pays; true when one of them had something. While the
+    /// kernel works on a request, sleeping is better: its completion wakes.
+    fn spin(&mut self) -> bool {
+        let window = self.poller.window();
+        let idle = self.lanes.iter().all(|lane| lane.armed || lane.queue.in_flight() != 0);
+        if window.is_zero() || idle {
+            return false;
+        }
+        let until = Instant::now() + window;
+        loop {
+            for _ in 0..SPINS {
+                for lane in self.lanes.iter_mut().filter(|lane| !lane.armed) {
+                    lane.ready |= lane.queue.has_requests();
+                }
+                if self.lanes.iter().any(|lane| lane.ready) {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if Instant::now() >= until {
+                return false;
+            }
+        }
+    }
+
+    /// Asks for kicks and takes a last look; true when there is work after all.
+    fn arm(&mut self) -> bool {
+        let mut busy = false;
+        for lane in self.lanes.iter_mut().filter(|lane| !lane.armed) {
+            lane.ready = lane.stopping.is_none() && lane.queue.arm();
+            lane.armed = !lane.ready;
+            busy |= lane.ready;
+        }
+        busy
+    }
+
+    /// Looks for events without waiting.
+    fn look(&mut self) {
+        self.wait(Some(Duration::ZERO));
+    }
+
+    /// Waits for events; the poller learns how long it took until a kick came.
+    fn sleep(&mut self) {
+        let before = Instant::now();
+        self.wait(self.timeout());
+        if self.lanes.iter().any(|lane| lane.ready) {
+            self.poller.slept(before.elapsed());
+        }
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) {
+        if let Err(failure) = self.events.wait(timeout, &mut self.happened) {
+            // Nothing of a peer can cause it; without its loop the thread cannot serve.
+            error!("event loop: {failure}");
+            self.quit = true;
+        }
+        self.handle_events();
     }
 
     /// How long to wait when nothing is to do.
@@ -267,7 +333,8 @@ impl<W: Worker> Thread<W> {
         if let Err(error) = self.events.watch(queue.control_fd(), token::CONTROL | index) {
             warn!(queue = queue.index(), "cannot wait for changes: {error}");
         }
-        let mut lane = Lane { queue, ready: true, kick_watched: false, stopping: None };
+        let mut lane =
+            Lane { queue, ready: true, armed: false, kick_watched: false, stopping: None };
         watch_kick(&mut lane, self.events.as_mut());
         self.lanes.push(lane);
     }
@@ -347,7 +414,7 @@ fn turn<W: Worker>(worker: &mut W, lane: &mut Lane, events: &mut dyn EventLoop) 
     for served in 1..=BUDGET {
         let Some(chain) = lane.queue.pop_chain() else {
             lane.queue.publish();
-            return lane.queue.arm();
+            return false;
         };
         let request = Request::new(chain, &mut lane.queue, Some(&mut *events));
         if let Err(error) = worker.serve(request) {

@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, mpsc};
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
 use futures_channel::oneshot;
 
@@ -15,6 +16,21 @@ use crate::events::{LoopKind, event_loop};
 use crate::queue::{Queue, QueueSpec};
 use crate::thread::{self, Order, Port};
 use crate::worker::{MakeWorker, Model, Plain, Worker, WorkerContext};
+
+/// What an operator can set about worker threads.
+#[derive(Clone, Copy, Debug)]
+pub struct WorkerOptions {
+    /// What they wait in.
+    pub event_loop: LoopKind,
+    /// How long one looks at its rings, at most, before it sleeps; zero: it always sleeps.
+    pub poll: Duration,
+}
+
+impl Default for WorkerOptions {
+    fn default() -> Self {
+        Self { event_loop: LoopKind::Auto, poll: Duration::from_micros(50) }
+    }
+}
 
 /// One worker thread.
 struct Handle {
@@ -73,14 +89,22 @@ impl<M: Model> WorkerDevice<M> {
     /// # Errors
     /// A worker cannot be built, or a thread cannot be started.
     pub fn new(model: M) -> Result<Self, Error> {
-        Self::with_loop(model, LoopKind::Auto)
+        Self::with_options(model, WorkerOptions::default())
     }
 
     /// As [`WorkerDevice::new`], on a named event loop.
     ///
     /// # Errors
     /// As [`WorkerDevice::new`]; the event loop is refused.
-    pub fn with_loop(model: M, kind: LoopKind) -> Result<Self, Error> {
+    pub fn with_loop(model: M, event_loop: LoopKind) -> Result<Self, Error> {
+        Self::with_options(model, WorkerOptions { event_loop, ..WorkerOptions::default() })
+    }
+
+    /// As [`WorkerDevice::new`], with the operator's options.
+    ///
+    /// # Errors
+    /// As [`WorkerDevice::new`]; the event loop is refused.
+    pub fn with_options(model: M, options: WorkerOptions) -> Result<Self, Error> {
         let queues = model.queues();
         let count = model.threads().clamp(1, queues.len().max(1));
         let mut device = Self {
@@ -92,7 +116,7 @@ impl<M: Model> WorkerDevice<M> {
         };
         let (built, results) = mpsc::channel();
         for number in 0..count {
-            let handle = spawn(device.model.make_worker(), kind, number, built.clone())?;
+            let handle = spawn(device.model.make_worker(), options, number, built.clone())?;
             device.threads.push(handle);
         }
         drop(built);
@@ -126,17 +150,18 @@ impl<M: Model> WorkerDevice<M> {
 
 fn spawn<W: Worker + 'static>(
     make: MakeWorker<W>,
-    kind: LoopKind,
+    options: WorkerOptions,
     number: usize,
     built: mpsc::Sender<Result<(), Error>>,
 ) -> Result<Handle, Error> {
     let port = Arc::new(Port::new()?);
     let theirs = Arc::clone(&port);
-    let join =
-        Builder::new().name(format!("worker{number}")).spawn(move || match event_loop(kind) {
-            Ok(events) => thread::run(theirs, events, &make, number, &built),
+    let join = Builder::new().name(format!("worker{number}")).spawn(move || {
+        match event_loop(options.event_loop) {
+            Ok(events) => thread::run(theirs, events, &make, number, options.poll, &built),
             Err(error) => drop(built.send(Err(error.into()))),
-        })?;
+        }
+    })?;
     Ok(Handle { port, join: Some(join) })
 }
 

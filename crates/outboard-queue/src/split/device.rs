@@ -83,6 +83,13 @@ impl SplitDevice {
         })
     }
 
+    /// Whether [`pop`](Self::pop) would find something to say.
+    #[inline]
+    pub(crate) fn has_available(&self) -> bool {
+        self.next_avail != self.seen_avail
+            || self.cells.avail_idx.load(Ordering::Acquire) != self.next_avail
+    }
+
     #[inline]
     pub(crate) fn pop(&mut self) -> Result<Option<Chain>, RingError> {
         if self.next_avail == self.seen_avail && !self.look() {

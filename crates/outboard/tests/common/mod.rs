@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use outboard::protocol::{ProtocolFeatures, virtio};
 use outboard::{
     DeviceRequestHandler, Ended, Error, HandlerOptions, HostError, LoopKind, MakeWorker, Model,
-    QueueSpec, Request, Served, Worker, WorkerDevice,
+    QueueSpec, Request, Served, Worker, WorkerDevice, WorkerOptions,
 };
 use outboard_frontend::{Buffer, Connection, SharedMemory};
 use outboard_queue::{DriverQueue, QueueLayout};
@@ -122,7 +122,8 @@ impl Model for EchoModel {
 pub fn echo(kind: LoopKind, threads: usize) -> (WorkerDevice<EchoModel>, Arc<Seen>) {
     let seen = Arc::new(Seen::default());
     let model = EchoModel { seen: Arc::clone(&seen), threads, config: *b"OUTBOARD" };
-    (WorkerDevice::with_loop(model, kind).unwrap(), seen)
+    let options = WorkerOptions { event_loop: kind, ..WorkerOptions::default() };
+    (WorkerDevice::with_options(model, options).unwrap(), seen)
 }
 
 /// What the handler's thread leaves behind.
