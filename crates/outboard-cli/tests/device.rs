@@ -1,5 +1,5 @@
-//! `outboard block` as a process of its own, driven by our front-end: stops with requests under way, a
-//! killed device, and the demo, which does all of that by itself. (The life-cycle is in `lifecycle.rs`.)
+//! `outboard block` as a process of its own, driven by our front-end: requests and memory laid out in
+//! every way, load with every byte checked, stops with requests under way, a killed device, and the demo, which does all of that by itself. (The life-cycle is in `lifecycle.rs`.)
 #![expect(clippy::expect_used, reason = "a failed step of a test is its end")]
 
 use std::path::PathBuf;
@@ -7,7 +7,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use outboard_frontend::block::{BlockDevice, BlockOptions, Operation, SECTOR};
-use outboard_frontend::{Connection, Error};
+use outboard_frontend::{Connection, Error, Sharing, Wanted};
+use outboard_protocol::features::{ProtocolFeatures, virtio};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -31,7 +32,9 @@ impl Disk {
             .stdin(Stdio::null())
             .spawn()
             .expect("our own program");
-        Self { child, folder }
+        let disk = Self { child, folder };
+        drop(disk.connect());
+        disk
     }
 
     fn socket(&self) -> PathBuf {
@@ -80,6 +83,52 @@ fn what_is_under_way_is_finished_before_a_ring_is_stopped() {
         for _ in finished..64 {
             queue.next(PATIENCE).expect("what was not taken is taken now");
         }
+    }
+}
+
+#[test]
+fn every_way_of_laying_out_memory_and_requests_works() {
+    let device = Disk::start(2);
+    let wanted = Wanted::default();
+    let quiet = Wanted { features: wanted.features & !virtio::RING_EVENT_IDX, ..wanted };
+    let slots = Wanted { sharing: Sharing::Slots, ..wanted };
+    let silent = ProtocolFeatures::CONFIG | ProtocolFeatures::MQ;
+    let unacknowledged = Wanted { protocol: silent, ..wanted };
+    let plain = BlockOptions::default();
+    let ways = [
+        BlockOptions { indirect: true, ..plain },
+        BlockOptions { regions: 8, ..plain },
+        BlockOptions { wanted: quiet, ..plain },
+        BlockOptions { wanted: quiet, indirect: true, ..plain },
+        BlockOptions { wanted: slots, regions: 8, ..plain },
+        BlockOptions { wanted: unacknowledged, ..plain },
+        BlockOptions { queue_size: 4, depth: 1, ..plain },
+        BlockOptions { queue_size: 1024, depth: 300, queues: 2, ..plain },
+    ];
+    for (turn, options) in (1u8..).zip(ways) {
+        let mut disk = device.open(options);
+        let sector = 16 * u64::from(turn);
+        disk.write(sector, &[turn; 8192]).expect("a write");
+        let mut got = [0; 8192];
+        disk.read(sector, &mut got).expect("a read");
+        assert!(got == [turn; 8192], "{options:?}");
+    }
+}
+
+#[test]
+fn every_byte_is_right_under_load_on_four_queues() {
+    let device = Disk::start(4);
+    for how in [["--driver", "sleep"], ["--rw", "randrw,write"]] {
+        let output = Command::new(env!("CARGO_BIN_EXE_outboard"))
+            .arg("bench")
+            .arg(device.socket())
+            .args(["--verify", "--queues", "4", "--threads", "2", "--depth", "16"])
+            .args(["--seconds", "0.2", "--rounds", "1", "--span", "4M"])
+            .args(how)
+            .output()
+            .expect("our own program");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{how:?}: {errors}");
     }
 }
 

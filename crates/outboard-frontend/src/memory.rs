@@ -51,10 +51,9 @@ impl SharedMemory {
         let mut mapped = Vec::with_capacity(regions.len());
         let mut free = FreeRanges::default();
         for &(guest_addr, size) in regions {
-            let size = size.checked_next_multiple_of(page_size()).unwrap_or(size);
+            let (file, size) = sealed_file(size)?;
             let user_addr = guest_addr.wrapping_add(USER_OFFSET);
             let spec = RegionSpec { guest_addr, user_addr, size, offset: 0 };
-            let file = sealed_file(size)?;
             let ours = file.try_clone().map_err(|error| Error::memory("dup", error))?;
             let region = Region::map(spec, ours, MapOptions { dont_fork: true })
                 .map_err(|error| Error::Memory(error.to_string()))?;
@@ -241,19 +240,20 @@ impl FreeRanges {
     }
 }
 
-fn sealed_file(size: u64) -> Result<OwnedFd, Error> {
+/// A file of at least `size` bytes, and its length in whole pages.
+fn sealed_file(size: u64) -> Result<(OwnedFd, u64), Error> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let file = rustix::fs::memfd_create("outboard-frontend", flags)
         .map_err(|errno| Error::memory("memfd_create", errno.into()))?;
+    // What such a file is made of is pages; 64 KiB are the largest on the platforms that we run on.
+    let stat = rustix::fs::fstat(&file).map_err(|errno| Error::memory("fstat", errno.into()))?;
+    let page = u64::try_from(stat.st_blksize).unwrap_or(4096).clamp(4096, 65536);
+    let size = size.checked_next_multiple_of(page).unwrap_or(size);
     rustix::fs::ftruncate(&file, size).map_err(|errno| Error::memory("ftruncate", errno.into()))?;
     let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
     rustix::fs::fcntl_add_seals(&file, seals)
         .map_err(|errno| Error::memory("sealing a memfd", errno.into()))?;
-    Ok(file)
-}
-
-fn page_size() -> u64 {
-    wide(rustix::param::page_size())
+    Ok((file, size))
 }
 
 pub(crate) fn wide(value: usize) -> u64 {

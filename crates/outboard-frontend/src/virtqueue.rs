@@ -247,6 +247,10 @@ fn eventfd() -> Result<OwnedFd, Error> {
 }
 
 /// Adds one to an eventfd. A counter that is full wakes its reader just as well.
+///
+/// A back-end that fills the counter up and makes the open file blocking, which is shared with it, could
+/// hold this write; the kernel has no write to an eventfd that never waits. It gains what it has already
+/// by never finishing a request.
 fn signal(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     loop {
         match rustix::io::write(fd, &1u64.to_ne_bytes()) {

@@ -78,6 +78,29 @@ fn discarded_and_zeroed_sectors_read_as_zeros() {
 }
 
 #[test]
+fn what_was_written_is_there_after_a_reconnect() {
+    let Some(daemon) = Daemon::start(4 * MIB, 1) else { return };
+    let sent = pattern(65536, 5);
+    open(&daemon, BlockOptions::default()).write(100, &sent).expect("a write");
+    for _ in 0..10 {
+        let mut got = vec![0; sent.len()];
+        open(&daemon, BlockOptions::default()).read(100, &mut got).expect("a read");
+        assert!(got == sent);
+    }
+}
+
+#[test]
+fn the_write_cache_can_be_switched_through_the_configuration() {
+    const WRITEBACK: u32 = 32;
+    let Some(daemon) = Daemon::start(MIB, 1) else { return };
+    let mut disk = open(&daemon, BlockOptions::default());
+    for on in [true, false, true] {
+        disk.vmm().write_config(WRITEBACK, &[u8::from(on)]).expect("it can be switched");
+        assert_eq!(disk.refresh_config().expect("a configuration").writeback, Some(on));
+    }
+}
+
+#[test]
 fn a_request_past_the_end_fails_and_the_next_one_works() {
     let Some(daemon) = Daemon::start(MIB, 1) else { return };
     let mut disk = open(&daemon, BlockOptions::default());

@@ -104,7 +104,8 @@ pub(super) struct Lane {
     pub(super) queue: BlockQueue,
     data: Data,
     data_at: u64,
-    under_way: Vec<(Choice, Instant)>,
+    /// What each place does, and since when, in nanoseconds of the drive.
+    under_way: Vec<(Choice, u64)>,
 }
 
 impl Lane {
@@ -121,7 +122,7 @@ impl Lane {
             fill(u64::try_from(at).unwrap_or(0), 0, &mut pattern);
             data.write(at * size, &pattern).map_err(Error::from)?;
         }
-        let idle = (Choice { write: false, block: 0 }, Instant::now());
+        let idle = (Choice { write: false, block: 0 }, 0);
         let data_at = data.guest();
         let data = Data { buffer: Some(data), in_use: false };
         Ok(Self { queue, data, data_at, under_way: vec![idle; depth] })
@@ -180,7 +181,7 @@ pub(super) fn drive(
         lane.data.in_use = true;
         lane.queue.virtqueue().disarm();
         for place in 0..usize::from(load.depth) {
-            work.submit(lane, place, start)?;
+            work.submit(lane, place, 0)?;
         }
         lane.queue.kick()?;
     }
@@ -207,7 +208,7 @@ impl Work<'_> {
                 let Some(done) = lane.queue.pop()? else { continue };
                 let now = Instant::now();
                 over = over || (endless && end.is_some_and(|end| now >= end));
-                self.batch(lane, done, now, over)?;
+                self.batch(lane, done, nanos(now, start), over)?;
                 lane.queue.kick()?;
                 (came, last) = (true, now);
             }
@@ -231,7 +232,7 @@ impl Work<'_> {
         &mut self,
         lane: &mut Lane,
         done: Completion,
-        now: Instant,
+        now: u64,
         over: bool,
     ) -> Result<(), BenchError> {
         let mut next = Some(done);
@@ -246,7 +247,7 @@ impl Work<'_> {
         Ok(())
     }
 
-    fn submit(&mut self, lane: &mut Lane, place: usize, now: Instant) -> Result<(), BenchError> {
+    fn submit(&mut self, lane: &mut Lane, place: usize, now: u64) -> Result<(), BenchError> {
         let Some(choice) = self.source.choose(self.ledger.as_deref_mut()) else { return Ok(()) };
         let size = self.load.block_size;
         if choice.write
@@ -272,7 +273,7 @@ impl Work<'_> {
         lane: &Lane,
         place: usize,
         done: Completion,
-        now: Instant,
+        now: u64,
     ) -> Result<(), BenchError> {
         let Some(&(choice, began)) = lane.under_way.get(place) else {
             return Err(Error::State("a token came back that was never given out").into());
@@ -282,8 +283,7 @@ impl Work<'_> {
             let operation = operation(choice.write, sector, &[]).name();
             return Err(Error::Request { operation, sector, status: done.status }.into());
         }
-        let took = now.saturating_duration_since(began).as_nanos();
-        self.counts.latency.saturating_record(u64::try_from(took).unwrap_or(LONGEST_NS));
+        self.counts.latency.saturating_record(now.saturating_sub(began));
         if choice.write {
             self.counts.writes += 1;
         } else {
@@ -300,6 +300,12 @@ impl Work<'_> {
         }
         Ok(())
     }
+}
+
+/// Nanoseconds from `start` to `now`.
+fn nanos(now: Instant, start: Instant) -> u64 {
+    let since = now.saturating_duration_since(start);
+    since.as_secs().saturating_mul(1_000_000_000).saturating_add(u64::from(since.subsec_nanos()))
 }
 
 /// Sleeps until some lane has something.

@@ -319,9 +319,11 @@ impl BlockDevice {
         limit: u32,
         operation: impl Fn(u64, u32) -> Operation<'a>,
     ) -> Result<(), Error> {
+        // A limit of 0 is how some devices say that there is none; Linux reads it so, too.
+        let limit = if limit == 0 { u32::MAX } else { limit };
         let (mut at, mut left) = (sector, sectors);
         while left > 0 {
-            let part = u32::try_from(left).unwrap_or(u32::MAX).min(limit.max(1));
+            let part = u32::try_from(left).unwrap_or(u32::MAX).min(limit);
             self.run(operation(at, part))?;
             at = at.wrapping_add(u64::from(part));
             left -= u64::from(part);
