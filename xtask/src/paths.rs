@@ -45,7 +45,7 @@ pub fn xtask() -> Result<PathBuf> {
     Ok(target()?.join("xtask"))
 }
 
-/// A folder that outlives `cargo clean`, for downloads: `$OUTBOARD_CACHE`, or `outboard` in the
+/// A folder that outlives `cargo clean`, for downloads and tools: `$OUTBOARD_CACHE`, or `outboard` in the
 /// user's cache folder; `target/xtask/cache` when there is no home.
 ///
 /// # Errors
