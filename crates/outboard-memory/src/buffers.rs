@@ -6,9 +6,11 @@
 //! ```
 //! A piece is laid out like `struct iovec`, so that a span goes to `preadv` or io_uring as it stands. The list holds
 //! the guest memory its pieces point into. What was read is gone from its span: nothing is read twice.
-#![expect(unsafe_code, reason = "addresses that may be sent to other threads")]
+#![expect(unsafe_code, reason = "the room of a vector; pieces that may be sent to other threads")]
 
 use std::fmt;
+use std::mem::MaybeUninit;
+use std::slice;
 use std::sync::Arc;
 
 use crate::cursor::Cursor;
@@ -46,8 +48,8 @@ impl Segment {
         self.base
     }
 
-    /// Bytes.
-    #[expect(clippy::len_without_is_empty, reason = "a segment of a request is never empty")]
+    /// Bytes, possibly 0.
+    #[expect(clippy::len_without_is_empty, reason = "a length of 0 is nothing special")]
     pub fn len(&self) -> usize {
         self.len
     }
@@ -65,7 +67,8 @@ impl fmt::Debug for Segment {
     }
 }
 
-/// A run of pieces: those from `next` to `end` of the list are left.
+/// A run of pieces: those from `next` to `end` of the list are left. Invariant: `next <= end <= list.len()`, for each
+/// span of [`Buffers`], at all times that anything but this crate's filling of them can see.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Span {
     pub(crate) next: u32,
@@ -97,7 +100,7 @@ impl Span {
 /// What one request reads, what it writes, and the tail of what it writes. Filled by
 /// [`View::gather`](crate::View::gather), used again for request after request.
 pub struct Buffers {
-    /// Invariant: the pieces of a span lie in regions of `memory`, none is empty.
+    /// Invariant: the pieces of a span lie in regions of `memory`.
     pub(crate) list: Vec<Segment>,
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) readable: Span,
@@ -123,30 +126,58 @@ impl Buffers {
         }
     }
 
+    /// All room of the list for pieces, filled or not. A place is to be written, nothing else.
+    #[inline(always)]
+    pub(crate) fn room_for_pieces(&mut self) -> &mut [MaybeUninit<Segment>] {
+        let places = self.list.as_mut_ptr().cast::<MaybeUninit<Segment>>();
+        // SAFETY: the allocation of the vector, borrowed with it. Places that are filled stay so, since a piece written
+        // over a piece is one: the list is valid all the time.
+        unsafe { slice::from_raw_parts_mut(places, self.list.capacity()) }
+    }
+
+    /// The first `used` places are the request: `readable` pieces, then the writable ones, which have `room` bytes.
+    ///
+    /// # Safety
+    /// The places are written, and `readable <= used`.
+    #[inline(always)]
+    pub(crate) unsafe fn set(&mut self, readable: usize, used: usize, room: u64) {
+        // SAFETY: the caller's promise.
+        unsafe { self.list.set_len(used) };
+        self.readable = Span::new(0, readable);
+        self.writable = Span::new(readable, used);
+        self.tail = Span::default();
+        self.room = room;
+    }
+
     /// The bytes to read that are left.
     #[inline(always)]
     pub fn readable(&mut self) -> Cursor<'_> {
-        Cursor::new(&mut self.list, &mut self.readable, 0)
+        // SAFETY: the invariant of spans.
+        unsafe { Cursor::new(self.list.as_mut_ptr(), &mut self.readable) }
     }
 
     /// The room to write that is left, without the tail.
     #[inline(always)]
     pub fn writable(&mut self) -> Cursor<'_> {
-        Cursor::new(&mut self.list, &mut self.writable, 0)
-    }
-
-    /// Both at once: readable pieces come before the writable ones in the list.
-    pub fn both(&mut self) -> (Cursor<'_>, Cursor<'_>) {
-        let Self { list, readable, writable, .. } = self;
-        let seam = readable.end;
-        let (front, back) = list.split_at_mut_checked(readable.end()).unwrap_or_default();
-        (Cursor::new(front, readable, 0), Cursor::new(back, writable, seam))
+        // SAFETY: the invariant of spans.
+        unsafe { Cursor::new(self.list.as_mut_ptr(), &mut self.writable) }
     }
 
     /// The tail that is left.
     #[inline(always)]
     pub fn tail(&mut self) -> Cursor<'_> {
-        Cursor::new(&mut self.list, &mut self.tail, 0)
+        // SAFETY: the invariant of spans.
+        unsafe { Cursor::new(self.list.as_mut_ptr(), &mut self.tail) }
+    }
+
+    /// Both at once.
+    pub fn both(&mut self) -> (Cursor<'_>, Cursor<'_>) {
+        let list = self.list.as_mut_ptr();
+        // SAFETY: the invariant of spans; the two have no piece in common.
+        let readable = unsafe { Cursor::new(list, &mut self.readable) };
+        // SAFETY: likewise.
+        let writable = unsafe { Cursor::new(list, &mut self.writable) };
+        (readable, writable)
     }
 
     /// Pieces in all.
@@ -166,10 +197,8 @@ impl Buffers {
     #[inline(always)]
     pub fn split_tail(&mut self, count: u64) -> Option<()> {
         let Span { next, end } = self.writable;
-        if next < end
-            && let Some(piece) = self.list.get(end as usize - 1)
-            && wide(piece.len) == count
-        {
+        // SAFETY: `next < end <= list.len()`.
+        if next < end && wide(unsafe { self.list.get_unchecked(end as usize - 1) }.len) == count {
             // The usual case: the last descriptor is the status.
             self.tail = Span { next: end - 1, end };
             self.writable.end = end - 1;
@@ -218,8 +247,8 @@ impl Buffers {
 
     /// Forgets what is left and frees the room for pieces that a long request took.
     pub fn shrink(&mut self) {
-        (self.list, self.scratch) = Default::default();
         (self.readable, self.writable, self.tail) = Default::default();
+        (self.list, self.scratch) = Default::default();
     }
 
     /// Lets go of guest memory that is not the one of `view`, and of the buffers with it.

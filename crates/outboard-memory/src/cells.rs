@@ -41,30 +41,12 @@ impl Descriptor {
     /// Flag: the buffer is a table of descriptors.
     pub const INDIRECT: u16 = 4;
 
-    /// From its two 64-bit words.
-    #[inline(always)]
-    pub(crate) fn from_words(addr: u64, rest: u64) -> Self {
-        Self { addr, len: low32(rest), flags: low16(rest >> 32), next: low16(rest >> 48) }
-    }
-
     /// As two 64-bit words.
     #[inline(always)]
     pub(crate) fn to_words(self) -> (u64, u64) {
         let rest = u64::from(self.len) | u64::from(self.flags) << 32 | u64::from(self.next) << 48;
         (self.addr, rest)
     }
-}
-
-#[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "the low half is what is asked for")]
-fn low32(word: u64) -> u32 {
-    word as u32
-}
-
-#[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "the low quarter is what is asked for")]
-fn low16(word: u64) -> u16 {
-    word as u16
 }
 
 /// A resolved range of ring memory: the place to take typed handles from.

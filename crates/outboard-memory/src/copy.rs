@@ -129,18 +129,14 @@ unsafe fn byte_out(from: *const u8, to: *mut u8, at: usize) {
     unsafe { ptr::write_volatile(to.wrapping_add(at), value) };
 }
 
-/// Two 64-bit words of guest memory at any address.
+/// A number of guest memory at any address.
 ///
 /// # Safety
-/// `from` is readable for 16 bytes inside a live mapping.
+/// `from` is readable for the size of `T` inside a live mapping; any bytes are a `T`.
 #[inline(always)]
-pub(crate) unsafe fn read_pair(from: *const u8) -> (u64, u64) {
-    let from = from.cast::<Unaligned<u64>>();
+pub(crate) unsafe fn read<T: Copy>(from: *const T) -> T {
     // SAFETY: the caller's promise; alignment 1.
-    let first = unsafe { ptr::read_volatile(from) };
-    // SAFETY: likewise, the second eight bytes.
-    let second = unsafe { ptr::read_volatile(from.wrapping_add(1)) };
-    (first.0, second.0)
+    unsafe { ptr::read_volatile(from.cast::<Unaligned<T>>()) }.0
 }
 
 /// Writes two 64-bit words into guest memory at any address.

@@ -5,7 +5,9 @@
 #![expect(unsafe_code, reason = "copies to and from the pieces")]
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::slice;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -15,18 +17,25 @@ use crate::num::{index, wide};
 
 /// A run of pieces of a request, consumed from the front.
 pub struct Cursor<'a> {
-    /// The list the span is in. Its pieces lie in memory that the buffers, which are borrowed, keep mapped.
-    list: &'a mut [Segment],
+    /// The list the span is in; other cursors may be on other spans of it. Only pieces of the span are touched. They lie
+    /// in memory that the buffers, which are borrowed, keep mapped.
+    list: *mut Segment,
     span: &'a mut Span,
-    /// Pieces of the whole list that are not in `list`.
-    before: u32,
+    buffers: PhantomData<&'a mut [Segment]>,
 }
 
+// SAFETY: stands for a mutable borrow of pieces, which may be sent.
+unsafe impl Send for Cursor<'_> {}
+
 impl<'a> Cursor<'a> {
-    /// The pieces of `span`, which counts from `before` pieces in front of `list`.
+    /// The pieces of `span` in `list`.
+    ///
+    /// # Safety
+    /// The pieces `span.next..span.end` are in the list, borrowed mutably for `'a` by this cursor alone, and lie in
+    /// memory that stays mapped.
     #[inline(always)]
-    pub(crate) fn new(list: &'a mut [Segment], span: &'a mut Span, before: u32) -> Self {
-        Self { list, span, before }
+    pub(crate) unsafe fn new(list: *mut Segment, span: &'a mut Span) -> Self {
+        Self { list, span, buffers: PhantomData }
     }
 
     /// Bytes left. Adds the pieces up.
@@ -38,22 +47,36 @@ impl<'a> Cursor<'a> {
     /// Whether nothing is left.
     #[inline(always)]
     pub fn is_empty(&self) -> bool {
-        self.span.next >= self.span.end
+        self.segments().iter().all(|piece| piece.len == 0)
     }
 
     /// The pieces that are left.
     #[inline(always)]
     pub fn segments(&self) -> &[Segment] {
         let Span { next, end } = *self.span;
-        let range = next.wrapping_sub(self.before) as usize..end.wrapping_sub(self.before) as usize;
-        self.list.get(range).unwrap_or_default()
+        let first = self.list.wrapping_add(next as usize);
+        // SAFETY: the pieces of the span, which this cursor borrows.
+        unsafe { slice::from_raw_parts(first, (end - next) as usize) }
     }
 
-    /// The first piece that is left.
+    /// Where `len` bytes of the first piece lie, when it has them. They are dropped; read them now.
     #[inline(always)]
-    fn first(&mut self) -> Option<&mut Segment> {
+    fn spend(&mut self, len: usize) -> Option<*mut u8> {
         let Span { next, end } = *self.span;
-        if next < end { self.list.get_mut(next.wrapping_sub(self.before) as usize) } else { None }
+        if next >= end {
+            return None;
+        }
+        // SAFETY: `next < end`: a piece of the span, which this cursor borrows.
+        let first = unsafe { &mut *self.list.wrapping_add(next as usize) };
+        let base = first.base;
+        if first.len == len {
+            self.span.next = next + 1;
+        } else if first.len > len {
+            first.advance(len);
+        } else {
+            return None;
+        }
+        Some(base)
     }
 
     /// Copies a value out and drops its bytes; `None`, and nothing dropped, when there are too few.
@@ -82,16 +105,14 @@ impl<'a> Cursor<'a> {
     /// Copies bytes in; `None`, and nothing written, when there is too little room.
     #[inline(always)]
     pub fn write_all(&mut self, from: &[u8]) -> Option<()> {
-        if let Some(first) = self.first()
-            && first.len >= from.len()
-        {
-            // SAFETY: the piece has `from.len()` bytes in a live mapping.
-            unsafe { copy::copy_out(from.as_ptr(), first.base, from.len()) };
-            first.advance(from.len());
-            self.span.next += u32::from(first.len == 0);
+        let len = from.len();
+        if let Some(to) = self.spend(len) {
+            // SAFETY: `len` bytes of a piece, which lies in a live mapping.
+            unsafe { copy::copy_out(from.as_ptr(), to, len) };
             return Some(());
         }
-        write_slowly(self.list, self.span, self.before, from)
+        // SAFETY: the parts of this cursor.
+        unsafe { write_slowly(self.list, self.span, from) }
     }
 
     /// Writes zeros; `None`, and nothing written, when there is too little room.
@@ -113,17 +134,13 @@ impl<'a> Cursor<'a> {
     /// `to` is writable for `len` bytes and is no guest memory.
     #[inline(always)]
     unsafe fn copy_to(&mut self, to: *mut u8, len: usize) -> Option<()> {
-        if let Some(first) = self.first()
-            && first.len >= len
-        {
-            // SAFETY: the piece has `len` bytes in a live mapping; `to` by the caller's promise.
-            unsafe { copy::copy_in(first.base, to, len) };
-            first.advance(len);
-            self.span.next += u32::from(first.len == 0);
+        if let Some(from) = self.spend(len) {
+            // SAFETY: `len` bytes of a piece, which lies in a live mapping; `to` by the caller's promise.
+            unsafe { copy::copy_in(from, to, len) };
             return Some(());
         }
-        // SAFETY: the caller's promise.
-        unsafe { read_slowly(self.list, self.span, self.before, to, len) }
+        // SAFETY: the caller's promise, and the parts of this cursor.
+        unsafe { read_slowly(self.list, self.span, to, len) }
     }
 
     /// Takes `count` bytes from the front, piece by piece; `None`, and nothing taken, when there are too few.
@@ -133,12 +150,10 @@ impl<'a> Cursor<'a> {
         }
         let mut count = count;
         while count > 0
-            && let Some(first) = self.first()
+            && let Some(first) = self.segments().first()
         {
             let part = index(count.min(wide(first.len)));
-            with(first.base, part);
-            first.advance(part);
-            self.span.next += u32::from(first.len == 0);
+            with(self.spend(part)?, part);
             count -= wide(part);
         }
         Some(())
@@ -146,9 +161,13 @@ impl<'a> Cursor<'a> {
 }
 
 /// A write across pieces. (The parts of the cursor go one by one, so that the caller's stays in registers.)
+///
+/// # Safety
+/// As for `Cursor::new`.
 #[inline(never)]
-fn write_slowly(list: &mut [Segment], span: &mut Span, before: u32, from: &[u8]) -> Option<()> {
-    let mut cursor = Cursor::new(list, span, before);
+unsafe fn write_slowly(list: *mut Segment, span: &mut Span, from: &[u8]) -> Option<()> {
+    // SAFETY: the caller's promise.
+    let mut cursor = unsafe { Cursor::new(list, span) };
     let mut from_at = from.as_ptr();
     cursor.each_piece(wide(from.len()), |to, len| {
         // SAFETY: `each_piece` hands out `from.len()` bytes in all, each piece in a live mapping; `from_at` moves along
@@ -161,16 +180,11 @@ fn write_slowly(list: &mut [Segment], span: &mut Span, before: u32, from: &[u8])
 /// A read across pieces.
 ///
 /// # Safety
-/// `to` is writable for `len` bytes and is no guest memory.
+/// `to` is writable for `len` bytes and is no guest memory; and as for `Cursor::new`.
 #[inline(never)]
-unsafe fn read_slowly(
-    list: &mut [Segment],
-    span: &mut Span,
-    before: u32,
-    to: *mut u8,
-    len: usize,
-) -> Option<()> {
-    let mut cursor = Cursor::new(list, span, before);
+unsafe fn read_slowly(list: *mut Segment, span: &mut Span, to: *mut u8, len: usize) -> Option<()> {
+    // SAFETY: the caller's promise.
+    let mut cursor = unsafe { Cursor::new(list, span) };
     let mut to = to;
     cursor.each_piece(wide(len), |from, len| {
         // SAFETY: `each_piece` hands out `len` bytes in all, each piece in a live mapping; `to` moves along.

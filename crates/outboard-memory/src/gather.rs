@@ -21,9 +21,9 @@ pub struct Gather<'a> {
 impl<'a> Gather<'a> {
     pub(crate) fn new(view: &'a View, table: &'a Descriptors, to: &'a mut Buffers) -> Self {
         to.recycle(view);
-        to.list.clear();
         to.room = 0;
         (to.readable, to.writable, to.tail) = Default::default();
+        to.list.clear();
         Self { view, to, table: table.table(), bytes: 0 }
     }
 

@@ -45,4 +45,5 @@ pub use map::GuestMemory;
 pub use mapping::rounded;
 pub use region::{MapOptions, Region, RegionSpec};
 pub use sigbus::install_sigbus_guard;
+pub use usual::Rules;
 pub use view::View;

@@ -33,18 +33,76 @@ impl Table<'_> {
     /// Entry `at`, each of its bytes read once; `None` past the end.
     #[inline(always)]
     pub(crate) fn get(&self, at: u16) -> Option<Descriptor> {
+        let entry = self.entry(at)?;
+        Some(Descriptor {
+            addr: entry.addr(),
+            len: entry.len(),
+            flags: entry.flags(),
+            next: entry.next(),
+        })
+    }
+
+    /// Entry `at`, not read yet; `None` past the end.
+    #[inline(always)]
+    pub(crate) fn entry(&self, at: u16) -> Option<Entry<'_>> {
         #[cfg(outboard_loom)]
         if let Some(twin) = self.twin {
-            return twin.get(at);
+            return Some(Entry { host: std::ptr::null(), twin: twin.get(at), table: PhantomData });
         }
         if at >= self.count {
             return None;
         }
-        let from = self.host.wrapping_add(usize::from(at) * 16);
-        // SAFETY: `at < count`, so that the entry is inside the table.
-        let (addr, rest) = unsafe { copy::read_pair(from) };
-        Some(Descriptor::from_words(addr, rest))
+        let host = self.host.wrapping_add(usize::from(at) * 16);
+        Some(Entry {
+            host,
+            #[cfg(outboard_loom)]
+            twin: None,
+            table: PhantomData,
+        })
     }
+}
+
+/// One entry of a table. Each call reads guest memory: call each once, so that what was checked is what is used.
+#[derive(Clone, Copy)]
+pub(crate) struct Entry<'a> {
+    host: *const u8,
+    #[cfg(outboard_loom)]
+    twin: Option<Descriptor>,
+    table: PhantomData<&'a Descriptors>,
+}
+
+macro_rules! field {
+    ($(#[$doc:meta])* $name:ident: $type:ty, $offset:literal) => {
+        $(#[$doc])*
+        #[inline(always)]
+        pub(crate) fn $name(self) -> $type {
+            #[cfg(outboard_loom)]
+            if let Some(twin) = self.twin {
+                return twin.$name;
+            }
+            // SAFETY: the entry is inside its table, which is readable.
+            unsafe { copy::read(self.host.wrapping_add($offset).cast()) }
+        }
+    };
+}
+
+impl Entry<'_> {
+    field!(
+        /// Guest address of the buffer.
+        addr: u64, 0
+    );
+    field!(
+        /// Bytes.
+        len: u32, 8
+    );
+    field!(
+        /// NEXT, WRITE, INDIRECT.
+        flags: u16, 12
+    );
+    field!(
+        /// The next descriptor.
+        next: u16, 14
+    );
 }
 
 #[cfg(outboard_loom)]

@@ -15,18 +15,19 @@ use crate::error::AccessError;
 use crate::gather::Gather;
 use crate::map::{Entry, GuestMemory};
 use crate::num::{index, wide};
+use crate::sigbus;
 
 /// Translates guest-physical ranges of one generation of guest memory.
 pub struct View {
     memory: Arc<GuestMemory>,
-    last: Cell<Entry>,
+    /// Which region the last look-up hit.
+    last: Cell<usize>,
 }
 
 impl View {
     /// A view of this generation.
     pub fn new(memory: Arc<GuestMemory>) -> Self {
-        let last = Cell::new(memory.first());
-        Self { memory, last }
+        Self { memory, last: Cell::new(0) }
     }
 
     /// What it is a view of.
@@ -80,26 +81,29 @@ impl View {
 
     /// Where a range of one region lies in this process.
     pub(crate) fn find(&self, guest: u64, len: u64) -> Option<*mut u8> {
-        if let Some(host) = self.last.get().translate(guest, len) {
-            return Some(host);
+        self.region(guest)?.translate(guest, len)
+    }
+
+    /// The region that holds `guest`.
+    fn region(&self, guest: u64) -> Option<&Entry> {
+        let hit = self.memory.entry_at(self.last.get());
+        if let Some(hit) = hit.filter(|hit| hit.rest(guest).is_some()) {
+            return Some(hit);
         }
-        let entry = self.memory.entry(guest);
-        self.last.set(entry);
-        entry.translate(guest, len)
-    }
-
-    /// The region hit last.
-    #[inline(always)]
-    pub(crate) fn last(&self) -> Entry {
-        self.last.get()
-    }
-
-    /// The region that holds `guest`, which becomes the last, where one look at the table of slots says.
-    #[inline(always)]
-    pub(crate) fn search_slot(&self, guest: u64) -> Option<Entry> {
-        let entry = *self.memory.slot(guest)?;
-        self.last.set(entry);
+        let (at, entry) = self.memory.entry(guest)?;
+        self.last.set(at);
         Some(entry)
+    }
+
+    /// Whether some region's file was cut short: see [`GuestMemory::poisoned`].
+    #[inline(always)]
+    pub fn poisoned(&self) -> bool {
+        sigbus::any_poisoned() && self.has_poisoned()
+    }
+
+    #[cold]
+    fn has_poisoned(&self) -> bool {
+        self.memory.poisoned()
     }
 
     /// Calls `with` for each part of a range in turn, an address of this process and a length.
@@ -113,7 +117,7 @@ impl View {
         guest.checked_add(len).ok_or(outside)?;
         let (mut at, mut left) = (guest, len);
         while left > 0 {
-            let entry = self.memory.entry(at);
+            let entry = self.region(at).ok_or(outside)?;
             let part = entry.rest(at).ok_or(outside)?.min(left);
             let host = entry.translate(at, part).ok_or(outside)?;
             with(host, index(part))?;

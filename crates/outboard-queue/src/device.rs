@@ -45,7 +45,7 @@ impl DeviceQueue {
     ///
     /// # Errors
     /// The driver broke a rule, or guest memory is gone: the ring is retired. Said once; `Ok(None)` afterwards.
-    #[inline]
+    #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<Chain>, RingError> {
         let Ring::Split(ring) = &mut self.ring;
         ring.pop()

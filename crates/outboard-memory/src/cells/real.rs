@@ -147,6 +147,11 @@ impl Descriptors {
         Self { held: Held::new(cells, offset), count }
     }
 
+    /// The same table with no descriptor in it.
+    pub fn emptied(&self) -> Self {
+        Self { count: 0, ..self.clone() }
+    }
+
     /// Descriptor `at`, each of its bytes read once; `None` past the end.
     #[inline(always)]
     pub fn get(&self, at: u16) -> Option<Descriptor> {

@@ -122,7 +122,7 @@ impl Pairs {
     /// Pair `at`, modulo the length.
     pub fn load(&self, at: u16) -> (u32, u32) {
         let both = self.cell(at).load(Ordering::Relaxed);
-        (super::low32(both), super::low32(both >> 32))
+        (low32(both), low32(both >> 32))
     }
 
     /// Replaces pair `at`, modulo the length.
@@ -144,7 +144,19 @@ impl Descriptors {
     /// Descriptor `at`; `None` past the end.
     pub fn get(&self, at: u16) -> Option<Descriptor> {
         let (addr, rest) = self.0.get(usize::from(at))?;
-        Some(Descriptor::from_words(addr.load(Ordering::Relaxed), rest.load(Ordering::Relaxed)))
+        let rest = rest.load(Ordering::Relaxed);
+        let (flags, next) = (low32(rest >> 32) & 0xffff, low32(rest >> 48));
+        Some(Descriptor {
+            addr: addr.load(Ordering::Relaxed),
+            len: low32(rest),
+            flags: u16::try_from(flags).unwrap_or_default(),
+            next: u16::try_from(next).unwrap_or_default(),
+        })
+    }
+
+    /// The same table with no descriptor in it.
+    pub fn emptied(&self) -> Self {
+        Self(Vec::new())
     }
 
     pub(crate) fn table(&self) -> Table<'_> {
@@ -159,4 +171,8 @@ impl Descriptors {
         second.store(rest, Ordering::Relaxed);
         Some(())
     }
+}
+
+fn low32(word: u64) -> u32 {
+    u32::try_from(word & u64::from(u32::MAX)).unwrap_or_default()
 }

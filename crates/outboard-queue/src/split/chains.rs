@@ -9,7 +9,7 @@ use crate::chain::Parts;
 use crate::error::RingError;
 
 /// A chain of more pieces is charged, and its list is kept only within limits.
-const FEW_PIECES: usize = 64;
+pub(crate) const FEW_PIECES: u16 = 128;
 /// The most pieces of chains in flight that have more than a few: 64 MiB of lists.
 const MOST_PIECES: usize = 4 << 20;
 /// Idle chains that may keep a long list for the next request.
@@ -35,21 +35,17 @@ impl Chains {
 
     /// Takes the chain of this head out.
     #[inline(always)]
-    pub(crate) fn take(
-        &mut self,
-        head: u16,
-        size: u16,
-        view: &View,
-    ) -> Result<Box<Parts>, RingError> {
+    pub(crate) fn take(&mut self, head: u16, view: &View) -> Result<Box<Parts>, RingError> {
         match self.idle.get_mut(usize::from(head)).and_then(Option::take) {
             Some(parts) => Ok(parts),
-            None => self.make(head, size, view),
+            None => self.make(head, view),
         }
     }
 
     /// The first time; not when the chain is in flight.
     #[cold]
-    fn make(&mut self, head: u16, size: u16, view: &View) -> Result<Box<Parts>, RingError> {
+    fn make(&mut self, head: u16, view: &View) -> Result<Box<Parts>, RingError> {
+        let size = u16::try_from(self.made.len()).unwrap_or(u16::MAX);
         let made = self.made.get_mut(usize::from(head)).ok_or(RingError::Head { head, size })?;
         if std::mem::replace(made, true) {
             return Err(RingError::HeadInFlight { head });
@@ -58,15 +54,11 @@ impl Chains {
     }
 
     /// Counts the pieces of a chain that was just walked.
-    #[inline(always)]
     pub(crate) fn charge(&mut self, parts: &mut Parts, pieces: usize) -> Result<(), RingError> {
-        if pieces > FEW_PIECES { self.charge_many(parts, pieces) } else { Ok(()) }
-    }
-
-    #[inline(never)]
-    fn charge_many(&mut self, parts: &mut Parts, pieces: usize) -> Result<(), RingError> {
-        parts.charged = pieces;
-        self.charged += pieces;
+        if pieces > usize::from(FEW_PIECES) {
+            parts.charged = pieces;
+            self.charged += pieces;
+        }
         if self.charged > MOST_PIECES {
             Err(RingError::Pieces { limit: MOST_PIECES })
         } else {
@@ -74,13 +66,13 @@ impl Chains {
         }
     }
 
-    /// Puts a chain back. False: no chain of its head is in flight here.
+    /// Puts the chain of `head` back. False: no such chain is in flight here.
     #[inline(always)]
-    pub(crate) fn put(&mut self, mut parts: Box<Parts>) -> bool {
+    pub(crate) fn put(&mut self, head: u16, mut parts: Box<Parts>) -> bool {
         if parts.charged != 0 {
             self.discharge(&mut parts);
         }
-        match self.idle.get_mut(usize::from(parts.head)) {
+        match self.idle.get_mut(usize::from(head)) {
             Some(slot @ None) => {
                 *slot = Some(parts);
                 true

@@ -18,7 +18,7 @@ use super::cells::SplitCells;
 use super::chains::Chains;
 use super::walk::Source;
 use super::{NO_INTERRUPT, NO_NOTIFY};
-use crate::chain::Chain;
+use crate::chain::{Chain, Parts};
 use crate::error::RingError;
 use crate::event::need_event;
 use crate::layout::{QueueFeatures, QueueLayout};
@@ -48,8 +48,12 @@ pub(crate) struct SplitDevice {
     lead: u16,
     /// Whether the driver may believe that kicks are wanted.
     armed: bool,
+    /// Whether the next `publish` has more to do than usual.
+    unusual: bool,
     /// Whether a call is due whatever the driver asked for: its wish may be older than this queue.
     call_is_due: bool,
+    /// Whether chains in flight may hold an earlier generation of guest memory.
+    has_old_chains: bool,
     /// The broken rule, until it is told.
     fault: Option<RingError>,
     chains: Chains,
@@ -67,7 +71,7 @@ impl SplitDevice {
         let used = cells.used_idx.load(Ordering::Acquire);
         Ok(Self {
             cells,
-            source: Source { desc, view, size: layout.size, indirect: features.indirect },
+            source: Source::new(desc, view, layout.size, features.indirect),
             layout,
             features,
             health: Health::Live,
@@ -77,7 +81,9 @@ impl SplitDevice {
             told_used: used,
             lead: next_avail.wrapping_sub(used),
             armed: true,
+            unusual: true,
             call_is_due: true,
+            has_old_chains: false,
             fault: None,
             chains: Chains::new(layout.size),
         })
@@ -90,10 +96,17 @@ impl SplitDevice {
             || self.cells.avail_idx.load(Ordering::Acquire) != self.next_avail
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn pop(&mut self) -> Result<Option<Chain>, RingError> {
-        if self.next_avail == self.seen_avail && !self.look() {
-            return self.tell();
+        if self.next_avail == self.seen_avail {
+            let avail = self.cells.avail_idx.load(Ordering::Acquire);
+            if avail == self.next_avail {
+                return Ok(None);
+            }
+            if avail.wrapping_sub(self.next_avail) > self.layout.size {
+                return self.refuse(avail);
+            }
+            self.seen_avail = avail;
         }
         match self.take() {
             Some(chain) => Ok(Some(chain)),
@@ -101,38 +114,21 @@ impl SplitDevice {
         }
     }
 
-    /// No chain: nothing there, or a broken rule that was not told yet.
-    #[inline]
+    /// The broken rule, unless it was told before.
+    #[cold]
     fn tell(&mut self) -> Result<Option<Chain>, RingError> {
-        if self.health == Health::Live { Ok(None) } else { self.fault.take().map_or(Ok(None), Err) }
+        self.fault.take().map_or(Ok(None), Err)
     }
 
-    /// Looks at the available index. False: nothing there.
-    #[inline]
-    fn look(&mut self) -> bool {
-        if self.health != Health::Live {
-            return false;
-        }
-        let avail = self.cells.avail_idx.load(Ordering::Acquire);
-        let (next, size) = (self.next_avail, self.layout.size);
-        if avail == next {
-            // A ring in a hole of its file reads as zeros, for ever.
-            if self.source.view.memory().poisoned() {
-                self.retire(RingError::MemoryLost);
-            }
-            return false;
-        }
-        if avail.wrapping_sub(next) > size {
-            self.retire(RingError::AvailIndex { avail, next, size });
-            return false;
-        }
-        self.seen_avail = avail;
-        true
+    #[cold]
+    fn refuse(&mut self, avail: u16) -> Result<Option<Chain>, RingError> {
+        self.retire(RingError::AvailIndex { avail, next: self.next_avail, size: self.layout.size });
+        self.tell()
     }
 
     /// Takes the next chain, which the available index covers. None: the driver broke a rule. (Out of line, so that
     /// the walk has the registers for itself.)
-    #[inline(never)]
+    #[inline(always)]
     fn take(&mut self) -> Option<Chain> {
         match self.try_take() {
             Ok(chain) => {
@@ -149,27 +145,41 @@ impl SplitDevice {
     #[inline(always)]
     fn try_take(&mut self) -> Result<Chain, RingError> {
         let head = self.cells.avail.load(self.next_avail);
-        let mut parts = self.chains.take(head, self.source.size, &self.source.view)?;
-        let pieces = self.source.walk(head, &mut parts.buffers)?;
-        self.chains.charge(&mut parts, pieces)?;
+        let mut parts = self.chains.take(head, &self.source.view)?;
+        if self.source.walk_quickly(head, &mut parts.buffers).is_none() {
+            self.walk_carefully(head, &mut parts)?;
+        }
         Ok(Chain(parts))
     }
 
-    /// The driver broke a rule, or memory went: the ring takes nothing from now on. What `pop` says is the cause.
+    /// Something rare or something wrong: from the start, with care.
+    #[cold]
+    fn walk_carefully(&mut self, head: u16, parts: &mut Parts) -> Result<(), RingError> {
+        let pieces = self.source.walk_carefully(head, &mut parts.buffers)?;
+        self.chains.charge(parts, pieces)
+    }
+
+    /// The driver broke a rule, or memory went: the ring takes nothing from now on, for it has no descriptors any more.
+    /// What `pop` says next is the cause. Only the first one counts.
     #[cold]
     fn retire(&mut self, error: RingError) {
-        let lost = self.source.view.memory().poisoned();
+        if self.health != Health::Live {
+            self.seen_avail = self.next_avail;
+            return;
+        }
+        self.source.desc = self.source.desc.emptied();
+        let lost = self.source.view.poisoned();
         self.health = if lost { Health::Lost } else { Health::Retired };
+        self.unusual |= lost;
         self.seen_avail = self.next_avail;
         self.fault = Some(if lost { RingError::MemoryLost } else { error });
     }
 
     #[inline]
     pub(crate) fn complete(&mut self, chain: Chain, written: u32) {
-        let mut parts = chain.0;
+        let parts = chain.0;
         let head = parts.head;
-        parts.buffers.recycle(&self.source.view);
-        if self.chains.put(parts) {
+        if self.chains.put(head, parts) {
             self.cells.used.store(self.next_used, u32::from(head), written);
             self.next_used = self.next_used.wrapping_add(1);
         } else {
@@ -179,30 +189,57 @@ impl SplitDevice {
 
     #[inline]
     pub(crate) fn publish(&mut self) -> Result<bool, RingError> {
+        if self.unusual {
+            return self.publish_unusual();
+        }
         let (old, new) = (self.told_used, self.next_used);
-        if old == new || self.health == Health::Lost {
+        if old == new {
             return Ok(false);
         }
-        if self.source.view.memory().poisoned() {
+        if self.source.view.poisoned() {
             self.retire(RingError::MemoryLost);
-            return Err(self.fault.take().unwrap_or(RingError::MemoryLost));
+            return self.fault.take().map_or(Ok(false), Err);
         }
         // Release: the elements, and the data they speak of, are there before the index covers them.
         self.cells.used_idx.store(new, Ordering::Release);
         self.told_used = new;
         // The driver arms, then looks at the used index; we move the index, then look whether it is armed.
         fence(Ordering::SeqCst);
-        let wanted = match &self.cells.events {
+        Ok(match &self.cells.events {
             Some(events) => need_event(events.used_event.load(Ordering::Relaxed), new, old),
             None => self.cells.avail_flags.load(Ordering::Relaxed) & NO_INTERRUPT == 0,
-        };
-        Ok(std::mem::replace(&mut self.call_is_due, false) || wanted)
+        })
+    }
+
+    /// The first one, one of a lost ring, or one after a change of memory.
+    #[cold]
+    fn publish_unusual(&mut self) -> Result<bool, RingError> {
+        if self.health == Health::Lost {
+            return Ok(false);
+        }
+        if self.has_old_chains {
+            self.chains.recycle(&self.source.view);
+            self.has_old_chains = self.in_flight() > 0;
+        }
+        let shows = self.told_used != self.next_used;
+        self.unusual = false;
+        let wanted = self.publish();
+        let due = self.call_is_due && shows;
+        self.call_is_due &= !shows;
+        self.unusual = self.call_is_due || self.has_old_chains || self.health == Health::Lost;
+        wanted.map(|wanted| wanted || due)
     }
 
     #[inline]
     pub(crate) fn arm(&mut self) -> bool {
         if self.health != Health::Live {
-            return false;
+            return self.fault.is_some();
+        }
+        if self.source.view.poisoned() {
+            // A ring in a hole of its file would read as empty for ever. The next `pop` looks no further, and tells.
+            self.retire(RingError::MemoryLost);
+            self.seen_avail = self.next_avail.wrapping_add(1);
+            return true;
         }
         match &self.cells.events {
             Some(events) => {
@@ -238,8 +275,10 @@ impl SplitDevice {
     pub(crate) fn set_memory(&mut self, view: View) -> Result<(), RingError> {
         let (desc, cells) = SplitCells::resolve(&self.layout, self.features, &view)?;
         self.chains.recycle(&view);
+        self.has_old_chains |= self.in_flight() > 0;
+        self.unusual |= self.has_old_chains;
         self.cells = cells;
-        self.source.desc = desc;
+        self.source.desc = if self.health == Health::Live { desc } else { desc.emptied() };
         self.source.view = view;
         // The wishes stand in the same guest memory, wherever it is mapped now.
         Ok(())

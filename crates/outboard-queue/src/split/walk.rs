@@ -3,8 +3,9 @@
 //! Zero or more descriptors of the ring, then possibly one indirect table (§2.7.5.3.2). The walk is bounded by the size
 //! of the ring whatever the guest writes meanwhile.
 
-use outboard_memory::{Buffers, Descriptor, Descriptors, View};
+use outboard_memory::{Buffers, Descriptor, Descriptors, Rules, View};
 
+use super::chains::FEW_PIECES;
 use crate::error::RingError;
 
 /// The most bytes of a chain (virtio 1.3 §2.6.4: "the total length … MUST NOT exceed 2³²").
@@ -15,27 +16,30 @@ const MOST_BYTES: u64 = 1 << 32;
 pub(crate) struct Source {
     pub(crate) desc: Descriptors,
     pub(crate) view: View,
-    pub(crate) size: u16,
-    pub(crate) indirect: bool,
+    pub(crate) rules: Rules,
+    /// The rules for the quick walk: no long chains, which are accounted for.
+    pub(crate) usual: Rules,
 }
 
 impl Source {
-    /// Puts the buffers of the chain that starts at `head` into `to`. Returns how many pieces they are.
-    #[inline(always)]
-    pub(crate) fn walk(&self, head: u16, to: &mut Buffers) -> Result<usize, RingError> {
-        match self.view.gather_usual(&self.desc, head, self.size, self.indirect, to) {
-            Some(pieces) => Ok(pieces),
-            // Something rare or something wrong: from the start, with care.
-            None => self.walk_carefully(head, to),
-        }
+    pub(crate) fn new(desc: Descriptors, view: View, most: u16, indirect: bool) -> Self {
+        let usual = Rules { most: most.min(FEW_PIECES), indirect };
+        Self { desc, view, rules: Rules { most, indirect }, usual }
     }
 
-    /// The walk of any chain. It ends: each step uses up one of `size` descriptors, or enters the one table.
+    /// Puts the buffers of the chain that starts at `head` into `to`, if it is a usual one of few pieces; that is quick.
+    /// `None`: something rare or something wrong.
+    #[inline(always)]
+    pub(crate) fn walk_quickly(&self, head: u16, to: &mut Buffers) -> Option<usize> {
+        self.view.gather_usual(&self.desc, head, &self.usual, to)
+    }
+
+    /// The walk of any chain. Returns how many pieces it has. It ends: each step uses up one of `size` descriptors, or enters the one table.
     #[cold]
     #[inline(never)]
     pub(crate) fn walk_carefully(&self, head: u16, to: &mut Buffers) -> Result<usize, RingError> {
         let mut gather = self.view.gather(&self.desc, to);
-        let mut left = self.size;
+        let mut left = self.rules.most;
         let mut index = head;
         let mut inside = false;
         let mut turned = false;
@@ -58,7 +62,9 @@ impl Source {
                 gather.turn();
                 turned = true;
             }
-            left = left.checked_sub(1).ok_or(RingError::ChainLength { head, size: self.size })?;
+            left = left
+                .checked_sub(1)
+                .ok_or(RingError::ChainLength { head, size: self.rules.most })?;
             gather
                 .push(descriptor.addr, descriptor.len)
                 .map_err(|source| RingError::Buffer { head, source })?;
@@ -81,13 +87,13 @@ impl Source {
         if inside {
             return Err(RingError::IndirectNested { index });
         }
-        if !self.indirect {
+        if !self.rules.indirect {
             return Err(RingError::IndirectNotNegotiated { index });
         }
         if descriptor.flags & Descriptor::NEXT != 0 {
             return Err(RingError::IndirectNext { index });
         }
-        let (len, size) = (descriptor.len, self.size);
+        let (len, size) = (descriptor.len, self.rules.most);
         let count = u16::try_from(len / 16).ok().filter(|&count| count >= 1 && count <= size);
         count.filter(|_| len.is_multiple_of(16)).ok_or(RingError::IndirectLength { len, size })
     }
