@@ -34,6 +34,13 @@ pub fn run() -> Result<()> {
     let light =
         ["clippy", "-p", "outboard", "--no-default-features", "--locked", "--", "-D", "warnings"];
     check("clippy without default features", cargo(&light, &[]));
+    // The fuzz targets are a workspace of their own.
+    let manifest = "--manifest-path=fuzz/Cargo.toml";
+    check("rustfmt of the fuzz targets", cargo(&["fmt", manifest, "--check"], &[]));
+    let clippy = ["clippy", manifest, "--all-targets", "--locked", "--", "-D", "warnings"];
+    let target = paths::target().map(|dir| dir.join("fuzz").display().to_string());
+    let checked = target.and_then(|dir| cargo(&clippy, &[("CARGO_TARGET_DIR", &dir)]));
+    check("clippy of the fuzz targets", checked);
     // The program is documented by itself: it has the library's name.
     for (name, which) in [
         ("rustdoc", ["--workspace", "--exclude=outboard-cli"]),

@@ -7,8 +7,8 @@ use std::process::Command;
 /// Lines that a file may have: it tells one idea.
 const LONGEST: usize = 600;
 
-/// Lines that a function may have, from `fn` to its closing brace.
-const LONGEST_FUNCTION: usize = 60;
+/// Lines that a function may have, from `fn` to its closing brace: about 60, a few for one `match`.
+const LONGEST_FUNCTION: usize = 70;
 
 /// Where unsafe code may stand: the memory crate, the `io_uring` loop, and what rustix lacks.
 const UNSAFE_ALLOWED: &[&str] = &[
@@ -16,6 +16,8 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "crates/outboard/src/events/uring.rs",
     "crates/outboard/src/sys.rs",
     "crates/outboard/src/sys/",
+    // The interface of the blkio crate, somebody else's front end.
+    "crates/outboard-devices/tests/blkio.rs",
 ];
 
 /// What follows the word where it makes code unsafe, and not in a lint's name or a sentence.
@@ -44,7 +46,7 @@ pub fn checks() -> Vec<(&'static str, Result<String>)> {
     vec![
         ("files of at most 600 lines", all(&sources, too_long)),
         ("files that open with //!", all(&sources, silent)),
-        ("functions of at most 60 lines", all(&sources, long_function)),
+        ("functions of at most 70 lines", all(&sources, long_function)),
         ("unsafe code only where it may be", all(&sources, unsafe_code)),
     ]
 }
@@ -150,14 +152,14 @@ mod tests {
     }
 
     #[test]
-    fn a_function_of_61_lines_is_found() {
+    fn a_function_of_71_lines_is_found() {
         let function = |lines: usize| {
             let body = "        x();\n".repeat(lines - 2);
             source("a.rs", &format!("    pub const fn a<T>(x: u8) {{\n{body}    }}\n    }}\n"))
         };
-        assert!(long_function(&function(60)).is_none());
-        let found = long_function(&function(61));
-        assert_eq!(found.as_deref(), Some("a.rs:1: 61 lines, at most 60"));
+        assert!(long_function(&function(70)).is_none());
+        let found = long_function(&function(71));
+        assert_eq!(found.as_deref(), Some("a.rs:1: 71 lines, at most 70"));
     }
 
     #[test]
