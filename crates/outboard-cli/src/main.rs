@@ -6,6 +6,7 @@
 
 mod bench;
 mod block;
+mod check;
 mod demo;
 mod probe;
 mod report;
@@ -23,6 +24,7 @@ Examples:
   outboard probe /run/disk.sock          what does this back-end offer?
   outboard bench /run/disk.sock          how fast is it? (random 4 KiB reads, harmless)
   outboard bench a.sock --vs b.sock      which of two is faster?
+  outboard check -- COMMAND {socket}     does it keep to the protocol, whatever is thrown at it?
 
 Every command explains itself with examples: outboard COMMAND --help
 Exit code: 0 done, 1 it failed, 2 the command line was wrong.";
@@ -42,6 +44,7 @@ enum Command {
     Demo(demo::Args),
     Probe(probe::Args),
     Bench(bench::Args),
+    Check(check::Args),
 }
 
 /// Why a command ended without success: the exit code and the one line that says it.
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Probe(args) => probe::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Check(args) => check::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

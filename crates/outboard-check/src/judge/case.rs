@@ -1,0 +1,130 @@
+//! What a check has in its hands: the back-end, what is known about it, and the time it may take.
+//!
+//! Invariant: a check makes its connections here, so that the runner can tell afterwards whether the
+//! back-end kept something of them.
+
+use std::time::Duration;
+
+use outboard_protocol::features::ProtocolFeatures;
+
+use super::disk::Disk;
+use super::finding::{Finding, Outcome, Verdict};
+use super::peer::{Life, Peer};
+use super::session::{PLAIN, Session, USUAL};
+use super::wire::Wire;
+
+/// What was found out about the back-end before the first check.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Traits {
+    /// Feature bits offered.
+    pub(crate) features: u64,
+    pub(crate) protocol: ProtocolFeatures,
+    /// Rings, where it says.
+    pub(crate) queues: u64,
+    /// Sectors, when it is a block device.
+    pub(crate) capacity: Option<u64>,
+    /// It serves another front-end after one has left.
+    pub(crate) serves_again: bool,
+    /// It is busy with nothing to do, always.
+    pub(crate) never_sleeps: bool,
+}
+
+/// One case: a check and the back-end that it is played against.
+pub(crate) struct Case<'p> {
+    pub(crate) peer: &'p mut Peer,
+    pub(crate) traits: Traits,
+    /// Longest wait for one answer or one request.
+    pub(crate) limit: Duration,
+    /// How long silence is listened to.
+    pub(crate) quiet: Duration,
+    pub(crate) seed: u64,
+    /// Smaller counts.
+    pub(crate) quick: bool,
+}
+
+impl Case<'_> {
+    /// A connection on which nothing was said.
+    pub(crate) fn wire(&mut self) -> Outcome<Wire> {
+        self.peer.connect(self.limit)
+    }
+
+    /// A connection that negotiated the usual.
+    pub(crate) fn session(&mut self) -> Outcome<Session> {
+        self.session_with(PLAIN, USUAL)
+    }
+
+    /// A connection that negotiated what is offered of this.
+    pub(crate) fn session_with(
+        &mut self,
+        features: u64,
+        protocol: ProtocolFeatures,
+    ) -> Outcome<Session> {
+        Session::open(self.wire()?, features, protocol)
+    }
+
+    /// A connection that negotiated the usual and one protocol feature more.
+    pub(crate) fn session_for(
+        &mut self,
+        feature: ProtocolFeatures,
+        name: &str,
+    ) -> Outcome<Session> {
+        let session = self.session_with(PLAIN, USUAL | feature)?;
+        session.needs(feature, name)?;
+        Ok(session)
+    }
+
+    /// A connection that can show refusals.
+    pub(crate) fn acking(&mut self) -> Outcome<Session> {
+        let session = self.session()?;
+        session.needs_acks()?;
+        Ok(session)
+    }
+
+    /// Sectors of the block device; other devices have no request that the judge knows.
+    pub(crate) fn capacity(&self) -> Outcome<u64> {
+        self.traits.capacity.ok_or_else(|| {
+            Finding::not_offered("no request is known for this device; it is no block device")
+        })
+    }
+
+    /// A block device with ring 0 running.
+    pub(crate) fn disk(&mut self) -> Outcome<Disk> {
+        let capacity = self.capacity()?;
+        Disk::start(self.session()?, capacity)
+    }
+
+    /// A block device with memory shared and no ring set up.
+    pub(crate) fn still_disk(&mut self) -> Outcome<Disk> {
+        let capacity = self.capacity()?;
+        Disk::prepare(self.session()?, capacity)
+    }
+
+    /// A block device with ring 0 running and these features.
+    pub(crate) fn disk_with(&mut self, features: u64, protocol: ProtocolFeatures) -> Outcome<Disk> {
+        let capacity = self.capacity()?;
+        Disk::start(self.session_with(PLAIN | features, USUAL | protocol)?, capacity)
+    }
+
+    /// That the back-end does not burn processor time now, with nothing to do.
+    pub(crate) fn rests(&mut self, when: &str) -> Outcome {
+        if self.traits.never_sleeps {
+            return Ok(());
+        }
+        // Twice: what it still had to finish is no spinning.
+        for time in [30, 150] {
+            match self.peer.load(Duration::from_millis(time)) {
+                Some(load) if load > 0.5 => {}
+                _ => return Ok(()),
+            }
+        }
+        Err(Finding::new(Verdict::Spins, format!("it uses a whole processor {when}")))
+    }
+
+    /// That the process lives.
+    pub(crate) fn lives(&mut self) -> Outcome {
+        match self.peer.life() {
+            Life::Died(how) => Err(Finding::new(Verdict::Crashes, how)),
+            Life::Alive | Life::Left => Ok(()),
+        }
+    }
+}

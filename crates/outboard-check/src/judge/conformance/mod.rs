@@ -1,0 +1,6 @@
+//! What the protocol's text demands, one small check for each MUST (protocol facts b and d).
+//!
+//! Invariant: a check breaks only when the text, or what every known front-end relies on, is broken;
+//! where the text leaves a choice, each choice holds.
+
+pub(super) mod start;

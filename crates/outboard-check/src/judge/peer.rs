@@ -1,0 +1,235 @@
+//! The back-end under test: a running one behind a socket, or a fresh process for each case.
+//!
+//! Invariant: a process that was started here is killed here, with everything it started, and its
+//! socket and log are gone with it; a back-end that was found running is never killed.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal};
+
+use super::finding::{Finding, Outcome};
+use super::wire::Wire;
+use crate::bench::cpu::CpuMeter;
+
+/// What is judged.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// A back-end that listens on this socket already.
+    Socket(PathBuf),
+    /// A program and its arguments; `{socket}` in them becomes the path to listen on.
+    Command(Vec<OsString>),
+}
+
+/// How a back-end process is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Life {
+    Alive,
+    /// It ended by itself with exit code 0.
+    Left,
+    /// It ended in another way, in words.
+    Died(String),
+}
+
+/// One back-end.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    socket: PathBuf,
+    process: Option<Process>,
+    pid: Option<u32>,
+}
+
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    folder: PathBuf,
+    ended: Option<ExitStatus>,
+}
+
+static NUMBER: AtomicU32 = AtomicU32::new(0);
+
+impl Peer {
+    /// Starts the program, or takes the socket; waits until somebody listens there.
+    pub(crate) fn start(target: &Target, patience: Duration) -> Result<Self, String> {
+        match target {
+            Target::Socket(path) => Ok(Self { socket: path.clone(), process: None, pid: None }),
+            Target::Command(words) => Self::spawn(words, patience),
+        }
+    }
+
+    fn spawn(words: &[OsString], patience: Duration) -> Result<Self, String> {
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("outboard-check-{}-{number}", std::process::id());
+        let folder = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&folder)
+            .map_err(|error| format!("{}: {error}", folder.display()))?;
+        let socket = folder.join("s");
+        let log = File::create(folder.join("log")).map_err(|error| error.to_string())?;
+        let copy = log.try_clone().map_err(|error| error.to_string())?;
+        let filled: Vec<_> = words.iter().map(|word| fill(word, &socket)).collect();
+        let (program, arguments) = filled.split_first().ok_or("the command is empty")?;
+        let child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(copy)
+            .stderr(log)
+            .process_group(0)
+            .spawn()
+            .map_err(|error| format!("{}: {error}", program.display()))?;
+        let process = Process { child, folder, ended: None };
+        let mut peer = Self { socket, process: Some(process), pid: None };
+        let until = Instant::now() + patience;
+        while !peer.socket.exists() {
+            if let Life::Left | Life::Died(_) = peer.life() {
+                return Err(format!("the command ended before it listened{}", peer.last_words()));
+            }
+            if Instant::now() > until {
+                let secs = patience.as_secs();
+                return Err(format!("the command does not listen on {{socket}} after {secs} s"));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(peer)
+    }
+
+    /// A new connection.
+    pub(crate) fn connect(&mut self, limit: Duration) -> Outcome<Wire> {
+        let until = Instant::now() + limit;
+        loop {
+            match Wire::connect(&self.socket, limit) {
+                Ok(wire) => {
+                    self.pid = wire.peer_pid().or(self.pid);
+                    return Ok(wire);
+                }
+                // Between bind and listen, or between two sessions.
+                Err(Errno::CONNREFUSED | Errno::NOENT)
+                    if Instant::now() < until && self.life() == Life::Alive =>
+                {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                Err(Errno::AGAIN) => return Err(Finding::hangs("it accepts no connection")),
+                Err(errno) => {
+                    return Err(Finding::hangs(format!("nobody listens any more: {errno}")));
+                }
+            }
+        }
+    }
+
+    /// Whether a fresh process is to be had.
+    pub(crate) const fn is_ours(&self) -> bool {
+        self.process.is_some()
+    }
+
+    pub(crate) fn life(&mut self) -> Life {
+        let Some(process) = &mut self.process else {
+            return match self.pid {
+                Some(pid) if !Path::new(&format!("/proc/{pid}")).exists() => {
+                    Life::Died("the process that served is gone".to_owned())
+                }
+                _ => Life::Alive,
+            };
+        };
+        if process.ended.is_none() {
+            process.ended = process.child.try_wait().ok().flatten();
+        }
+        match process.ended {
+            None => Life::Alive,
+            Some(status) if status.success() => Life::Left,
+            Some(status) => {
+                let how = match (status.signal(), status.code()) {
+                    (Some(signal), _) => format!("killed by {}", signal_name(signal)),
+                    (None, Some(code)) => format!("exit code {code}"),
+                    (None, None) => "ended".to_owned(),
+                };
+                Life::Died(format!("{how}{}", self.last_words()))
+            }
+        }
+    }
+
+    /// The last line that the program wrote.
+    fn last_words(&self) -> String {
+        let Some(process) = &self.process else { return String::new() };
+        let text = std::fs::read(process.folder.join("log")).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        match text.lines().rev().find(|line| !line.trim().is_empty()) {
+            Some(line) => format!(": {}", line.chars().take(160).collect::<String>()),
+            None => String::new(),
+        }
+    }
+
+    /// How much the program has written so far, in bytes.
+    pub(crate) fn log_size(&self) -> u64 {
+        let log = self.process.as_ref().map(|process| process.folder.join("log"));
+        log.and_then(|path| path.metadata().ok()).map_or(0, |data| data.len())
+    }
+
+    /// Descriptors that the process has open.
+    pub(crate) fn open_fds(&self) -> Option<usize> {
+        let pid = self.pid?;
+        std::fs::read_dir(format!("/proc/{pid}/fd")).ok().map(Iterator::count)
+    }
+
+    /// Resident memory in KiB.
+    pub(crate) fn resident(&self) -> Option<u64> {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.pid?)).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+        line.split_whitespace().next()?.parse().ok()
+    }
+
+    /// Mappings of the judge's own memory that the process holds.
+    pub(crate) fn shared_maps(&self) -> Option<usize> {
+        let text = std::fs::read_to_string(format!("/proc/{}/maps", self.pid?)).ok()?;
+        Some(text.lines().filter(|line| line.contains("outboard-frontend")).count())
+    }
+
+    /// Share of one processor that it uses during `time`.
+    pub(crate) fn load(&self, time: Duration) -> Option<f64> {
+        let meter = CpuMeter::new(self.pid?);
+        let (start, before) = (Instant::now(), meter.read()?);
+        std::thread::sleep(time);
+        let spent = meter.read()?.since(&before);
+        Some(spent.as_secs_f64() / start.elapsed().as_secs_f64())
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let Some(process) = &mut self.process else { return };
+        if let Ok(id) = i32::try_from(process.child.id())
+            && let Some(group) = Pid::from_raw(id)
+        {
+            // The group is ours: it was made with the child, which has not been waited for by others.
+            let _ = rustix::process::kill_process_group(group, Signal::KILL);
+        }
+        let _ = process.child.kill();
+        let _ = process.child.wait();
+        let _ = std::fs::remove_dir_all(&process.folder);
+    }
+}
+
+fn fill(word: &OsString, socket: &Path) -> OsString {
+    match word.to_str() {
+        Some(text) => text.replace("{socket}", &socket.display().to_string()).into(),
+        None => word.clone(),
+    }
+}
+
+fn signal_name(signal: i32) -> String {
+    match signal {
+        4 => "SIGILL".to_owned(),
+        6 => "SIGABRT".to_owned(),
+        7 => "SIGBUS".to_owned(),
+        8 => "SIGFPE".to_owned(),
+        9 => "SIGKILL".to_owned(),
+        11 => "SIGSEGV".to_owned(),
+        13 => "SIGPIPE".to_owned(),
+        31 => "SIGSYS".to_owned(),
+        other => format!("signal {other}"),
+    }
+}
