@@ -45,6 +45,11 @@ impl<R: Reactor> Connection<R> {
         Ok(Self { reactor, socket })
     }
 
+    /// Another descriptor of the socket, to look at while the connection is in use.
+    pub(crate) fn descriptor(&self) -> Result<OwnedFd, HostError> {
+        self.socket.as_fd().try_clone_to_owned().map_err(HostError::io("dup"))
+    }
+
     /// Reads at most `buffer.len()` bytes, waiting for the first.
     pub(crate) async fn receive(&self, buffer: &mut [u8]) -> Result<Received, HostError> {
         loop {
