@@ -1,14 +1,28 @@
-//! Requests of the back-end, as values and on the wire (vhost-user, "Back-end message types").
+//! The back-end channel: requests of the back-end, on the socket of SET_BACKEND_REQ_FD (vhost-user,
+//! "Back-end message types").
 //!
+//! ```text
+//!  device ─▶ ChannelBackend ──── ChannelRequest ────▶ ChannelFrontend ─▶ ChannelEffect + Ticket
+//!    ▲ ChannelAnswer ◀┘ ◀──────── u64, descriptor ───────┘ ◀─ answer(Ticket, value)
+//! ```
+//! [`ChannelBackend`] is the device's end and [`ChannelFrontend`] the VMM's, both without I/O and
+//! driven like the machines of the main socket; here are the requests as values and on the wire.
 //! Invariant: encoding and decoding are each other's inverse, and both obey the table's lengths and
 //! descriptor counts. Which requests are outstanding is the business of the two ends.
+
+mod backend;
+mod frontend;
+
+pub use backend::{ChannelAnswer, ChannelBackend, RequestId, Sent};
+pub use frontend::{ChannelEffect, ChannelFrontend, ChannelStep, MAX_OUTSTANDING};
 
 use zerocopy::IntoBytes;
 
 use crate::decoder::Message;
 use crate::frame::Frame;
 use crate::payload::{
-    ExternalMap, GpuMap, Iotlb, ShmemMap, Uuid, VringArea, VringFd, VringState, read,
+    ExternalMap, GpuMap, IOTLB_ACCESS_FAIL, IOTLB_MISS, Iotlb, SHMEM_MAP_RW, ShmemMap, Uuid,
+    VringArea, VringFd, VringState, read,
 };
 use crate::table::{BackendCode, FdRule, Side, info};
 use crate::violation::Violation;
@@ -83,6 +97,46 @@ impl<Fd> ChannelRequest<Fd> {
         Frame::request(id, need_reply, &payload, fd.into_iter().collect())
     }
 
+    /// Whether the values can mean anything at all: both ends ask, before sending and after
+    /// receiving. Ring index, region and host address are for the front-end's host to judge.
+    ///
+    /// # Errors
+    /// A range is empty or wraps, a kind or a permission does not exist, or a descriptor is there
+    /// although (or is missing unless) bit 8 says so.
+    pub fn check(&self) -> Result<(), Violation> {
+        let message = info(Side::BackEnd, self.code().id()).map_or("", |row| row.name);
+        match self {
+            Self::Iotlb(entry) => check_iotlb(message, entry),
+            Self::HostNotifier(area, fd) => {
+                if VringFd(area.vring).has_fd() != fd.is_some() {
+                    let got = usize::from(fd.is_some());
+                    return Err(Violation::FdCount { message, got });
+                }
+                match fd {
+                    Some(_) => range(message, "file offset", area.offset, area.size),
+                    None => Ok(()),
+                }
+            }
+            Self::ShmemMap(map, _) => {
+                range(message, "file offset", map.fd_offset, map.len)?;
+                range(message, "region offset", map.shm_offset, map.len)?;
+                flags(message, map.flags)
+            }
+            Self::ShmemUnmap(map) => range(message, "region offset", map.shm_offset, map.len),
+            Self::GpuMap(map, _) => range(message, "region offset", map.shm_offset, map.len),
+            Self::ExternalMap(map) => {
+                range(message, "region offset", map.shm_offset, map.len)?;
+                range(message, "host address", map.ptr, map.len)
+            }
+            Self::ConfigChange
+            | Self::VringCall(_)
+            | Self::VringErr(_)
+            | Self::SharedObjectAdd(_)
+            | Self::SharedObjectRemove(_)
+            | Self::SharedObjectLookup(_) => Ok(()),
+        }
+    }
+
     /// Decodes a request of the back-end.
     ///
     /// # Errors
@@ -132,5 +186,43 @@ impl<Fd> ChannelRequest<Fd> {
             BackendCode::GpuMap => Self::GpuMap(read(payload)?, fd?),
             BackendCode::ExternalMap => Self::ExternalMap(read(payload)?),
         })
+    }
+}
+
+/// A range must have bytes and an end.
+fn range(
+    message: &'static str,
+    what: &'static str,
+    start: u64,
+    size: u64,
+) -> Result<(), Violation> {
+    if size == 0 {
+        return Err(Violation::Value { message, what: "length", value: 0 });
+    }
+    match start.checked_add(size) {
+        Some(_) => Ok(()),
+        None => Err(Violation::Wraps { message, what, start, size }),
+    }
+}
+
+/// Bit 0 is all there is: a mapping with a bit that nobody knows is not half understood.
+fn flags(message: &'static str, flags: u64) -> Result<(), Violation> {
+    match flags & !SHMEM_MAP_RW {
+        0 => Ok(()),
+        value => Err(Violation::Value { message, what: "flags", value }),
+    }
+}
+
+fn check_iotlb(message: &'static str, entry: &Iotlb) -> Result<(), Violation> {
+    if !matches!(entry.kind, IOTLB_MISS | IOTLB_ACCESS_FAIL) {
+        return Err(Violation::Value { message, what: "type", value: entry.kind.into() });
+    }
+    if !matches!(entry.perm, 1..=3) {
+        return Err(Violation::Value { message, what: "permission", value: entry.perm.into() });
+    }
+    // A miss names a place, not always a length.
+    match entry.size {
+        0 => Ok(()),
+        size => range(message, "address", entry.iova, size),
     }
 }

@@ -11,9 +11,15 @@
 
 use std::collections::VecDeque;
 
-use crate::header::{HEADER_SIZE, Header, MAX_PAYLOAD, REPLY_FLAGS, VERSION};
+use crate::header::{
+    FLAG_NEED_REPLY, FLAG_REPLY, HEADER_SIZE, Header, MAX_PAYLOAD, REPLY_FLAGS, VERSION,
+    VERSION_MASK,
+};
 use crate::payload;
 use crate::violation::Violation;
+
+/// The flag bits that mean something.
+const KNOWN_FLAGS: u32 = VERSION_MASK | FLAG_REPLY | FLAG_NEED_REPLY;
 
 /// What kind of messages a decoder takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +28,9 @@ pub enum Expects {
     Requests,
     /// Replies: flags exactly 5.
     Replies,
+    /// Replies on the back-end channel: version 1, reply bit set, need_reply clear. The rest of the
+    /// flags is ignored: QEMU sends back what the request had.
+    ChannelReplies,
 }
 
 /// One whole message as it came.
@@ -131,7 +140,10 @@ impl<Fd> Decoder<Fd> {
             Expects::Replies if header.flags != REPLY_FLAGS => {
                 return Err(Violation::ReplyFlags { request, flags: header.flags });
             }
-            Expects::Requests | Expects::Replies => {}
+            Expects::ChannelReplies if header.flags & KNOWN_FLAGS != REPLY_FLAGS => {
+                return Err(Violation::ReplyFlags { request, flags: header.flags });
+            }
+            Expects::Requests | Expects::Replies | Expects::ChannelReplies => {}
         }
         if header.size > MAX_PAYLOAD {
             return Err(Violation::TooLong { request, size: header.size, limit: MAX_PAYLOAD });

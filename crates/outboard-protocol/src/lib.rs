@@ -83,6 +83,10 @@ pub mod ticket;
 mod violation;
 
 pub use backend::{Backend, Offer};
+pub use channel::{
+    ChannelAnswer, ChannelBackend, ChannelEffect, ChannelFrontend, ChannelRequest, ChannelStep,
+    RequestId, Sent,
+};
 pub use effect::{Effect, Notifier, StateDirection, Step};
 pub use features::{ProtocolFeatures, virtio};
 pub use frame::Frame;

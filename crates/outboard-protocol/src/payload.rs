@@ -11,6 +11,16 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 pub const VRING_F_LOG: u32 = 1;
 /// Bit 8 of a [`VringFd`]: no descriptor comes with the message.
 pub const VRING_NO_FD: u64 = 0x100;
+/// [`Iotlb::kind`]: the device has no entry for an address.
+pub const IOTLB_MISS: u8 = 1;
+/// [`Iotlb::kind`]: an entry is added.
+pub const IOTLB_UPDATE: u8 = 2;
+/// [`Iotlb::kind`]: entries are removed.
+pub const IOTLB_INVALIDATE: u8 = 3;
+/// [`Iotlb::kind`]: the device was not allowed an access.
+pub const IOTLB_ACCESS_FAIL: u8 = 4;
+/// [`ShmemMap::flags`] bit 0: the mapping is writable.
+pub const SHMEM_MAP_RW: u64 = 1;
 /// Most bytes of configuration space one message carries (QEMU's limit).
 pub const MAX_CONFIG_SIZE: u32 = 256;
 /// Most regions a memory table may have here.

@@ -17,9 +17,11 @@ fn decode(frame: Frame<Fd>) -> Result<Request<Fd>, Violation> {
     Request::decode(message)
 }
 
-fn one_of_each() -> Vec<Request<Fd>> {
+pub(crate) fn one_of_each() -> Vec<Request<Fd>> {
     let area = |has_fd| VringArea { vring: VringFd::new(3, has_fd).0, size: 4096, offset: 8192 };
     let map = ShmemMap { shmid: 2, shm_offset: 4096, len: 8192, flags: 1, ..ShmemMap::default() };
+    let gpu = GpuMap { shmid: 1, len: 4096, device_uuid: [9; 16], ..GpuMap::default() };
+    let external = ExternalMap::default();
     vec![
         Request::Iotlb(Iotlb { iova: 1 << 40, perm: 2, kind: 1, ..Iotlb::default() }),
         Request::ConfigChange,
@@ -32,8 +34,8 @@ fn one_of_each() -> Vec<Request<Fd>> {
         Request::SharedObjectLookup(Uuid { bytes: [3; 16] }),
         Request::ShmemMap(map, 6),
         Request::ShmemUnmap(map),
-        Request::GpuMap(GpuMap { shmid: 1, device_uuid: [9; 16], ..GpuMap::default() }, 7),
-        Request::ExternalMap(ExternalMap { shmid: 1, ptr: 0xdead_0000, ..ExternalMap::default() }),
+        Request::GpuMap(gpu, 7),
+        Request::ExternalMap(ExternalMap { shmid: 1, ptr: 0xdead_0000, len: 9, ..external }),
     ]
 }
 

@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod channel;
 #[cfg(test)]
+mod channel_ends;
+#[cfg(test)]
 mod common;
 #[cfg(test)]
 mod decoder;
