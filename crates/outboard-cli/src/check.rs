@@ -123,7 +123,7 @@ fn watch(target: &Target, options: &Options, silent: bool) -> Result<Report, Jud
 }
 
 fn list(options: &Options, json: bool) -> Result<(), Failure> {
-    let wanted: Vec<_> = checks().iter().filter(|check| options.wants(check)).collect();
+    let wanted: Vec<_> = checks().filter(|check| options.wants(check)).collect();
     if json {
         say(serde_json::to_string_pretty(&wanted).map_err(Failure::failed)?);
         return Ok(());

@@ -82,7 +82,7 @@ impl Line {
         else {
             return Err(ExpectedError::Shape { line });
         };
-        if !checks().iter().any(|check| check.id == id) {
+        if !checks().any(|check| check.id == id) {
             return Err(ExpectedError::NoSuchCheck { line, id: id.to_owned() });
         }
         let known = Verdict::ALL.into_iter().find(|v| v.is_bad() && v.name() == word);

@@ -81,7 +81,7 @@ pub fn judge(
     options: &Options,
     mut progress: impl FnMut(&Judgement),
 ) -> Result<Report, JudgeError> {
-    let wanted: Vec<_> = checks().iter().filter(|check| options.wants(check)).collect();
+    let wanted: Vec<_> = checks().filter(|check| options.wants(check)).collect();
     if wanted.is_empty() {
         return Err(JudgeError::NoSuchCheck(options.only.join(", ")));
     }

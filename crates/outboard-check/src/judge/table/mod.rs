@@ -1,13 +1,15 @@
 //! The one table of checks.
 //!
-//! Invariant: an id stands once; ids begin with the name of their group's file; a check without a row
-//! does not exist, as its function would be dead code.
+//! One file of rows for each group. Invariant: an id stands once; a check without a row does not exist, as
+//! its function would be dead code.
 
 use serde::Serialize;
 
 use super::case::Case;
-use super::conformance as c;
 use super::finding::Outcome;
+
+mod conformance;
+mod semantics;
 
 /// What kind of check it is; also the order in which they are played.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -61,37 +63,23 @@ pub struct Check {
     pub(crate) run: fn(&mut Case<'_>) -> Outcome,
 }
 
-macro_rules! checks {
-    ($($group:ident { $($id:literal $section:literal $title:literal $run:expr;)* })*) => {
-        const CHECKS: &[Check] = &[$($(Check {
+/// Turns rows `id section title function;` into the checks of one group.
+macro_rules! rows {
+    ($group:ident $($id:literal $section:literal $title:literal $run:expr;)*) => {
+        pub(super) const CHECKS: &[Check] = &[$(Check {
             id: $id,
-            group: Group::$group,
+            group: super::Group::$group,
             section: $section,
             title: $title,
             run: $run,
-        },)*)*];
+        },)*];
     };
 }
+use rows;
 
-/// Every check there is.
-#[must_use]
-pub const fn checks() -> &'static [Check] {
-    CHECKS
-}
-
-checks! {
-    Conformance {
-        "features-answered" "Front-end message types: GET_FEATURES" "GET_FEATURES is answered with a u64 and no descriptor" c::start::features_answered;
-        "features-stable" "Front-end message types: GET_FEATURES" "the same features are offered before and after negotiation" c::start::features_stable;
-        "features-before-owner" "Communication" "GET_FEATURES and GET_PROTOCOL_FEATURES are answered before SET_OWNER" c::start::features_before_owner;
-        "owner-repeated" "Front-end message types: SET_OWNER" "a second SET_OWNER changes nothing" c::start::owner_repeated;
-        "owner-late" "Communication" "SET_OWNER may come after SET_PROTOCOL_FEATURES" c::start::owner_late;
-        "features-unoffered" "Front-end message types: SET_FEATURES (A66)" "a feature bit that was not offered is refused" c::start::features_unoffered;
-        "features-replaced" "Front-end message types: SET_FEATURES" "SET_FEATURES may come again with fewer bits" c::start::features_replaced;
-        "protocol-features-answered" "Protocol features" "GET_PROTOCOL_FEATURES is answered before SET_FEATURES" c::start::protocol_features_answered;
-        "protocol-features-unoffered" "Protocol features (A66)" "a protocol feature that was not offered is refused" c::start::protocol_features_unoffered;
-        "queue-count" "Multiple queue support" "GET_QUEUE_NUM is answered with 1 or more" c::start::queue_count;
-    }
+/// Every check there is, in the order in which they are played.
+pub fn checks() -> impl Iterator<Item = &'static Check> {
+    [conformance::CHECKS, semantics::CHECKS].into_iter().flatten()
 }
 
 #[cfg(test)]
@@ -100,7 +88,7 @@ mod tests {
 
     #[test]
     fn every_id_stands_once_and_every_check_says_why() {
-        let mut ids: Vec<_> = checks().iter().map(|check| check.id).collect();
+        let mut ids: Vec<_> = checks().map(|check| check.id).collect();
         ids.sort_unstable();
         let count = ids.len();
         ids.dedup();

@@ -1,0 +1,6 @@
+//! The rows of the semantic probes.
+
+use super::{Check, rows};
+
+rows! { Semantics
+}
