@@ -358,6 +358,23 @@ mod tests {
     }
 
     #[test]
+    fn direct_access_gets_whole_blocks_and_the_page_cache_the_rest() {
+        let direct = Direct {
+            alignment: Alignment { memory: 512, offset: 4096 },
+            buffered: File::open("/dev/null").expect("a file"),
+        };
+        for (offset, length, expected) in [
+            (0, 4096, Route::Direct),
+            (8192, 0, Route::Direct),
+            (512, 4096, Route::Buffered),
+            (4096, 512, Route::Buffered),
+            (4096, 4096 + 512, Route::Buffered),
+        ] {
+            assert_eq!(route(&direct, offset, length, &[]), expected, "{length} at {offset}");
+        }
+    }
+
+    #[test]
     fn the_bounce_buffer_is_aligned_and_bounded() {
         let mut pages = Vec::new();
         let part = bounce(&mut pages, u64::MAX);
