@@ -5,6 +5,8 @@
 //! shown to the driver. The driver costs one store per batch: its ring is filled beforehand and offered for ever.
 //! `regions`: header, data and status lie in different ones when there are eight.
 
+#![expect(clippy::expect_used, reason = "a program of our own making, which may end")]
+
 use std::hint::black_box;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -112,8 +112,10 @@ impl SplitDriver {
     ) -> Result<u16, QueueFull> {
         let needed = (readable.len() + writable.len()).max(1);
         let (area, entries) = self.tables.unwrap_or_default();
-        let count = u16::try_from(needed).ok().filter(|&count| count <= entries);
-        let count = count.ok_or(QueueFull { needed, free: usize::from(entries) })?;
+        // A chain is never longer than the ring (virtio 1.3 §2.7.5.3.1).
+        let most = entries.min(self.layout.size);
+        let count = u16::try_from(needed).ok().filter(|&count| count <= most);
+        let count = count.ok_or(QueueFull { needed, free: usize::from(most) })?;
         let head = self.first_free;
         let full = QueueFull { needed: 1, free: usize::from(self.free) };
         let next = self.slots.get(usize::from(head)).filter(|_| self.free > 0).ok_or(full)?.next;

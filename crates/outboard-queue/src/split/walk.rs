@@ -98,3 +98,6 @@ impl Source {
         count.filter(|_| len.is_multiple_of(16)).ok_or(RingError::IndirectLength { len, size })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,15 +5,14 @@ use std::sync::Arc;
 use outboard_memory::{GuestMemory, Region, View};
 use outboard_queue::{DeviceQueue, DriverQueue, QueueLayout};
 
-const EVENT_IDX: u64 = 1 << 29;
-const INDIRECT: u64 = 1 << 28;
+use crate::rig::{EVENT_IDX, INDIRECT_DESC};
 
 #[test]
 fn a_block_shaped_request_goes_there_and_back() {
     let (region, _fd) = Region::memfd(0x10_0000, 1 << 20).unwrap();
     let memory = Arc::new(GuestMemory::new(1, vec![Arc::new(region)]).unwrap());
     let view = View::new(Arc::clone(&memory));
-    for features in [0, EVENT_IDX, INDIRECT, INDIRECT | EVENT_IDX] {
+    for features in [0, EVENT_IDX, INDIRECT_DESC, INDIRECT_DESC | EVENT_IDX] {
         let (layout, end) = QueueLayout::split_at(0x10_0000, 8).unwrap();
         let mut driver = DriverQueue::new(layout, features, view.clone()).unwrap();
         driver.set_indirect_area(end, 8);
@@ -22,7 +21,7 @@ fn a_block_shaped_request_goes_there_and_back() {
         for round in 0..20_u64 {
             view.write(data, &round.to_le_bytes()).unwrap();
             let (readable, writable) = ([(data, 16)], [(data + 64, 512), (data + 1024, 1)]);
-            if features & INDIRECT != 0 {
+            if features & INDIRECT_DESC != 0 {
                 driver.add_indirect(&readable, &writable, round).unwrap();
             } else {
                 driver.add(&readable, &writable, round).unwrap();

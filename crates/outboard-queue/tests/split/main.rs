@@ -1,0 +1,11 @@
+//! Split rings: the device side against a guest that writes what it likes, and against our own driver side.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod hostile_chains;
+mod hostile_races;
+mod layouts;
+mod life;
+mod model;
+mod notifications;
+mod rig;
+mod round_trip;
