@@ -1,10 +1,15 @@
 //! Runs every transcript in `tests/transcripts` and compares what comes out with what is recorded.
-//! `BLESS=1` records anew. The grammar is in `common/script.rs`.
+//! `BLESS=1` records anew. The grammar is in `common/script.rs`, and that of the back-end channel in
+//! `common/channel_script.rs`.
 
 use std::path::{Path, PathBuf};
 
 fn transcripts() -> Vec<PathBuf> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/transcripts");
+    folder("tests/transcripts")
+}
+
+fn folder(name: &str) -> Vec<PathBuf> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
     let mut paths: Vec<_> = std::fs::read_dir(directory)
         .expect("the transcripts are there")
         .map(|entry| entry.expect("a readable directory").path())
@@ -16,13 +21,24 @@ fn transcripts() -> Vec<PathBuf> {
 
 #[test]
 fn every_transcript_comes_out_as_recorded() {
-    let bless = std::env::var_os("BLESS").is_some();
-    let mut wrong = Vec::new();
     let paths = transcripts();
     assert!(paths.len() >= 10, "the transcripts are gone");
+    compare(paths, crate::common::script::run);
+}
+
+#[test]
+fn every_transcript_of_the_channel_comes_out_as_recorded() {
+    let paths = folder("tests/transcripts/channel");
+    assert!(paths.len() >= 3, "the transcripts are gone");
+    compare(paths, crate::common::channel_script::run);
+}
+
+fn compare(paths: Vec<PathBuf>, run: fn(&str) -> String) {
+    let bless = std::env::var_os("BLESS").is_some();
+    let mut wrong = Vec::new();
     for path in paths {
         let recorded = std::fs::read_to_string(&path).expect("a readable transcript");
-        let now = crate::common::script::run(&recorded);
+        let now = run(&recorded);
         if bless {
             std::fs::write(&path, &now).expect("a writable transcript");
         } else if now != recorded {

@@ -1,6 +1,8 @@
 //! What the tests of both machines share: a host that answers effects, and frames by name.
 
+pub(crate) mod channel_script;
 pub(crate) mod host;
+pub(crate) mod notation;
 pub(crate) mod pair;
 pub(crate) mod rows;
 pub(crate) mod script;
