@@ -12,6 +12,9 @@ pub enum MapError {
         /// Guest-physical address of the region.
         guest_addr: u64,
     },
+    /// A window without bytes.
+    #[error("mapping has no bytes")]
+    NoBytes,
     /// Start plus size does not fit 64 bits (or, for the file, 63).
     #[error("region {what} {start:#x} plus size {size:#x} wraps")]
     Wraps {
@@ -122,4 +125,26 @@ pub enum AccessError {
         /// The most that is accepted.
         limit: usize,
     },
+}
+
+/// Why bytes of a window cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WindowError {
+    /// The range does not lie inside.
+    #[error("{len:#x} bytes at {at:#x} are outside a window of {size:#x} bytes")]
+    Outside {
+        /// First byte, from the start of the window.
+        at: u64,
+        /// Bytes.
+        len: u64,
+        /// Bytes in the window.
+        size: u64,
+    },
+    /// The window was mapped for reading.
+    #[error("the window is read-only")]
+    ReadOnly,
+    /// The file was cut short; what was read is zeros, what was written is lost.
+    #[error("the file under the window was cut short")]
+    Poisoned,
 }

@@ -33,13 +33,14 @@ mod table;
 mod transfer;
 mod usual;
 mod view;
+mod window;
 
 pub use buffers::{Buffers, Segment};
 #[cfg(outboard_loom)]
 pub use cells::twin;
 pub use cells::{Cell16, Cells, Descriptor, Descriptors, Pairs, Ring16, fence};
 pub use cursor::Cursor;
-pub use error::{AccessError, LayoutError, MapError};
+pub use error::{AccessError, LayoutError, MapError, WindowError};
 pub use gather::Gather;
 pub use map::GuestMemory;
 pub use mapping::rounded;
@@ -47,3 +48,4 @@ pub use region::{MapOptions, Region, RegionSpec};
 pub use sigbus::install_sigbus_guard;
 pub use usual::Rules;
 pub use view::View;
+pub use window::{Window, page_size};

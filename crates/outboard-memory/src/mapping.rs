@@ -10,7 +10,7 @@ use crate::error::MapError;
 use crate::num::index;
 use crate::sigbus::{self, Slot};
 
-/// A shared, writable mapping. `base` and `len` are multiples of the page size of the file.
+/// A shared mapping, writable or not. `base` and `len` are multiples of the page size of the file.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     base: NonNull<u8>,
@@ -48,10 +48,11 @@ impl Mapping {
         offset: u64,
         len: u64,
         page: u64,
+        writable: bool,
         dont_fork: bool,
     ) -> Result<Self, MapError> {
         let (len, page) = (index(len), index(page));
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let prot = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
         let base = unsafe { mmap(ptr::null_mut(), len, prot, flags, file, offset) }

@@ -48,12 +48,9 @@ impl Region {
     /// # Errors
     /// Empty, wrapping, no regular file, file too short, or a call that the system refused. Nothing stays mapped.
     pub fn map(spec: RegionSpec, file: OwnedFd, options: MapOptions) -> Result<Self, MapError> {
-        install_sigbus_guard().map_err(|e| MapError::Host {
-            call: "sigaction",
-            errno: e.raw_os_error().unwrap_or_default(),
-        })?;
+        guard()?;
         check_ranges(&spec)?;
-        check_file(&spec, &file)?;
+        check_file(spec.offset, spec.size, &file)?;
         let page = page_size(&file)?;
         let Some((start, len, delta)) = rounded(spec.offset, spec.size, page) else {
             return Err(MapError::Wraps {
@@ -62,7 +59,7 @@ impl Region {
                 size: spec.size,
             });
         };
-        let mapping = Mapping::new(file.as_fd(), start, len, page, options.dont_fork)?;
+        let mapping = Mapping::new(file.as_fd(), start, len, page, true, options.dont_fork)?;
         Ok(Self { spec, mapping, delta: index(delta) })
     }
 
@@ -113,6 +110,14 @@ impl fmt::Debug for Region {
     }
 }
 
+/// No mapping is made without the guard.
+pub(crate) fn guard() -> Result<(), MapError> {
+    install_sigbus_guard().map_err(|e| MapError::Host {
+        call: "sigaction",
+        errno: e.raw_os_error().unwrap_or_default(),
+    })
+}
+
 fn check_ranges(spec: &RegionSpec) -> Result<(), MapError> {
     let &RegionSpec { guest_addr, user_addr, size, offset } = spec;
     if size == 0 {
@@ -130,7 +135,8 @@ fn check_ranges(spec: &RegionSpec) -> Result<(), MapError> {
     Ok(())
 }
 
-fn check_file(spec: &RegionSpec, file: &OwnedFd) -> Result<(), MapError> {
+/// Whether a descriptor is a file that holds this range; `offset + size` does not wrap.
+pub(crate) fn check_file(offset: u64, size: u64, file: &OwnedFd) -> Result<(), MapError> {
     let stat = fstat(file).map_err(|e| MapError::host("fstat", e))?;
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => None,
@@ -145,17 +151,16 @@ fn check_file(spec: &RegionSpec, file: &OwnedFd) -> Result<(), MapError> {
     if let Some(kind) = kind {
         return Err(MapError::NotAFile { kind });
     }
-    let size = u64::try_from(stat.st_size).unwrap_or(0);
-    // `check_ranges` has seen that the sum fits.
-    let needed = spec.offset.saturating_add(spec.size);
-    if size < needed {
-        return Err(MapError::FileTooShort { size, needed });
+    let have = u64::try_from(stat.st_size).unwrap_or(0);
+    let needed = offset.saturating_add(size);
+    if have < needed {
+        return Err(MapError::FileTooShort { size: have, needed });
     }
     Ok(())
 }
 
 /// The unit a mapping of this file is made of.
-fn page_size(file: &OwnedFd) -> Result<u64, MapError> {
+pub(crate) fn page_size(file: &OwnedFd) -> Result<u64, MapError> {
     let base = crate::mapping::page_size();
     let stat = fstatfs(file).map_err(|e| MapError::host("fstatfs", e))?;
     if stat.f_type != libc::HUGETLBFS_MAGIC {
