@@ -21,6 +21,7 @@ mod table;
 mod wire;
 
 mod conformance;
+mod semantics;
 
 pub use expected::{Expected, ExpectedError};
 pub use finding::Verdict;

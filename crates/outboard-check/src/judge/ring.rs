@@ -210,6 +210,14 @@ impl Ring {
         signalled(&self.call, time)
     }
 
+    /// A ring with a past: both indices stand where they are said to.
+    pub(crate) fn begin_at(&mut self, avail: u16, used: u16) -> Outcome {
+        self.next_avail = avail;
+        self.last_used = used;
+        self.store(self.used + 2, used)?;
+        self.publish()
+    }
+
     /// Forgets everything that was in the ring: for a new set-up at base 0.
     pub(crate) fn clear(&mut self) -> Outcome {
         self.write(self.desc, &[0; 0x3000])?;

@@ -1,6 +1,65 @@
 //! The rows of the semantic probes.
 
 use super::{Check, rows};
+use crate::judge::semantics as s;
 
 rows! { Semantics
+    "served" "Ring states" "a ring that was set up and enabled serves requests" s::enabling::served;
+    "used-length" "virtio 2.7.8" "the used length of a read is data and status" s::enabling::used_length;
+    "enable-gates" "Ring states" "a ring that is started and not enabled performs nothing" s::enabling::enable_gates;
+    "disable-gates" "Ring states" "a ring that is disabled again performs nothing" s::enabling::disable_gates;
+    "kick-before-enable" "Ring states" "a request kicked before the ring is enabled is not lost" s::enabling::kick_before_enable;
+    "enable-before-kick" "Ring states" "a ring may be enabled before it is started" s::enabling::enable_before_kick;
+    "start-looks" "Ring states" "a ring that is started serves what it holds already" s::enabling::start_looks;
+    "enable-looks" "Ring states" "a ring that is enabled serves what it holds already" s::enabling::enable_looks;
+    "without-bit-30" "SET_FEATURES" "without PROTOCOL_FEATURES every ring is enabled" s::enabling::without_bit_30;
+    "bit-30-keeps-enabled" "SET_FEATURES" "SET_FEATURES leaves enabled rings enabled" s::enabling::bit_30_keeps_enabled;
+    "bit-30-keeps-disabled" "SET_FEATURES" "SET_FEATURES leaves disabled rings disabled" s::enabling::bit_30_keeps_disabled;
+    "early-kick" "SET_VRING_KICK (A56)" "a ring whose kick comes before size and addresses serves once it has them" s::enabling::early_kick;
+    "late-memory" "SET_VRING_KICK (A56)" "a ring whose memory comes last serves once it is there" s::enabling::late_memory;
+    "reset-owner-serves" "RESET_OWNER (A91)" "a ring serves after RESET_OWNER and ENABLE" s::enabling::reset_owner;
+    "reset-device-stops" "RESET_DEVICE (A91)" "RESET_DEVICE stops the rings; they can be set up again" s::enabling::reset_device;
+    "base-counts" "GET_VRING_BASE" "the base counts the requests that were taken" s::stopping::base_counts;
+    "base-round-trip" "GET_VRING_BASE" "a ring goes on at the base at which it stopped" s::stopping::base_round_trip;
+    "restarted-by-kick" "GET_VRING_BASE" "size and addresses of a ring survive its stop" s::stopping::restarted_by_kick;
+    "base-wraps" "GET_VRING_BASE" "indices wrap at 65536" s::stopping::base_wraps;
+    "used-from-memory" "SET_VRING_BASE" "the used index is read from guest memory" s::stopping::used_from_memory;
+    "drains" "GET_VRING_BASE" "GET_VRING_BASE is answered after every request came back" s::stopping::drains;
+    "silent-when-stopped" "GET_VRING_BASE" "a stopped ring is not looked at and not called for" s::stopping::silent_when_stopped;
+    "silent-before-start" "Ring states" "a ring without SET_VRING_KICK is not looked at" s::stopping::silent_before_start;
+    "stop-after-disable" "Ring states" "a ring can be disabled, stopped and started again" s::stopping::stop_after_disable;
+    "rings-independent" "Ring states" "rings are started and stopped one by one" s::stopping::rings_are_independent;
+    "stopped-at-disconnect" "Communication" "rings of a front-end that left are not looked at" s::stopping::stopped_at_disconnect;
+    "served-again" "Communication" "the next front-end is served" s::stopping::served_again;
+    "error-signalled" "SET_VRING_ERR" "a broken ring is reported on the err descriptor" s::stopping::error_signalled;
+    "err-polled" "SET_VRING_ERR" "a ring without an err descriptor serves" s::stopping::polled_err;
+    "called" "SET_VRING_CALL" "finished requests are signalled" s::notify::called;
+    "call-swapped" "SET_VRING_CALL" "a call descriptor can be replaced while the ring runs" s::notify::call_swapped;
+    "call-taken-away" "SET_VRING_CALL" "without a call descriptor nothing is signalled" s::notify::call_taken_away;
+    "call-late" "SET_VRING_CALL" "a ring serves without a call descriptor and takes one later" s::notify::call_late;
+    "kick-swapped" "SET_VRING_KICK (A57)" "a kick descriptor can be replaced while the ring runs" s::notify::kick_swapped;
+    "kick-polled" "SET_VRING_KICK (A59)" "without a kick descriptor the back-end polls" s::notify::kick_polled;
+    "kick-with-nothing" "SET_VRING_KICK (B38)" "kicks without requests do nothing" s::notify::kick_with_nothing;
+    "batch" "virtio 2.7.13" "five requests with one kick all come back" s::notify::batch;
+    "event-idx-calls" "virtio 2.7.10" "a call comes when used_event is reached" s::notify::event_idx_calls;
+    "event-idx-suppresses" "virtio 2.7.10 (B34)" "no call comes before used_event is reached" s::notify::event_idx_suppresses;
+    "event-idx-asks" "virtio 2.7.10" "avail_event asks for the next request" s::notify::event_idx_asks;
+    "table-again" "SET_MEM_TABLE (A38)" "the same table may come again while requests are under way" s::memory::table_again;
+    "table-grows" "SET_MEM_TABLE" "regions come and go while a ring runs" s::memory::table_grows;
+    "table-moves" "SET_MEM_TABLE" "a running ring follows its memory to other pages" s::memory::table_moves;
+    "table-without-ring" "SET_MEM_TABLE (A39)" "a ring whose memory is gone waits and goes on when it is back" s::memory::table_without_ring;
+    "slots-serve" "ADD_MEM_REG" "rings serve in memory that came slot by slot" s::memory::slots_serve;
+    "slots-under-load" "ADD_MEM_REG" "regions are added and removed while requests are under way" s::memory::slots_under_load;
+    "slot-of-the-ring" "REM_MEM_REG (A44)" "a ring whose region is removed waits and goes on when it is back" s::memory::slot_of_the_ring;
+    "across-regions" "Memory regions" "a buffer may cross regions that touch" s::memory::across_regions;
+    "log-marks" "Migration" "writes are in the dirty log while it is on, and only then" s::memory::log_marks;
+    "order-qemu" "Front-ends: QEMU" "QEMU's order of messages works, three times over" s::frontends::qemu;
+    "order-old-qemu" "Front-ends: QEMU before 7.2" "protocol features without bit 30 in SET_FEATURES work" s::frontends::old_qemu;
+    "order-cloud-hypervisor" "Front-ends: cloud-hypervisor" "cloud-hypervisor's order of messages works" s::frontends::cloud_hypervisor;
+    "order-crosvm" "Front-ends: crosvm" "crosvm's order of messages works, without acknowledgements" s::frontends::crosvm;
+    "order-user-mode-linux" "Front-ends: User-mode Linux" "User-mode Linux's order of messages works" s::frontends::user_mode_linux;
+    "order-virtio-user" "Front-ends: DPDK virtio-user" "virtio-user's order of messages works" s::frontends::virtio_user;
+    "ring-reset" "Front-ends: RING_RESET" "a single ring is reset and set up again, again and again" s::frontends::ring_reset;
+    "two-at-once" "Communication (A93)" "a second front-end does not disturb the first" s::frontends::two_at_once;
+    "nothing-inherited" "Communication" "a new front-end finds nothing of the one before" s::frontends::nothing_inherited;
 }

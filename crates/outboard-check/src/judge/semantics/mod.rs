@@ -1,0 +1,10 @@
+//! What the messages must mean, seen through real requests of a block device, and the orders of
+//! messages that real front-ends use (protocol facts d.1).
+//!
+//! Invariant: only the first sectors are read here and nothing is written to the disk.
+
+pub(super) mod enabling;
+pub(super) mod frontends;
+pub(super) mod memory;
+pub(super) mod notify;
+pub(super) mod stopping;
