@@ -22,6 +22,15 @@ impl Cursor<'_> {
         self.transfer(file, offset, libc::preadv)
     }
 
+    /// As [`read_from_file_at`](Self::read_from_file_at), but only what the page cache holds: nothing is waited for.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] when the disk would have to be asked, [`io::ErrorKind::Unsupported`] when the file
+    /// system cannot tell.
+    pub fn read_cached_at(&mut self, file: impl AsFd, offset: u64) -> io::Result<usize> {
+        self.transfer(file, offset, preadv_nowait)
+    }
+
     /// Writes the front of what is left to `file` at `offset` and drops what was written. Returns the bytes.
     ///
     /// # Errors
@@ -68,4 +77,18 @@ impl Cursor<'_> {
             }
         }
     }
+}
+
+/// `preadv` that fails with `EAGAIN` instead of waiting.
+///
+/// # Safety
+/// As for `preadv`.
+unsafe extern "C" fn preadv_nowait(
+    fd: libc::c_int,
+    pieces: *const libc::iovec,
+    count: libc::c_int,
+    offset: libc::off_t,
+) -> libc::ssize_t {
+    // SAFETY: the caller's promise.
+    unsafe { libc::preadv2(fd, pieces, count, offset, libc::RWF_NOWAIT) }
 }

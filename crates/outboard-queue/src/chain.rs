@@ -250,6 +250,15 @@ impl Writable<'_> {
         self.cursor.read_from_file_at(file, offset)
     }
 
+    /// As [`read_from_file_at`](Self::read_from_file_at), but only what the page cache holds.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] when the disk would have to be asked, [`io::ErrorKind::Unsupported`] when the file
+    /// system cannot tell.
+    pub fn read_cached_at(&mut self, file: impl AsFd, offset: u64) -> io::Result<usize> {
+        self.cursor.read_cached_at(file, offset)
+    }
+
     /// Fills the room from `source` until it is full, `max` bytes were written or the source ends, through a bounded
     /// buffer of our own. Returns the bytes.
     ///
