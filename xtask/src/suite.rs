@@ -138,6 +138,13 @@ fn environment(command: &mut std::process::Command, skipped: &Path) -> Result<()
     Ok(())
 }
 
+/// Models run long: what they consist of is optimised, what else their packages need is not.
+const LOOM_PROFILE: [&str; 3] = [
+    "profile.dev.opt-level=2",
+    "profile.dev.package.'*'.opt-level=0",
+    "profile.dev.package.loom.opt-level=2",
+];
+
 /// The models: of every package that uses loom, the library's tests with `loom` in their path and
 /// the integration tests whose name begins so.
 fn loom(skipped: &Path) -> Result<Tally> {
@@ -159,11 +166,11 @@ fn loom(skipped: &Path) -> Result<Tally> {
         }
         for run in runs {
             let mut command = lint::cargo_command(&["test", "--locked", "-p", name]);
-            command.args(run).env("CARGO_TARGET_DIR", &target);
-            command.env("RUSTFLAGS", "--cfg outboard_loom");
-            // Models run long, and what they need is built for them alone.
-            command.env("CARGO_PROFILE_DEV_OPT_LEVEL", "2").env("CARGO_PROFILE_DEV_DEBUG", "false");
-            environment(&mut command, skipped)?;
+            command.env("CARGO_TARGET_DIR", &target).env("RUSTFLAGS", "--cfg outboard_loom");
+            for profile in LOOM_PROFILE {
+                command.arg("--config").arg(profile);
+            }
+            environment(command.args(run), skipped)?;
             let mut part = Tally::default();
             let well = process::tee(&mut command, |line| part.read(line))?;
             tally += part.closed(well);
