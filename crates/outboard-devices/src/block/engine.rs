@@ -22,6 +22,8 @@ use super::image::{Alignment, Direct, Image};
 const BOUNCE_PAGES: usize = 64;
 /// How often the page of zeros is repeated in one call: 1 MiB.
 const ZERO_PAGES: usize = 256;
+/// How many reads go straight to the disk after one that was not in the page cache.
+const AFTER_MISS: u32 = 15;
 static ZEROS: Page = Page([0; 4096]);
 
 /// An operation on the image; positions and lengths in bytes.
@@ -88,9 +90,9 @@ pub trait Engine {
     /// What the system says; nothing of this call was moved then.
     fn run(&mut self, op: Op, request: &mut Request<'_>) -> io::Result<u64>;
 
-    /// Whether [`Engine::start`] is worth a try.
-    fn starts(&self) -> bool {
-        false
+    /// Carries out `op` now if that is better than to start it; None: it is to be started.
+    fn now(&mut self, op: Op, request: &mut Request<'_>) -> Option<io::Result<u64>> {
+        Some(self.run(op, request))
     }
 
     /// Starts `op`; [`outboard::Worker::completed`] hears of its end with `token`.
@@ -139,7 +141,7 @@ impl EngineKind {
             return Ok(Box::new(sync));
         }
         let file = context.add_file(Arc::clone(image.file()));
-        Ok(Box::new(UringEngine { sync, file }))
+        Ok(Box::new(UringEngine { sync, file, skip: 0 }))
     }
 }
 
@@ -234,11 +236,13 @@ impl Engine for SyncEngine {
     }
 }
 
-/// Operations that the kernel carries out while the worker goes on; what it cannot do that way is
-/// left to system calls.
+/// Operations that the kernel carries out while the worker goes on; what it cannot do that way, and
+/// reads that need no disk, are left to system calls.
 struct UringEngine {
     sync: SyncEngine,
     file: FileId,
+    /// Reads that are started without a look into the page cache.
+    skip: u32,
 }
 
 impl UringEngine {
@@ -267,6 +271,26 @@ impl UringEngine {
             Op::WriteZeros { .. } => None,
         }
     }
+
+    /// Reads what the page cache holds. After a miss the next reads do not look.
+    fn cached(&mut self, offset: u64, request: &mut Request<'_>) -> Option<io::Result<u64>> {
+        let image = &self.sync.image;
+        if image.direct().is_some() {
+            return None;
+        }
+        if let Some(skip) = self.skip.checked_sub(1) {
+            self.skip = skip;
+            return None;
+        }
+        match request.writable().read_cached_at(image.file(), offset) {
+            Ok(got) => Some(Ok(got as u64)),
+            Err(error) => {
+                let waits = error.kind() == io::ErrorKind::WouldBlock;
+                self.skip = if waits { AFTER_MISS } else { u32::MAX };
+                None
+            }
+        }
+    }
 }
 
 impl Engine for UringEngine {
@@ -274,8 +298,11 @@ impl Engine for UringEngine {
         self.sync.run(op, request)
     }
 
-    fn starts(&self) -> bool {
-        true
+    fn now(&mut self, op: Op, request: &mut Request<'_>) -> Option<io::Result<u64>> {
+        match op {
+            Op::Read { offset } => self.cached(offset, request),
+            _ => None,
+        }
     }
 
     fn start<'a>(

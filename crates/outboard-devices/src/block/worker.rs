@@ -110,15 +110,24 @@ impl BlockWorker {
     /// Runs the job to its end, or to the first operation that the engine starts.
     fn advance(&mut self, mut job: Job, mut request: Request<'_>) -> Result<Served, Error> {
         loop {
-            if self.engine.starts() && !self.refuses(job.op()) {
-                let (op, token) = (job.op(), self.jobs.insert(job));
-                request = match self.engine.start(op, request, token as u64) {
-                    Ok(served) => return Ok(served),
-                    Err(request) => request,
-                };
-                job = self.jobs.remove(token);
-            }
-            let outcome = self.run(job.op(), &mut request);
+            let op = job.op();
+            let now = if self.refuses(op) {
+                Some(Err(lost()))
+            } else {
+                self.engine.now(op, &mut request)
+            };
+            let outcome = match now {
+                Some(outcome) => outcome,
+                None => {
+                    let token = self.jobs.insert(job);
+                    request = match self.engine.start(op, request, token as u64) {
+                        Ok(served) => return Ok(served),
+                        Err(request) => request,
+                    };
+                    job = self.jobs.remove(token);
+                    self.engine.run(op, &mut request)
+                }
+            };
             if let Next::Done(status) = self.step(&mut job, &outcome, &mut request) {
                 self.spare.extend(job.into_ranges());
                 return finish(request, status);
@@ -130,13 +139,6 @@ impl BlockWorker {
     /// later flush that succeeds would be a lie.
     fn refuses(&self, op: Op) -> bool {
         op == Op::Sync && self.disk.flush_failed()
-    }
-
-    fn run(&mut self, op: Op, request: &mut Request<'_>) -> io::Result<u64> {
-        if self.refuses(op) {
-            return Err(lost());
-        }
-        self.engine.run(op, request)
     }
 
     /// Takes an outcome into the job.
@@ -195,7 +197,7 @@ impl Worker for BlockWorker {
         let op = job.op();
         let outcome = match outcome {
             Ok(moved) => consume(op, &mut request, moved),
-            Err(error) if not_now(&error) => self.run(op, &mut request),
+            Err(error) if not_now(&error) => self.engine.run(op, &mut request),
             Err(error) => Err(error),
         };
         // One that failed while this one was under way may have taken its error.
