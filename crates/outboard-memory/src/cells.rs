@@ -51,7 +51,6 @@ impl Descriptor {
 
 /// A resolved range of ring memory: the place to take typed handles from.
 pub struct Cells {
-    #[cfg_attr(outboard_loom, expect(dead_code, reason = "the twin has its own cells"))]
     host: *mut u8,
     guest: u64,
     len: u64,

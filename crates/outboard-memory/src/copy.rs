@@ -143,6 +143,7 @@ pub(crate) unsafe fn read<T: Copy>(from: *const T) -> T {
 ///
 /// # Safety
 /// `to` is writable for 16 bytes inside a live mapping.
+#[cfg(not(outboard_loom))]
 #[inline(always)]
 pub(crate) unsafe fn write_pair(to: *mut u8, first: u64, second: u64) {
     let to = to.cast::<Unaligned<u64>>();

@@ -92,6 +92,9 @@ impl SplitDevice {
     /// Whether [`pop`](Self::pop) would find something to say.
     #[inline]
     pub(crate) fn has_available(&self) -> bool {
+        if self.health != Health::Live {
+            return self.fault.is_some();
+        }
         self.next_avail != self.seen_avail
             || self.cells.avail_idx.load(Ordering::Acquire) != self.next_avail
     }

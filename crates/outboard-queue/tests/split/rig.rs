@@ -105,6 +105,7 @@ impl Rig {
         for _ in 0..3 {
             assert!(self.device.pop().unwrap().is_none());
             assert!(!self.device.arm(), "an armed broken ring has no work");
+            assert!(!self.device.has_available(), "nor has one that is polled");
         }
         self.set_avail(self.avail.wrapping_add(1));
         assert!(self.device.pop().unwrap().is_none());
