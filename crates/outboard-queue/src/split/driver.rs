@@ -119,7 +119,8 @@ impl SplitDriver {
         let head = self.first_free;
         let full = QueueFull { needed: 1, free: usize::from(self.free) };
         let next = self.slots.get(usize::from(head)).filter(|_| self.free > 0).ok_or(full)?.next;
-        let table = area + u64::from(head) * u64::from(entries) * 16;
+        let offset = u64::from(head) * u64::from(entries) * 16;
+        let table = area.checked_add(offset).ok_or(full)?;
         for (index, (addr, len, write)) in (0..count).zip(buffers(readable, writable)) {
             let more = if index + 1 < count { Descriptor::NEXT } else { 0 };
             let entry = Descriptor { addr, len, flags: write | more, next: index + 1 };
