@@ -33,6 +33,7 @@
 //! Linux on 64-bit little-endian machines.
 
 mod async_worker;
+mod channel;
 mod connection;
 mod device;
 mod error;
@@ -45,11 +46,13 @@ mod queue;
 mod reactor;
 mod request;
 mod server;
+mod shared_memory;
 mod thread;
 mod worker;
 mod worker_device;
 
 pub use async_worker::{AsyncWorker, Requests};
+pub use channel::{Answer, BackendChannel, ChannelError};
 pub use device::{ConfigWrite, VhostUserDevice};
 pub use error::{Error, HostError};
 pub use events::{FileId, FileOp, LoopKind};
@@ -61,5 +64,8 @@ pub use outboard_queue::{Readable, ShortBuffer, Writable};
 pub use queue::{Changed, Queue, QueueSpec, WhenDisabled};
 pub use request::{Deferred, Outcome, Request, Served};
 pub use server::{Server, StopHandle};
+pub use shared_memory::{
+    Access, MappingError, MappingSource, SharedMemoryMapper, SharedMemoryRegion,
+};
 pub use worker::{MakeWorker, Model, Plain, Worker, WorkerContext};
 pub use worker_device::{WorkerDevice, WorkerOptions};

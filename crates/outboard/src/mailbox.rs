@@ -26,6 +26,8 @@ pub(crate) enum Change {
     Kick(Kick),
     /// Another place to report that the ring broke.
     Err(Option<Arc<Call>>),
+    /// VRING_KICK: look at the ring, and answer when what was in it is finished.
+    Process,
     /// SET_VRING_ENABLE, or SET_FEATURES without bit 30.
     Enable(bool),
     /// The next generation of guest memory. `drain`: what the old one had may go away, so

@@ -11,9 +11,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use outboard_protocol::channel::ChannelRequest;
+use outboard_protocol::payload::VringState;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, write};
+
+use crate::channel::BackendChannel;
 
 /// An eventfd of our own: wakes one thread's event loop.
 #[derive(Debug)]
@@ -56,6 +60,8 @@ pub(crate) fn drain(fd: BorrowedFd<'_>) {
 pub enum Kick {
     /// By this descriptor.
     Fd(Arc<OwnedFd>),
+    /// By messages of the front-end (VRING_KICK).
+    Message,
     /// Not at all: the ring is looked at again and again.
     Poll,
 }
@@ -63,9 +69,26 @@ pub enum Kick {
 /// How we tell the driver of finished requests; also how a broken ring is announced.
 #[derive(Debug)]
 pub struct Call {
-    fd: Arc<OwnedFd>,
-    may_block: bool,
+    way: Way,
     lost: AtomicU64,
+}
+
+/// By which way.
+#[derive(Debug)]
+enum Way {
+    /// A descriptor, and whether writing to it may block.
+    Fd(Arc<OwnedFd>, bool),
+    /// VRING_CALL or VRING_ERR over the back-end channel.
+    Message(BackendChannel, InBand),
+}
+
+/// Which message a notification is (vhost-user, "In-band notifications").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum InBand {
+    /// VRING_CALL of this ring.
+    Call(u16),
+    /// VRING_ERR of this ring.
+    Err(u16),
 }
 
 impl Call {
@@ -73,24 +96,31 @@ impl Call {
     #[must_use]
     pub fn new(fd: Arc<OwnedFd>) -> Self {
         let may_block = !fcntl_getfl(&*fd).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK));
-        Self { fd, may_block, lost: AtomicU64::new(0) }
+        Self { way: Way::Fd(fd, may_block), lost: AtomicU64::new(0) }
+    }
+
+    /// Calls by message.
+    pub(crate) fn in_band(channel: BackendChannel, message: InBand) -> Self {
+        Self { way: Way::Message(channel, message), lost: AtomicU64::new(0) }
     }
 
     /// Signals once. A signal that cannot be delivered now is counted, never waited for.
     pub fn signal(&self) {
-        if self.may_block && !writable(self.fd.as_fd()) {
-            self.lost.fetch_add(1, Ordering::Relaxed);
-            return;
-        }
-        loop {
-            match write(&*self.fd, &1u64.to_ne_bytes()) {
-                Err(Errno::INTR) => {}
-                Ok(_) => return,
-                Err(_) => {
-                    self.lost.fetch_add(1, Ordering::Relaxed);
-                    return;
-                }
+        let delivered = match &self.way {
+            Way::Fd(fd, may_block) => (!may_block || writable(fd.as_fd())) && ring_bell(fd),
+            Way::Message(channel, message) => {
+                let ring = |index| VringState { index: u32::from(index), num: 0 };
+                let request = match *message {
+                    InBand::Call(index) => ChannelRequest::VringCall(ring(index)),
+                    InBand::Err(index) => ChannelRequest::VringErr(ring(index)),
+                };
+                // Nobody waits for the answer.
+                drop(channel.ask(request));
+                true
             }
+        };
+        if !delivered {
+            self.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -98,6 +128,16 @@ impl Call {
     #[must_use]
     pub fn lost(&self) -> u64 {
         self.lost.load(Ordering::Relaxed)
+    }
+}
+
+/// Writes one event; whether it was taken.
+fn ring_bell(fd: &OwnedFd) -> bool {
+    loop {
+        match write(fd, &1u64.to_ne_bytes()) {
+            Err(Errno::INTR) => {}
+            taken => return taken.is_ok(),
+        }
     }
 }
 

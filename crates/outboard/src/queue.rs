@@ -113,6 +113,8 @@ pub struct Queue {
     mailbox: Arc<Mailbox>,
     /// A generation that waits for what is in flight.
     next_memory: Option<(Arc<GuestMemory>, oneshot::Sender<Applied>)>,
+    /// Who waits until everything that was in the ring is finished.
+    processing: Vec<oneshot::Sender<Applied>>,
     broken: bool,
 }
 
@@ -127,7 +129,15 @@ impl Queue {
         mailbox: Arc<Mailbox>,
     ) -> Result<Self, StartError> {
         let ring = Some(find_ring(&setup, setup.base, &memory)?);
-        Ok(Self { setup, ring, memory, mailbox, next_memory: None, broken: false })
+        Ok(Self {
+            setup,
+            ring,
+            memory,
+            mailbox,
+            next_memory: None,
+            processing: Vec::new(),
+            broken: false,
+        })
     }
 
     /// Which of the device's queues this is.
@@ -177,8 +187,14 @@ impl Queue {
     pub fn kick_fd(&self) -> Option<&Arc<OwnedFd>> {
         match &self.setup.kick {
             Kick::Fd(fd) => Some(fd),
-            Kick::Poll => None,
+            Kick::Poll | Kick::Message => None,
         }
+    }
+
+    /// Whether nothing announces requests: the ring is to be looked at again and again.
+    #[must_use]
+    pub fn is_polled(&self) -> bool {
+        matches!(self.setup.kick, Kick::Poll)
     }
 
     /// The descriptor that becomes readable when [`Queue::poll_control`] has something to do.
@@ -304,6 +320,10 @@ impl Queue {
                         changed.memory = true;
                     }
                 }
+                Change::Process => {
+                    changed.look = true;
+                    self.processing.push(posted.done);
+                }
                 other => {
                     self.change(other, &mut changed);
                     let _ = posted.done.send(self.state());
@@ -360,7 +380,7 @@ impl Queue {
                 changed.look |= enabled && !self.setup.enabled;
                 self.setup.enabled = enabled;
             }
-            Change::Memory { .. } => {}
+            Change::Memory { .. } | Change::Process => {}
         }
     }
 
@@ -394,6 +414,16 @@ impl Queue {
         self.memory = memory;
         changed.memory = true;
         let _ = done.send(self.state());
+    }
+
+    /// Answers in-band kicks, once the ring was looked at and nothing of it is in flight.
+    pub fn processed(&mut self) {
+        if !self.processing.is_empty() && self.in_flight() == 0 && !self.has_requests() {
+            let state = self.state();
+            for done in self.processing.drain(..) {
+                let _ = done.send(state);
+            }
+        }
     }
 
     fn state(&self) -> Applied {

@@ -160,7 +160,7 @@ impl<W: Worker> Thread<W> {
     fn serve(&mut self) {
         while !self.quit {
             let busy = self.turns();
-            self.retire_stopping();
+            self.settle();
             if busy || self.spin() || self.arm() {
                 self.look();
             } else {
@@ -244,7 +244,7 @@ impl<W: Worker> Thread<W> {
 
     /// How long to wait when nothing is to do.
     fn timeout(&self) -> Option<Duration> {
-        let polled = self.lanes.iter().any(|lane| lane.queue.kick_fd().is_none());
+        let polled = self.lanes.iter().any(|lane| lane.queue.is_polled());
         let tick = self.next_tick.map(|at| at.saturating_duration_since(Instant::now()));
         match (polled, tick) {
             (true, Some(tick)) => Some(tick.min(POLL_EVERY)),
@@ -265,9 +265,7 @@ impl<W: Worker> Thread<W> {
         }
         self.happened = happened;
         for lane in &mut self.lanes {
-            if lane.queue.kick_fd().is_none() {
-                lane.ready = true;
-            }
+            lane.ready |= lane.queue.is_polled();
             lane.queue.publish();
         }
     }
@@ -348,14 +346,14 @@ impl<W: Worker> Thread<W> {
         poll_control(lane, events);
     }
 
-    /// Gives back the lanes that were told to stop and have nothing in flight; goes on with
-    /// changes of memory that waited for that.
-    fn retire_stopping(&mut self) {
+    /// What waited until nothing is in flight: changes of memory, in-band kicks, stops.
+    fn settle(&mut self) {
         let mut at = 0;
         while let Some(lane) = self.lanes.get_mut(at) {
             if lane.queue.in_flight() == 0 && lane.queue.has_next_memory() {
                 poll_control(lane, self.events.as_mut());
             }
+            lane.queue.processed();
             if lane.stopping.is_none() || lane.queue.in_flight() != 0 {
                 at += 1;
                 continue;

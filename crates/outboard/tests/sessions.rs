@@ -29,8 +29,8 @@ fn use_device(stream: UnixStream) -> (Connection, Ring, SharedMemory) {
     let mut front = Connection::from_fd(stream.into(), PATIENCE).unwrap();
     let memory = SharedMemory::with_size(1 << 20).unwrap();
     front.get_features().unwrap();
-    let protocol = front.get_protocol_features().unwrap();
-    front.set_protocol_features(protocol).unwrap();
+    front.get_protocol_features().unwrap();
+    front.set_protocol_features(common::PROTOCOL).unwrap();
     front.set_features(FEATURES).unwrap();
     front.set_mem_table(memory.regions()).unwrap();
     let mut ring = Ring::new(&memory, 0, FEATURES);

@@ -40,8 +40,8 @@ fn bench<D: outboard::VhostUserDevice + 'static>(device: D, deadline: Duration) 
     let mut front = Connection::from_fd(ours.into(), PATIENCE).unwrap();
     let memory = SharedMemory::with_size(1 << 20).unwrap();
     front.get_features().unwrap();
-    let protocol = front.get_protocol_features().unwrap();
-    front.set_protocol_features(protocol).unwrap();
+    front.get_protocol_features().unwrap();
+    front.set_protocol_features(common::PROTOCOL).unwrap();
     front.set_features(FEATURES).unwrap();
     front.set_mem_table(memory.regions()).unwrap();
     Bench { front, memory, thread }

@@ -8,26 +8,29 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use outboard_memory::{GuestMemory, MapOptions, Region, RegionSpec};
-use outboard_protocol::{MemRegion, Refusal};
+use outboard_protocol::{MemRegion, ProtocolFeatures, Refusal};
 
 use super::session::Session;
 use crate::device::VhostUserDevice;
 use crate::mailbox::Change;
 use crate::reactor::Reactor;
 
-fn spec(region: &MemRegion) -> RegionSpec {
-    RegionSpec {
-        guest_addr: region.guest_addr,
-        user_addr: region.user_addr,
-        size: region.size,
-        offset: region.offset,
-    }
-}
-
 impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
+    /// With GPA_ADDRESSES ring addresses are guest-physical: both spaces are one.
+    fn spec(&self, region: &MemRegion) -> RegionSpec {
+        let protocol = self.backend.acked_protocol_features();
+        let guest_only = protocol.contains(ProtocolFeatures::GPA_ADDRESSES);
+        RegionSpec {
+            guest_addr: region.guest_addr,
+            user_addr: if guest_only { region.guest_addr } else { region.user_addr },
+            size: region.size,
+            offset: region.offset,
+        }
+    }
+
     fn map(&self, region: &MemRegion, fd: OwnedFd) -> Result<Region, Refusal> {
         let options = MapOptions { dont_fork: self.device.unmap_guest_memory_on_fork() };
-        Region::map(spec(region), fd, options).map_err(Refusal::because)
+        Region::map(self.spec(region), fd, options).map_err(Refusal::because)
     }
 
     /// SET_MEM_TABLE: a whole new map.
@@ -56,7 +59,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
 
     /// REM_MEM_REG: a region goes away once nothing uses it.
     pub(super) async fn rem_mem_region(&mut self, region: MemRegion) -> Result<(), Refusal> {
-        let memory = self.memory.without_region(&spec(&region)).map_err(Refusal::because)?;
+        let memory = self.memory.without_region(&self.spec(&region)).map_err(Refusal::because)?;
         self.install(memory, true).await
     }
 

@@ -10,6 +10,8 @@
 //! also when its future is dropped at an await, every queue has been stopped and drained and every
 //! descriptor it received is closed; the device is ready for the next front-end.
 
+mod channel;
+mod extras;
 mod memory;
 mod rings;
 mod session;
@@ -35,7 +37,11 @@ pub(crate) const RING_FEATURES: u64 =
 /// Protocol features that the framework carries for every device.
 const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::REPLY_ACK)
+    .union(ProtocolFeatures::BACKEND_REQ)
     .union(ProtocolFeatures::RESET_DEVICE)
+    .union(ProtocolFeatures::INBAND_NOTIFICATIONS)
+    .union(ProtocolFeatures::STATUS)
+    .union(ProtocolFeatures::GPA_ADDRESSES)
     .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS);
 
 /// What an operator can set about the handler.
@@ -134,6 +140,9 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
         if device.config_size() > 0 {
             protocol_features |= ProtocolFeatures::CONFIG;
         }
+        if !device.shared_memory().is_empty() {
+            protocol_features |= ProtocolFeatures::SHMEM | ProtocolFeatures::BACKEND_SEND_FD;
+        }
         let largest = device.queues().iter().map(|queue| queue.max_size).max();
         Offer {
             features: (RING_FEATURES | device.features()) & !self.options.without_features,
@@ -141,7 +150,7 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
             queues: u16::try_from(device.queues().len()).unwrap_or(u16::MAX),
             max_queue_size: largest.unwrap_or(1),
             mem_slots: MEM_SLOTS,
-            gpu_socket: false,
+            gpu_socket: device.takes_gpu_socket(),
         }
     }
 

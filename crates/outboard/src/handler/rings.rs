@@ -16,7 +16,7 @@ use super::session::Session;
 use crate::device::VhostUserDevice;
 use crate::error::HostError;
 use crate::mailbox::{Applied, Change, Mailbox, QueueControl};
-use crate::notify::{Call, Kick};
+use crate::notify::{Call, InBand, Kick};
 use crate::queue::{Queue, Setup, StartError};
 use crate::reactor::{Raced, Reactor, race};
 
@@ -37,18 +37,27 @@ impl HostRing {
     }
 }
 
-fn call(notifier: Notifier<OwnedFd>) -> Option<Arc<Call>> {
-    match notifier {
-        Notifier::Fd(fd) => Some(Arc::new(Call::new(Arc::new(fd)))),
-        Notifier::Poll => None,
-    }
-}
-
 impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     /// The machine checked the index; a ring that is not there is refused all the same.
     fn ring(&mut self, index: u16) -> Result<&mut HostRing, Refusal> {
         let missing = Refusal::because(format_args!("ring {index} of {}", self.rings.len()));
         self.rings.get_mut(usize::from(index)).ok_or(missing)
+    }
+
+    /// Whether a worker owns the queue.
+    pub(super) fn is_running(&self, index: u16) -> bool {
+        self.rings.get(usize::from(index)).is_some_and(HostRing::is_running)
+    }
+
+    /// How to notify the driver: a descriptor wins; without one by message, if that was negotiated.
+    fn call_way(&self, notifier: Notifier<OwnedFd>, message: InBand) -> Option<Arc<Call>> {
+        match notifier {
+            Notifier::Fd(fd) => Some(Arc::new(Call::new(Arc::new(fd)))),
+            Notifier::Poll if self.is_in_band() => {
+                Some(Arc::new(Call::in_band(self.channel.clone(), message)))
+            }
+            Notifier::Poll => None,
+        }
     }
 
     /// SET_VRING_KICK: starts the ring, or swaps its doorbell.
@@ -59,8 +68,14 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     ) -> Result<(), Refusal> {
         let kick = match kick {
             Notifier::Fd(fd) => Kick::Fd(Arc::new(fd)),
+            Notifier::Poll if self.is_in_band() => Kick::Message,
             Notifier::Poll => Kick::Poll,
         };
+        self.set_kick_way(index, kick).await
+    }
+
+    /// Starts the ring, or swaps its doorbell.
+    pub(super) async fn set_kick_way(&mut self, index: u16, kick: Kick) -> Result<(), Refusal> {
         let ring = self.ring(index)?;
         ring.kick = Some(kick.clone());
         if ring.is_running() {
@@ -75,7 +90,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         index: u16,
         notifier: Notifier<OwnedFd>,
     ) -> Result<(), Refusal> {
-        let call = call(notifier);
+        let call = self.call_way(notifier, InBand::Call(index));
         self.ring(index)?.call.clone_from(&call);
         self.change(index, Change::Call(call)).await
     }
@@ -86,7 +101,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         index: u16,
         notifier: Notifier<OwnedFd>,
     ) -> Result<(), Refusal> {
-        let err = call(notifier);
+        let err = self.call_way(notifier, InBand::Err(index));
         self.ring(index)?.err.clone_from(&err);
         self.change(index, Change::Err(err)).await
     }
@@ -116,7 +131,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     /// GET_VRING_BASE: drained, then the true next index; on a ring that never started the base
     /// last set.
     pub(super) async fn get_base(&mut self, index: u16) -> Result<Result<u32, Refusal>, HostError> {
-        let was_running = self.rings.get(usize::from(index)).is_some_and(HostRing::is_running);
+        let was_running = self.is_running(index);
         let base = if was_running {
             self.stop(index).await?.base()
         } else {
@@ -126,7 +141,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             ring.kick = None;
         }
         if was_running && self.running().is_empty() {
-            self.device.enter_suspended_state().await?;
+            self.suspend().await?;
         }
         Ok(Ok(base))
     }
@@ -159,10 +174,15 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             }
         }
         if any {
-            let suspended = self.device.enter_suspended_state().await;
-            result = result.and(suspended.map_err(HostError::from));
+            result = result.and(self.suspend().await);
         }
         result
+    }
+
+    /// No ring runs any more: nothing is written, signalled or asked until the next start.
+    async fn suspend(&mut self) -> Result<(), HostError> {
+        self.channel.set_suspended(true);
+        Ok(self.device.enter_suspended_state().await?)
     }
 
     /// Starts every ring that was kicked and lacked something until now.
@@ -198,6 +218,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             }
             Err(error) => return Err(Refusal::because(error)),
         };
+        self.channel.set_suspended(false);
         self.device.start_queue(index, queue).map_err(Refusal::because)?;
         self.ring(index)?.control = Some(control);
         self.backend.ring_event(index, RingEvent::Started);
@@ -210,7 +231,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         let ring = self.backend.ring(index)?;
         let host = self.rings.get(usize::from(index))?;
         let spec = self.device.queues().get(usize::from(index))?;
-        if !self.features_known || self.memory.regions().is_empty() || host.is_running() {
+        if !self.backend.features_set() || self.memory.regions().is_empty() || host.is_running() {
             return None;
         }
         let addresses = ring.addresses?;
@@ -229,7 +250,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     }
 
     /// Has a running ring live by a change; nothing to do for one that is stopped.
-    async fn change(&mut self, index: u16, change: Change) -> Result<(), Refusal> {
+    pub(super) async fn change(&mut self, index: u16, change: Change) -> Result<(), Refusal> {
         let Some(control) = &self.ring(index)?.control else { return Ok(()) };
         let answer = control.post(change);
         self.await_change(index, answer).await

@@ -16,8 +16,10 @@ use outboard_protocol::{Backend, Effect, Offer, Refusal, Step, Ticket, virtio};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, info, warn};
 
+use super::channel::{Plug, drive};
 use super::rings::HostRing;
 use super::{Ended, HandlerOptions, RING_FEATURES};
+use crate::channel::BackendChannel;
 use crate::connection::{Connection, Received};
 use crate::device::{ConfigWrite, VhostUserDevice};
 use crate::error::HostError;
@@ -73,11 +75,13 @@ pub(crate) struct Session<'h, D: VhostUserDevice, R: Reactor> {
     options: &'h HandlerOptions,
     pub(super) reactor: R,
     connection: Connection<R>,
+    pub(super) channel: BackendChannel,
+    pub(super) plug: Arc<Plug<R>>,
+    /// The virtio status byte (SET_STATUS).
+    pub(super) status: u8,
     pub(super) backend: Backend<OwnedFd>,
     pub(super) memory: Arc<GuestMemory>,
     pub(super) rings: Vec<HostRing>,
-    /// SET_FEATURES has come: before it no ring starts.
-    pub(super) features_known: bool,
     /// How long a queue may take to stop or to take a change.
     pub(super) bound: Duration,
     closed: bool,
@@ -98,15 +102,18 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         socket: OwnedFd,
     ) -> Result<Self, HostError> {
         let rings = device.queues().iter().map(|_| HostRing::default()).collect();
+        let channel = device.back_end_channel().unwrap_or_default();
         Ok(Self {
             device,
             options,
             connection: Connection::new(reactor.clone(), socket)?,
             reactor,
+            channel,
+            plug: Arc::new(Plug::new()),
+            status: 0,
             backend: Backend::new(offer),
             memory: Arc::new(GuestMemory::new(0, Vec::new())?),
             rings,
-            features_known: false,
             bound: options.drain_deadline,
             closed: false,
         })
@@ -116,9 +123,12 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
     pub(crate) async fn serve(&mut self, attention: &Attention<'_, R>) -> Result<Ended, HostError> {
         let reactor = self.reactor.clone();
         let socket = self.connection.descriptor()?;
-        match race(self.messages(), attention.stopped(&reactor, &socket)).await {
+        let channel = drive(reactor.clone(), self.channel.clone(), Arc::clone(&self.plug));
+        // Boxed: a future that is awaited inside another is part of it, and these are large.
+        let beside = Box::pin(race(attention.stopped(&reactor, &socket), channel));
+        match race(Box::pin(self.messages()), beside).await {
             Raced::First(ended) => ended,
-            Raced::Second(()) => {
+            Raced::Second(_) => {
                 self.bound = self.bound.min(self.options.stop_deadline);
                 Ok(Ended::Stopped)
             }
@@ -126,7 +136,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
     }
 
     async fn messages(&mut self) -> Result<Ended, HostError> {
-        let mut buffer = [0; BUFFER];
+        let mut buffer = vec![0; BUFFER];
         loop {
             self.steps().await?;
             let want = self.backend.wanted().clamp(1, BUFFER);
@@ -229,6 +239,14 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
                 let base = self.get_base(index).await?;
                 self.backend.answer(ticket, base);
             }
+            other => self.carry_out_extra(other).await?,
+        }
+        Ok(())
+    }
+
+    /// The messages that concern the device, not its rings.
+    async fn carry_out_extra(&mut self, effect: Effect<OwnedFd>) -> Result<(), HostError> {
+        match effect {
             Effect::ReadConfig { offset, size, ticket } => {
                 let bytes = self.read_config(offset, size);
                 self.backend.answer(ticket, bytes);
@@ -236,6 +254,50 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             Effect::WriteConfig { offset, bytes, migration, ticket } => {
                 let done = self.write_config(offset, &bytes, migration);
                 self.acknowledge(ticket, done);
+            }
+            Effect::SetBackendReqFd { channel, ticket } => {
+                let done = self.set_channel(channel);
+                self.acknowledge(ticket, done);
+            }
+            Effect::SetStatus { status, ticket } => {
+                self.set_status(status).await?;
+                self.acknowledge(ticket, Ok(()));
+            }
+            Effect::GetStatus { ticket } => {
+                let status = self.status();
+                self.backend.answer(ticket, Ok(status));
+            }
+            Effect::VringKick { index, ticket } => {
+                let done = self.kick_in_band(index).await;
+                self.acknowledge(ticket, done);
+            }
+            Effect::GetShmemConfig { ticket } => {
+                let config = self.shmem_config();
+                self.backend.answer(ticket, Ok(config));
+            }
+            Effect::SendRarp { mac, ticket } => {
+                let done = self.device.send_rarp(mac).map_err(Refusal::because);
+                self.acknowledge(ticket, done);
+            }
+            Effect::NetSetMtu { mtu, ticket } => {
+                let done = self.device.set_mtu(mtu).map_err(Refusal::because);
+                self.acknowledge(ticket, done);
+            }
+            Effect::CreateCryptoSession { session, ticket } => {
+                let id = self.device.create_crypto_session(&session);
+                self.backend.answer(ticket, id.map_err(Refusal::because));
+            }
+            Effect::CloseCryptoSession { id, ticket } => {
+                let done = self.device.close_crypto_session(id).map_err(Refusal::because);
+                self.acknowledge(ticket, done);
+            }
+            Effect::GpuSetSocket { socket, ticket } => {
+                let done = self.device.set_gpu_socket(socket).map_err(Refusal::because);
+                self.acknowledge(ticket, done);
+            }
+            Effect::GetSharedObject { uuid, ticket } => {
+                let object = self.device.shared_object(uuid.bytes).map_err(Refusal::because);
+                self.backend.answer(ticket, object);
             }
             other => debug!("{} is not offered", other.name()),
         }
@@ -258,7 +320,6 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         }
         let own = features & self.device.features() & !RING_FEATURES;
         self.device.ack_features(own).map_err(Refusal::because)?;
-        self.features_known = true;
         if enable_all {
             self.enable_all(true).await?;
         }
@@ -293,13 +354,14 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
     async fn reset_device(&mut self) -> Result<(), HostError> {
         self.stop_all().await?;
         self.device.reset().await?;
-        self.features_known = false;
+        self.channel.forget_mappings();
         Ok(())
     }
 
     /// Stops what runs and closes what was received.
     pub(crate) async fn close(&mut self) -> Result<(), HostError> {
         let stopped = self.stop_all().await;
+        self.channel.close();
         self.closed = true;
         info!("front-end left");
         stopped
@@ -316,5 +378,6 @@ impl<D: VhostUserDevice, R: Reactor> Drop for Session<'_, D, R> {
             Ok(Err(error)) => warn!("session dropped: {error}"),
             Err(error) => warn!("session dropped: {error}"),
         }
+        self.channel.close();
     }
 }

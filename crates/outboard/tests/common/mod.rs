@@ -26,7 +26,7 @@ use outboard_queue::{DriverQueue, QueueLayout};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 /// How long anything may take before a test fails.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 /// Entries of a test ring.
 pub const SIZE: u16 = 16;
 /// Features that the test front-end takes.
@@ -34,6 +34,12 @@ pub const FEATURES: u64 = virtio::VERSION_1
     | virtio::PROTOCOL_FEATURES
     | virtio::RING_EVENT_IDX
     | virtio::RING_INDIRECT_DESC;
+
+/// Protocol features that the test front-end takes.
+pub const PROTOCOL: ProtocolFeatures = ProtocolFeatures::MQ
+    .union(ProtocolFeatures::REPLY_ACK)
+    .union(ProtocolFeatures::RESET_DEVICE)
+    .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS);
 
 /// Answers each request with its own bytes; b'!' as the first one panics, b'?' fails.
 pub struct Echo;
@@ -173,13 +179,8 @@ impl Rig {
         let offered = self.front.get_features().unwrap();
         assert_eq!(offered & features, features, "offered: {offered:#x}");
         let protocol = self.front.get_protocol_features().unwrap();
-        let wanted = ProtocolFeatures::MQ
-            | ProtocolFeatures::REPLY_ACK
-            | ProtocolFeatures::CONFIG
-            | ProtocolFeatures::RESET_DEVICE
-            | ProtocolFeatures::CONFIGURE_MEM_SLOTS;
-        assert!(protocol.contains(wanted), "offered: {protocol:?}");
-        self.front.set_protocol_features(wanted).unwrap();
+        assert!(protocol.contains(PROTOCOL), "offered: {protocol:?}");
+        self.front.set_protocol_features(PROTOCOL | ProtocolFeatures::CONFIG).unwrap();
         self.front.set_features(features).unwrap();
     }
 

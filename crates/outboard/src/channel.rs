@@ -1,0 +1,287 @@
+//! The back-end channel: requests of the device to its front-end (contract §3, vhost-user
+//! "Back-end message types").
+//!
+//! ```text
+//!   worker, device ─ask─▶ Shared { machine, waiting } ◀─drive─ the session's task ◀─▶ socket
+//!        ▲                     │ waker                              (SET_BACKEND_REQ_FD of the moment)
+//!        └──── Answer ◀────────┘
+//! ```
+//! A [`BackendChannel`] belongs to the device and lives as long as it does; the handler plugs the
+//! front-end's socket in, another one when another comes, and none when it leaves. Asking never
+//! blocks: many requests may be outstanding, each has a deadline, and a front-end that never reads
+//! its end costs a bounded queue. Config changes that were not sent yet are one.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use futures_channel::oneshot;
+use outboard_protocol::channel::{ChannelBackend, ChannelRequest, RequestId};
+use outboard_protocol::{Frame, ProtocolFeatures, Refusal, Violation};
+
+/// How long an answer is waited for.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// Requests that may be outstanding: a front-end that answers none costs no more.
+const MOST: usize = 256;
+
+/// Why a request on the channel failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChannelError {
+    /// The front-end has given no channel, or has left.
+    #[error("the front-end has no back-end channel open")]
+    Closed,
+    /// The device is suspended: it sends nothing.
+    #[error("the device is suspended")]
+    Suspended,
+    /// The request needs a feature that was not negotiated.
+    #[error("{0}")]
+    Refused(#[from] Refusal),
+    /// The front-end said no.
+    #[error("the front-end answered {0:#x}")]
+    Failed(u64),
+    /// The front-end did not answer in time.
+    #[error("no answer within {} s", DEADLINE.as_secs())]
+    Late,
+    /// Too many requests are outstanding.
+    #[error("{MOST} requests are outstanding")]
+    Busy,
+}
+
+/// The answer to come. It may be awaited, waited for, or dropped.
+#[derive(Debug)]
+pub struct Answer(Result<oneshot::Receiver<Told>, Option<ChannelError>>);
+
+type Told = Result<Option<OwnedFd>, ChannelError>;
+
+impl Answer {
+    fn now(error: ChannelError) -> Self {
+        Self(Err(Some(error)))
+    }
+
+    /// Blocks the calling thread until the answer is there; the session's deadline bounds it. Not
+    /// to be called on the session's own thread, which brings the answers.
+    ///
+    /// # Errors
+    /// As the [`ChannelError`] says.
+    pub fn wait(self) -> Told {
+        crate::reactor::block_on(self).unwrap_or(Err(ChannelError::Closed))
+    }
+}
+
+impl Future for Answer {
+    type Output = Told;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Told> {
+        match &mut self.0 {
+            Ok(receiver) => Pin::new(receiver)
+                .poll(context)
+                .map(|told| told.unwrap_or(Err(ChannelError::Closed))),
+            Err(error) => Poll::Ready(Err(error.take().unwrap_or(ChannelError::Closed))),
+        }
+    }
+}
+
+/// One request under way.
+#[derive(Debug)]
+struct Waiting {
+    id: RequestId,
+    until: Instant,
+    config: bool,
+    tell: oneshot::Sender<Told>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    machine: Option<ChannelBackend<OwnedFd>>,
+    /// In the order in which they were asked, so also of their deadlines.
+    waiting: VecDeque<Waiting>,
+    /// The configuration changed since the last notice that was sent.
+    config_changed: bool,
+    suspended: bool,
+    mappings: BTreeMap<(u8, u64), u64>,
+    driver: Option<Waker>,
+}
+
+/// See the module. Clones are the same channel.
+#[derive(Clone, Debug, Default)]
+pub struct BackendChannel(Arc<Mutex<State>>);
+
+impl BackendChannel {
+    /// A channel that no front-end has given a socket to yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the front-end has given a socket.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.lock().machine.is_some()
+    }
+
+    /// Tells the front-end to read the configuration again. Notices that were not sent yet become
+    /// one; while the device is suspended the notice waits.
+    pub fn config_changed(&self) {
+        let mut state = self.lock();
+        state.config_changed = true;
+        state.wake();
+    }
+
+    /// Asks anything. Nothing blocks; the answer comes through what is returned.
+    pub fn ask(&self, request: ChannelRequest<OwnedFd>) -> Answer {
+        let mut state = self.lock();
+        if state.suspended {
+            return Answer::now(ChannelError::Suspended);
+        }
+        state.ask(request, false)
+    }
+
+    /// Plugs a socket in; requests on the old one fail.
+    pub(crate) fn open(&self, protocol: ProtocolFeatures, features: u64) {
+        let mut state = self.lock();
+        state.fail_all(&ChannelError::Closed);
+        state.machine = Some(ChannelBackend::new(protocol, features));
+        state.wake();
+    }
+
+    /// The front-end has left, or broke the channel's rules.
+    pub(crate) fn close(&self) {
+        let mut state = self.lock();
+        state.machine = None;
+        state.config_changed = false;
+        state.mappings.clear();
+        state.fail_all(&ChannelError::Closed);
+    }
+
+    /// Suspended devices send nothing.
+    pub(crate) fn set_suspended(&self, suspended: bool) {
+        let mut state = self.lock();
+        state.suspended = suspended;
+        state.wake();
+    }
+
+    /// The front-end has dropped every mapping: a reset, or it left.
+    pub(crate) fn forget_mappings(&self) {
+        self.lock().mappings.clear();
+    }
+
+    /// Works on the mappings that the front-end was asked for: (region, offset) to bytes.
+    pub(crate) fn mappings<T>(&self, work: impl FnOnce(&mut BTreeMap<(u8, u64), u64>) -> T) -> T {
+        work(&mut self.lock().mappings)
+    }
+
+    /// Whether requests wait for answers; registers who is to be woken when one does.
+    pub(crate) fn is_waiting(&self, context: &Context<'_>) -> bool {
+        let mut state = self.lock();
+        state.driver = Some(context.waker().clone());
+        !state.waiting.is_empty()
+    }
+
+    /// The next message to send; registers who is to be woken for the one after it.
+    pub(crate) fn transmit(&self, context: &Context<'_>) -> Option<Frame<OwnedFd>> {
+        let mut state = self.lock();
+        state.driver = Some(context.waker().clone());
+        state.notice();
+        state.machine.as_mut()?.transmit()
+    }
+
+    /// Bytes to read at most.
+    pub(crate) fn wanted(&self) -> usize {
+        self.lock().machine.as_ref().map_or(1, ChannelBackend::wanted)
+    }
+
+    /// Takes what came.
+    ///
+    /// # Errors
+    /// The front-end broke the channel's rules: it is to be closed.
+    pub(crate) fn receive(&self, bytes: &[u8], fds: Vec<OwnedFd>) -> Result<(), Violation> {
+        let mut state = self.lock();
+        let Some(machine) = state.machine.as_mut() else { return Ok(()) };
+        machine.receive(bytes, fds);
+        while let Some(answer) = state.next_answer()? {
+            let (id, told) = answer;
+            if let Some(at) = state.waiting.iter().position(|waiting| waiting.id == id)
+                && let Some(waiting) = state.waiting.remove(at)
+            {
+                // Whoever asked may have lost interest.
+                let _ = waiting.tell.send(told);
+            }
+        }
+        state.wake();
+        Ok(())
+    }
+
+    /// Gives up what is overdue; when the next one will be.
+    pub(crate) fn expire(&self) -> Option<Instant> {
+        let mut state = self.lock();
+        let now = Instant::now();
+        while state.waiting.front().is_some_and(|waiting| waiting.until <= now) {
+            let Some(late) = state.waiting.pop_front() else { break };
+            if let Some(machine) = &mut state.machine {
+                machine.forget(late.id);
+            }
+            let _ = late.tell.send(Err(ChannelError::Late));
+        }
+        state.waiting.front().map(|waiting| waiting.until)
+    }
+}
+
+impl State {
+    fn wake(&mut self) {
+        if let Some(driver) = self.driver.take() {
+            driver.wake();
+        }
+    }
+
+    fn fail_all(&mut self, error: &ChannelError) {
+        for waiting in self.waiting.drain(..) {
+            let _ = waiting.tell.send(Err(error.clone()));
+        }
+    }
+
+    fn ask(&mut self, request: ChannelRequest<OwnedFd>, config: bool) -> Answer {
+        let Some(machine) = &mut self.machine else { return Answer::now(ChannelError::Closed) };
+        if machine.outstanding() >= MOST {
+            return Answer::now(ChannelError::Busy);
+        }
+        let sent = match machine.send(request) {
+            Ok(sent) => sent,
+            Err(refusal) => return Answer::now(refusal.into()),
+        };
+        let (tell, receiver) = oneshot::channel();
+        if sent.answer {
+            let until = Instant::now() + DEADLINE;
+            self.waiting.push_back(Waiting { id: sent.id, until, config, tell });
+        } else {
+            // No answer was negotiated: sent is all that can be known.
+            let _ = tell.send(Ok(None));
+        }
+        self.wake();
+        Answer(Ok(receiver))
+    }
+
+    /// Sends the notice of a changed configuration, if none is under way.
+    fn notice(&mut self) {
+        let under_way = self.waiting.iter().any(|waiting| waiting.config);
+        if !self.config_changed || self.suspended || under_way || self.machine.is_none() {
+            return;
+        }
+        self.config_changed = false;
+        drop(self.ask(ChannelRequest::ConfigChange, true));
+    }
+
+    fn next_answer(&mut self) -> Result<Option<(RequestId, Told)>, Violation> {
+        let Some(machine) = &mut self.machine else { return Ok(None) };
+        let answer = machine.poll()?;
+        Ok(answer.map(|answer| (answer.id, answer.result.map_err(ChannelError::Failed))))
+    }
+}
