@@ -303,3 +303,77 @@ impl Drop for UringLoop {
         std::mem::forget(std::mem::take(&mut self.flying));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::notify::Waker;
+    use std::os::fd::AsFd;
+
+    fn ready(ring: &mut UringLoop) -> Vec<u64> {
+        let mut events = Vec::new();
+        ring.wait(Some(Duration::from_millis(200)), &mut events).unwrap();
+        events
+            .into_iter()
+            .filter_map(|event| match event {
+                Event::Ready(token) => Some(token),
+                Event::Done { .. } => None,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_watched_descriptor_is_reported_each_time_it_is_written() {
+        let mut ring = UringLoop::new().unwrap();
+        let waker = Waker::new().unwrap();
+        ring.watch(waker.as_fd(), 7).unwrap();
+        for _ in 0..3 {
+            waker.wake();
+            assert_eq!(ready(&mut ring), [7]);
+            waker.drain();
+            assert!(ready(&mut ring).is_empty());
+        }
+    }
+
+    #[test]
+    fn what_is_no_longer_watched_is_not_reported() {
+        let mut ring = UringLoop::new().unwrap();
+        let waker = Waker::new().unwrap();
+        ring.watch(waker.as_fd(), 7).unwrap();
+        ring.unwatch(7);
+        waker.wake();
+        assert!(ready(&mut ring).is_empty());
+        ring.watch(waker.as_fd(), 8).unwrap();
+        assert_eq!(ready(&mut ring), [8], "ready when it is watched: reported at once");
+    }
+
+    #[test]
+    fn r20_a_hung_up_pipe_ends_its_watch_instead_of_spinning() {
+        let mut ring = UringLoop::new().unwrap();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        ring.watch(reader.as_fd(), 7).unwrap();
+        drop(writer);
+        assert!(ready(&mut ring).len() <= 1);
+        for _ in 0..3 {
+            assert!(ready(&mut ring).is_empty());
+        }
+    }
+
+    #[test]
+    fn c25_more_watches_than_the_ring_has_entries_are_all_served() {
+        let mut ring = UringLoop::new().unwrap();
+        let wakers: Vec<_> = (0..400u64).map(|_| Waker::new().unwrap()).collect();
+        for (token, waker) in (0..).zip(&wakers) {
+            ring.watch(waker.as_fd(), token).unwrap();
+        }
+        wakers.iter().for_each(Waker::wake);
+        let mut seen = Vec::new();
+        while seen.len() < wakers.len() {
+            let more = ready(&mut ring);
+            assert!(!more.is_empty(), "{} of {} reported", seen.len(), wakers.len());
+            seen.extend(more);
+        }
+        seen.sort_unstable();
+        assert_eq!(seen, (0..400).collect::<Vec<_>>());
+    }
+}
