@@ -47,7 +47,8 @@ impl Table<'_> {
     pub(crate) fn entry(&self, at: u16) -> Option<Entry<'_>> {
         #[cfg(outboard_loom)]
         if let Some(twin) = self.twin {
-            return Some(Entry { host: std::ptr::null(), twin: twin.get(at), table: PhantomData });
+            let twin = Some(twin.get(at)?);
+            return Some(Entry { host: std::ptr::null(), twin, table: PhantomData });
         }
         if at >= self.count {
             return None;

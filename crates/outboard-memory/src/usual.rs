@@ -10,6 +10,7 @@ use std::ptr;
 
 use crate::buffers::{Buffers, Segment};
 use crate::cells::{Descriptor, Descriptors};
+use crate::map::Slots;
 use crate::num::index;
 use crate::table::Table;
 use crate::view::View;
@@ -62,17 +63,10 @@ impl View {
                 let addr = entry.addr();
                 if flags & (INDIRECT | WRITE) != phase {
                     if flags & INDIRECT != 0 {
-                        if used != 0
-                            || inside
-                            || !rules.indirect
-                            || flags & NEXT != 0
-                            || !len.is_multiple_of(16)
-                        {
+                        if used != 0 || inside {
                             return None;
                         }
-                        let count =
-                            u16::try_from(len / 16).ok().filter(|&count| count <= rules.most)?;
-                        table = Table::new(slots.find(addr)?.translate(addr, len)?, count);
+                        table = usual_table(rules, slots, flags, addr, len)?;
                         (at, inside) = (0, true);
                         continue 'table;
                     }
@@ -100,4 +94,20 @@ impl View {
             return None;
         }
     }
+}
+
+/// The indirect table of a descriptor with these flags, when it lies in one region.
+#[inline(always)]
+fn usual_table<'a>(
+    rules: &Rules,
+    slots: Slots<'_>,
+    flags: u16,
+    addr: u64,
+    len: u64,
+) -> Option<Table<'a>> {
+    if !rules.indirect || flags & NEXT != 0 || !len.is_multiple_of(16) {
+        return None;
+    }
+    let count = u16::try_from(len / 16).ok().filter(|&count| count <= rules.most)?;
+    Some(Table::new(slots.find(addr)?.translate(addr, len)?, count))
 }

@@ -34,7 +34,12 @@ fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
     let len = prop_oneof![8 => 1..600_u32, 1 => Just(0_u32), 1 => Just(32_u32), 1 => any::<u32>()];
     let flags = prop_oneof![6 => Just(1_u16), 3 => Just(3_u16), 2 => Just(2_u16), 1 => 0..8_u16, 1 => any::<u16>()];
     let next = prop_oneof![9 => 0..16_u16, 1 => any::<u16>()];
-    (addr, len, flags, next)
+    let plain = (addr, len, flags, next);
+    // Tables, good and bad, also where a table leads on.
+    let table = (Just(TABLE), prop_oneof![6 => (1..17_u32).prop_map(|n| 16 * n), 1 => 0..400_u32]);
+    let table =
+        (table, prop_oneof![8 => Just(4_u16), 1 => Just(6_u16), 1 => Just(5_u16)], 0..16_u16);
+    prop_oneof![8 => plain, 1 => table.prop_map(|((addr, len), flags, next)| (addr, len, flags, next))]
 }
 
 proptest! {

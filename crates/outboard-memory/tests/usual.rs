@@ -1,0 +1,102 @@
+//! The bounds of the quick way to gather a request, which its caller relies on.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::sync::Arc;
+
+use outboard_memory::{Buffers, Descriptor, Descriptors, GuestMemory, Region, Rules, View};
+
+const GIB: u64 = 1 << 30;
+
+/// Six gigabytes, of which nothing is ever touched but the first page.
+fn rig(chain: &[(u64, u32, u16)]) -> (View, Descriptors, Buffers) {
+    let region = Region::memfd(0, 6 * GIB).unwrap().0;
+    let view = View::new(Arc::new(GuestMemory::new(1, vec![Arc::new(region)]).unwrap()));
+    let ring = view.cells(0, 256).unwrap().descriptors(0, 16).unwrap();
+    let last = chain.len() - 1;
+    for (at, &(addr, len, flags)) in chain.iter().enumerate() {
+        let more = if at < last { Descriptor::NEXT } else { 0 };
+        let at = u16::try_from(at).unwrap();
+        ring.set(at, Descriptor { addr, len, flags: flags | more, next: at + 1 }).unwrap();
+    }
+    // An earlier request left room for sixteen pieces.
+    let mut buffers = Buffers::new(&view);
+    let mut gather = view.gather(&ring, &mut buffers);
+    for _ in 0..16 {
+        gather.push(0, 1).unwrap();
+    }
+    gather.finish(false);
+    (view, ring, buffers)
+}
+
+fn rules(most: u16) -> Rules {
+    Rules { most, indirect: true }
+}
+
+#[test]
+fn a_request_of_more_pieces_than_allowed_is_not_usual() {
+    let (view, ring, mut buffers) = rig(&[(0x1000, 1, 0); 5]);
+    assert_eq!(view.gather_usual(&ring, 0, &rules(4), &mut buffers), None);
+    assert_eq!(view.gather_usual(&ring, 0, &rules(5), &mut buffers), Some(5));
+    assert_eq!(buffers.readable().len(), 5);
+}
+
+#[test]
+fn a_request_of_more_than_four_gigabytes_is_not_usual() {
+    let part = u32::try_from(2 * GIB).unwrap();
+    let (view, ring, mut buffers) = rig(&[(0, part, 0), (GIB, part, 0), (0, 1, Descriptor::WRITE)]);
+    assert_eq!(view.gather_usual(&ring, 0, &rules(8), &mut buffers), None);
+    let (view, ring, mut buffers) = rig(&[(0, part, 0), (GIB, part, Descriptor::WRITE)]);
+    assert_eq!(view.gather_usual(&ring, 0, &rules(8), &mut buffers), Some(2));
+    assert_eq!((buffers.readable().len(), buffers.writable().len()), (2 * GIB, 2 * GIB));
+    assert_eq!(buffers.room(), 2 * GIB);
+}
+
+#[test]
+fn a_loop_ends_where_the_room_does() {
+    let (view, ring, mut buffers) = rig(&[(0, 1, 0), (0, 1, 0)]);
+    ring.set(1, Descriptor { addr: 0, len: 1, flags: Descriptor::NEXT, next: 0 }).unwrap();
+    assert_eq!(view.gather_usual(&ring, 0, &rules(16), &mut buffers), None);
+}
+
+#[test]
+fn buffers_of_another_generation_are_let_go_before_they_are_filled() {
+    let (view, ring, mut buffers) = rig(&[(0x1000, 8, Descriptor::WRITE)]);
+    let other = Region::memfd(0, 0x2000).unwrap().0;
+    let other = View::new(Arc::new(GuestMemory::new(2, vec![Arc::new(other)]).unwrap()));
+    // A list of the other memory, with room.
+    let mut foreign = Buffers::new(&other);
+    for buffers in [&mut foreign, &mut buffers] {
+        let mut gather = other.gather(&ring, buffers);
+        gather.push(0x1000, 8).unwrap();
+        gather.finish(false);
+    }
+    let gone = Arc::downgrade(other.memory());
+    drop(other);
+    assert_eq!(view.gather_usual(&ring, 0, &rules(8), &mut foreign), None, "no room yet");
+    let mut gather = view.gather(&ring, &mut buffers);
+    gather.turn();
+    gather.push(0x1000, 8).unwrap();
+    gather.finish(true);
+    assert!(gone.upgrade().is_none(), "nobody holds the other memory any more");
+    assert_eq!(view.gather_usual(&ring, 0, &rules(8), &mut buffers), Some(1));
+    buffers.writable().write_all(&[3; 8]).unwrap();
+    let mut seen = [0; 8];
+    view.read(0x1000, &mut seen).unwrap();
+    assert_eq!(seen, [3; 8]);
+}
+
+#[test]
+fn a_tail_does_not_outlive_its_request() {
+    let (view, ring, mut buffers) = rig(&[(0x1000, 8, Descriptor::WRITE)]);
+    for _ in 0..2 {
+        assert_eq!(view.gather_usual(&ring, 0, &rules(8), &mut buffers), Some(1));
+        assert!(buffers.tail().is_empty());
+        assert_eq!(buffers.tail().write_all(&[1]), None);
+        buffers.split_tail(8).unwrap();
+        assert_eq!(buffers.tail().len(), 8);
+    }
+    let mut gather = view.gather(&ring, &mut buffers);
+    gather.push(0x1000, 8).unwrap();
+    gather.finish(false);
+    assert!(buffers.tail().is_empty());
+}
