@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use outboard_frontend::block::{BlockDevice, BlockOptions};
@@ -224,6 +225,31 @@ fn both_signals_end_it_well_under_load_and_remove_the_socket() {
         assert_eq!(code, Some(0), "{said}");
         assert!(!socket.exists());
         assert!(loader.join().expect("ends") > 0);
+    }
+}
+
+#[test]
+fn c3_a_device_that_is_interrupted_all_the_time_fails_and_repeats_nothing() {
+    for engine in ["sync", "uring"] {
+        let folder = folder();
+        let args = ["--socket-path", "s", "--engine", engine, "disk.img"];
+        let device = Running::start(folder.path(), &args);
+        let mut disk = connect(&folder.path().join("s"));
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    device.signal(Signal::STOP);
+                    device.signal(Signal::CONT);
+                }
+            });
+            for round in 0..200_u8 {
+                write_and_read(&mut disk, round);
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        device.signal(Signal::TERM);
+        assert_eq!(device.end().0, Some(0));
     }
 }
 
