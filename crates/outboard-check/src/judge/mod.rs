@@ -21,6 +21,7 @@ mod table;
 mod wire;
 
 mod conformance;
+mod rings;
 mod semantics;
 
 pub use expected::{Expected, ExpectedError};

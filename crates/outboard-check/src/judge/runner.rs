@@ -47,11 +47,15 @@ impl Default for Options {
 }
 
 impl Options {
-    /// Whether a check is to be played.
+    /// Whether a check is to be played. The name of a group means that group and nothing else.
     #[must_use]
     pub fn wants(&self, check: &Check) -> bool {
-        let names = [check.id, check.group.name(), check.section];
-        self.only.is_empty() || self.only.iter().any(|part| names.iter().any(|n| n.contains(part)))
+        let is_group = |word: &str| Group::ALL.iter().any(|group| group.name() == word);
+        let fits = |word: &String| match is_group(word) {
+            true => check.group.name() == word,
+            false => check.id.contains(word.as_str()) || check.section.contains(word.as_str()),
+        };
+        self.only.is_empty() || self.only.iter().any(fits)
     }
 }
 

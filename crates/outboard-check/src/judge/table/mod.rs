@@ -9,6 +9,7 @@ use super::case::Case;
 use super::finding::Outcome;
 
 mod conformance;
+mod rings;
 mod semantics;
 
 /// What kind of check it is; also the order in which they are played.
@@ -79,7 +80,7 @@ use rows;
 
 /// Every check there is, in the order in which they are played.
 pub fn checks() -> impl Iterator<Item = &'static Check> {
-    [conformance::CHECKS, semantics::CHECKS].into_iter().flatten()
+    [conformance::CHECKS, semantics::CHECKS, rings::CHECKS].into_iter().flatten()
 }
 
 #[cfg(test)]

@@ -1,0 +1,64 @@
+//! The rows of the ring checks.
+
+use super::{Check, rows};
+use crate::judge::rings as r;
+
+rows! { Rings
+    "loop-of-one" "virtio 2.7.5 (B1)" "a descriptor that is its own next breaks the ring, and no more" r::chains::own_next;
+    "loop-of-all" "virtio 2.7.5 (B2)" "a loop over the whole table breaks the ring, and no more" r::chains::whole_loop;
+    "loop-writable" "virtio 2.7.5 (B1)" "a loop of writable descriptors breaks the ring, and no more" r::chains::writable_loop;
+    "next-outside" "virtio 2.7.5 (B3)" "a next beyond the table breaks the ring, and no more" r::chains::next_outside;
+    "head-outside" "virtio 2.7.6 (B4)" "a head beyond the table breaks the ring, and no more" r::chains::head_outside;
+    "index-ahead" "virtio 2.7.6 (B5)" "an available index too far ahead does no harm" r::chains::index_ahead;
+    "index-back" "virtio 2.7.6 (B6)" "an available index that moves back does no harm" r::chains::index_back;
+    "head-twice" "virtio 2.7.6 (B7)" "a head that is offered twice does no harm" r::chains::head_twice;
+    "head-in-the-middle" "virtio 2.7.6 (B9)" "a head in the middle of another chain does no harm" r::chains::head_in_the_middle;
+    "header-outside" "virtio 2.7.5 (B10, B11)" "a header outside of memory is not read" r::chains::header_outside;
+    "data-outside" "virtio 2.7.5 (B10, B11, B14)" "data outside of memory is not touched" r::chains::data_outside;
+    "status-outside" "virtio 2.7.5 (B10)" "a status outside of memory is not written" r::chains::status_outside;
+    "data-endless" "virtio 2.7.5 (B12)" "a buffer of 4 GiB is refused" r::chains::endless_data;
+    "data-is-the-ring" "virtio 2.7.5 (B15)" "a request over the ring itself does no harm" r::chains::data_is_the_ring;
+    "aliased" "virtio 2.7.5 (B27)" "fourteen descriptors of the same buffer do no harm" r::chains::aliased;
+    "empty-parts" "virtio 2.7.5 (B28)" "descriptors of length 0 do no harm, wherever they are" r::chains::empty_parts;
+    "writable-first" "virtio 2.7.4.2 (B29)" "writable before readable descriptors do no harm" r::chains::writable_first;
+    "flipped" "virtio 2.7.5 (B30)" "descriptors that change while they are read do no harm" r::chains::flipped;
+    "used-rewritten" "virtio 2.7.8 (B33)" "the used index is not read back from the guest" r::chains::used_rewritten;
+    "avail-flags" "virtio 2.7.6 (B35)" "reserved flags of the available ring are ignored" r::chains::odd_avail_flags;
+    "kick-huge" "SET_VRING_KICK (B37)" "a kick of 2^64-2 is a kick" r::chains::huge_kick;
+    "kick-storm" "SET_VRING_KICK (B37)" "20000 kicks are a kick" r::chains::kick_storm;
+    "ring-revives" "Ring states (BROKEN)" "a broken ring serves after a stop and a new set-up, on the same connection" r::chains::revives;
+    "others-live" "Ring states (B82)" "a broken ring does not stop another" r::chains::others_live;
+    "indirect" "virtio 2.7.5.3" "a request through an indirect table is served" r::indirect::served;
+    "indirect-odd-address" "virtio 2.7.5.3 (B22)" "an indirect table may lie at an odd address" r::indirect::odd_address;
+    "indirect-write-flag" "virtio 2.7.5.3.2 (B24)" "the WRITE flag of an indirect descriptor is ignored" r::indirect::write_flag;
+    "indirect-after-direct" "virtio 2.7.5.3" "an indirect table behind a direct descriptor does no harm" r::indirect::after_a_direct_one;
+    "indirect-nested" "virtio 2.7.5.3.1 (B17)" "a table in a table breaks the ring, and no more" r::indirect::nested;
+    "indirect-in-itself" "virtio 2.7.5.3.1 (B17)" "a table in itself breaks the ring, and no more" r::indirect::nested_in_itself;
+    "indirect-next" "virtio 2.7.5.3.1 (B18)" "an indirect descriptor with a next does no harm" r::indirect::with_next;
+    "indirect-odd-length" "virtio 2.7.5.3 (B19)" "a table of odd length breaks the ring, and no more" r::indirect::odd_length;
+    "indirect-endless" "virtio 2.7.5.3 (B20)" "a table of 4 GiB breaks the ring, and no more" r::indirect::endless;
+    "indirect-loop" "virtio 2.7.5.3 (B2)" "a loop in a table breaks the ring, and no more" r::indirect::inner_loop;
+    "indirect-next-outside" "virtio 2.7.5.3 (B3)" "a next beyond a table breaks the ring, and no more" r::indirect::inner_next_outside;
+    "indirect-outside" "virtio 2.7.5.3 (B21)" "a table outside of memory breaks the ring, and no more" r::indirect::outside;
+    "indirect-unagreed" "virtio 2.7.5.3.1 (B23)" "an indirect descriptor without its feature breaks the ring" r::indirect::not_negotiated;
+    "indirect-long" "virtio 2.7.5.3.1 (B25)" "a table longer than the queue does no harm" r::indirect::longer_than_the_queue;
+    "header-split" "virtio 2.7.4 (B47)" "a header may be cut anywhere" r::layouts::header_split;
+    "header-in-crumbs" "virtio 2.7.4 (B47)" "a header may come in 13 descriptors" r::layouts::header_in_crumbs;
+    "status-with-data" "virtio 2.7.4 (B48)" "the status may be the last byte of the data's descriptor" r::layouts::status_with_data;
+    "data-split" "virtio 2.7.4" "data may be cut anywhere" r::layouts::data_split;
+    "data-unaligned" "virtio 2.7.4" "data may lie at any address" r::layouts::data_unaligned;
+    "no-status" "virtio 5.2.6 (B49)" "a request without a status byte does no harm" r::layouts::no_status;
+    "short-header" "virtio 5.2.6 (B50)" "a request with a short header is not performed" r::layouts::short_header;
+    "request-unknown" "virtio 5.2.6.2 (B51)" "an unknown request is UNSUPP" r::requests::unknown;
+    "read-past-end" "virtio 5.2.6 (B52)" "a read past the end is IOERR" r::requests::past_the_end;
+    "read-across-end" "virtio 5.2.6 (B52)" "a read across the end is IOERR, and the last sector is not" r::requests::across_the_end;
+    "write-past-end" "virtio 5.2.6 (B52)" "a write past the end is IOERR" r::requests::write_past_the_end;
+    "part-of-a-sector" "virtio 5.2.6 (B53)" "a read of a part of a sector is IOERR" r::requests::part_of_a_sector;
+    "written" "virtio 5.2.6" "what was written is read" r::requests::written;
+    "read-only-write" "virtio 5.2.6.2 (B57)" "a write to a read-only device is IOERR" r::requests::read_only;
+    "flushed" "virtio 5.2.6 (B59)" "a flush succeeds whatever its sector says" r::requests::flushed;
+    "get-id" "virtio 5.2.6 (B58)" "the id fits its buffer, whatever its length" r::requests::get_id;
+    "discard-bad" "virtio 5.2.6.2 (B54)" "impossible discards are refused" r::requests::bad_discards;
+    "zeroes-bad" "virtio 5.2.6.2 (B54)" "impossible write-zeroes are refused" r::requests::bad_zeroes;
+    "discard-unmap" "virtio 5.2.6.2 (B55)" "a discard with the unmap flag is UNSUPP" r::requests::discard_unmap;
+}
