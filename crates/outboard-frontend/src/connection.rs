@@ -5,6 +5,10 @@
 //! the stream out of step (a wrong reply, silence, a closed socket) ends the connection for good, while a
 //! refusal does not; acknowledgements are asked for whenever the back-end can give them.
 
+mod device;
+mod objects;
+mod rings;
+
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -12,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use outboard_memory::RegionSpec;
 use outboard_protocol::features::ProtocolFeatures;
-use outboard_protocol::header::{HEADER_SIZE, Header};
-use outboard_protocol::payload::{self, VringAddr};
+use outboard_protocol::header::HEADER_SIZE;
+use outboard_protocol::payload::VringAddr;
 use outboard_protocol::table::{self, Side};
 use outboard_protocol::{Answer, Expect, Frontend, MemRegion, Notifier, Request};
 use outboard_queue::QueueLayout;
@@ -21,7 +25,7 @@ use outboard_queue::QueueLayout;
 use crate::error::Error;
 use crate::memory::SharedMemory;
 use crate::socket::{Socket, SocketError};
-use crate::transcript::{Direction, Recorder};
+use crate::transcript::{Direction, Pieces, Recorder};
 
 /// How long a back-end may think about an answer unless the caller says otherwise.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,7 +38,7 @@ pub struct Connection {
     given_up: bool,
     recorder: Option<Box<dyn Recorder>>,
     /// The reply that is coming in, for the recorder.
-    incoming: (Vec<u8>, usize),
+    incoming: Pieces,
 }
 
 impl Connection {
@@ -86,7 +90,7 @@ impl Connection {
             timeout,
             given_up: false,
             recorder: None,
-            incoming: (Vec::new(), 0),
+            incoming: Pieces::default(),
         }
     }
 
@@ -306,14 +310,6 @@ impl Connection {
         self.acknowledged(Request::SetConfig { offset, bytes: bytes.to_vec(), migration })
     }
 
-    /// RESET_DEVICE.
-    ///
-    /// # Errors
-    /// As [`Self::call`].
-    pub fn reset_device(&mut self) -> Result<(), Error> {
-        self.acknowledged(Request::ResetDevice)
-    }
-
     /// Sends any request and waits for its answer; `None` when it has none.
     ///
     /// # Errors
@@ -387,28 +383,12 @@ impl Connection {
     }
 
     fn take(&mut self, bytes: &[u8], fds: Vec<OwnedFd>) {
-        if self.recorder.is_some() {
-            self.note_incoming(bytes, fds.len());
+        if let Some(recorder) = &mut self.recorder {
+            self.incoming.take(bytes, fds.len(), |message, fds| {
+                recorder.message(Direction::In, message, fds);
+            });
         }
         self.machine.receive(bytes, fds);
-    }
-
-    /// Puts replies together for the recorder, whatever pieces they came in.
-    fn note_incoming(&mut self, bytes: &[u8], fds: usize) {
-        let (held, count) = &mut self.incoming;
-        held.extend_from_slice(bytes);
-        *count += fds;
-        while let Some(header) = payload::read::<Header>(held) {
-            let size = usize::try_from(header.size).unwrap_or(usize::MAX).min(4096);
-            if held.len() < HEADER_SIZE + size {
-                return;
-            }
-            let rest = held.split_off(HEADER_SIZE + size);
-            if let Some(recorder) = &mut self.recorder {
-                recorder.message(Direction::In, held, *count);
-            }
-            (*held, *count) = (rest, 0);
-        }
     }
 
     fn answer(&mut self, request: Request<OwnedFd>) -> Result<Answer<OwnedFd>, Error> {
@@ -460,7 +440,7 @@ const fn wire_region(spec: &RegionSpec) -> MemRegion {
 }
 
 /// A point in time; a duration too long to add is a year.
-fn deadline(after: Duration) -> Instant {
+pub(crate) fn deadline(after: Duration) -> Instant {
     const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
     let now = Instant::now();
     now.checked_add(after.min(YEAR)).unwrap_or(now)

@@ -9,6 +9,7 @@ use outboard_memory::AccessError;
 use outboard_protocol::{Refusal, Violation};
 
 use crate::block::ConfigError;
+use crate::channel::RegionError;
 use crate::socket::SocketError;
 
 /// Why a call of the front-end failed.
@@ -23,6 +24,15 @@ pub enum Error {
         /// What had been asked.
         request: &'static str,
     },
+    /// The back-end closed its channel.
+    #[error("the back-end closed its channel{}", if *inside { " inside a message" } else { "" })]
+    ChannelClosed {
+        /// A part of a message had come.
+        inside: bool,
+    },
+    /// The shared-memory regions make no sense, or cannot be used like that.
+    #[error(transparent)]
+    Region(#[from] RegionError),
     /// The back-end did not answer in time.
     #[error("the back-end did not answer {request} within {} ms", after.as_millis())]
     Silent {

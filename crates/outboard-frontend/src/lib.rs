@@ -3,7 +3,7 @@
 //! ```text
 //!  BlockDevice ─▶ BlockQueue ─▶ Virtqueue ─▶ rings in SharedMemory, kick and call eventfds
 //!       └───────▶ Vmm (life-cycle) ─▶ Connection (typed calls, deadline) ─▶ Socket (bytes, descriptors)
-//!                                          └▶ outboard_protocol::Frontend (rules)
+//!              └▶ Channel (the back-end's own requests) └▶ outboard_protocol::Frontend (rules)
 //! ```
 //! Usable by a VMM, by a test or a bench, and by a program that wants a disk without a VMM. Invariant: the
 //! back-end is not trusted. Wrong replies, silence, refusals, closed sockets and broken rings become
@@ -22,6 +22,7 @@
 //! ```
 
 pub mod block;
+pub mod channel;
 mod connection;
 mod error;
 mod memory;
@@ -30,6 +31,9 @@ pub mod transcript;
 mod virtqueue;
 mod vmm;
 
+pub use channel::{
+    Channel, ChannelEvent, ChannelSetup, ChannelThread, SharedObjects, SharedRegions,
+};
 pub use connection::{Connection, DEFAULT_TIMEOUT};
 pub use error::Error;
 pub use memory::{Buffer, DEFAULT_GUEST_BASE, SharedMemory, USER_OFFSET};

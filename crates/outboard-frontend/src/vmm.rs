@@ -3,6 +3,7 @@
 //! Carries out what a front-end does in vhost-user ("Starting and stopping rings") in this order:
 //! ```text
 //!  new       SET_OWNER, GET_FEATURES, GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES
+//!  [open_channel  GET_QUEUE_NUM, GET_SHMEM_CONFIG, SET_BACKEND_REQ_FD]
 //!  activate  SET_FEATURES, SET_MEM_TABLE, then per queue NUM, ADDR, BASE, CALL, KICK, ENABLE 1
 //!  reset     per queue ENABLE 0, GET_VRING_BASE; the rings are gone
 //!  sleep     per queue ENABLE 0, GET_VRING_BASE; rings and bases are kept
@@ -14,8 +15,10 @@
 use std::sync::Arc;
 
 use outboard_protocol::features::{ProtocolFeatures, virtio};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use crate::connection::Connection;
+use crate::channel::{Channel, ChannelSetup, SharedObjects, SharedRegions};
+use crate::connection::{Connection, DEFAULT_TIMEOUT};
 use crate::error::Error;
 use crate::memory::SharedMemory;
 use crate::virtqueue::{RingShare, Virtqueue};
@@ -55,6 +58,20 @@ impl Default for Wanted {
     }
 }
 
+impl Wanted {
+    /// Also the back-end channel and what comes over it: config changes, shared-memory regions, shared
+    /// objects, host notifiers. In-band notifications stay off: they replace kicks and calls.
+    #[must_use]
+    pub fn with_channel(mut self) -> Self {
+        self.protocol |= ProtocolFeatures::BACKEND_REQ
+            | ProtocolFeatures::BACKEND_SEND_FD
+            | ProtocolFeatures::HOST_NOTIFIER
+            | ProtocolFeatures::SHARED_OBJECT
+            | ProtocolFeatures::SHMEM;
+        self
+    }
+}
+
 /// How the memory is made known to the back-end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
@@ -88,6 +105,8 @@ pub struct Vmm {
     slots_sent: bool,
     active: Vec<Arc<RingShare>>,
     asleep: Option<Vec<(Arc<RingShare>, u32)>>,
+    /// Asked for when the first channel is opened. What is mapped goes with a reset and with this.
+    regions: Option<SharedRegions>,
 }
 
 impl Vmm {
@@ -121,6 +140,7 @@ impl Vmm {
             slots_sent: false,
             active: Vec::new(),
             asleep: None,
+            regions: None,
         })
     }
 
@@ -156,6 +176,59 @@ impl Vmm {
     /// The connection, for messages that no call here stands for.
     pub fn connection(&mut self) -> &mut Connection {
         &mut self.connection
+    }
+
+    /// Opens a back-end channel (SET_BACKEND_REQ_FD); one that was open before is replaced, and what was
+    /// mapped stays. Asks for the number of queues and (once) for the shared-memory regions first, where the
+    /// back-end has them. What the device looks up is found in `objects`.
+    ///
+    /// # Errors
+    /// [`Error::NotOffered`] without BACKEND_REQ, [`Error::Region`] when the list of regions makes no sense,
+    /// and anything the connection can fail with.
+    pub fn open_channel(&mut self, objects: SharedObjects) -> Result<Channel, Error> {
+        if !self.acked_protocol.contains(ProtocolFeatures::BACKEND_REQ) {
+            return Err(Error::NotOffered("BACKEND_REQ"));
+        }
+        let queues = self.queue_count()?.unwrap_or(256);
+        let regions = match &self.regions {
+            Some(regions) => regions.clone(),
+            None => self.ask_regions()?,
+        };
+        let (ours, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(|errno| Error::host("socketpair", errno))?;
+        let setup = ChannelSetup {
+            protocol: self.acked_protocol,
+            features: self.acked,
+            queues: u16::try_from(queues).unwrap_or(u16::MAX),
+            regions,
+            objects,
+            same_process: false,
+            patience: DEFAULT_TIMEOUT,
+        };
+        let channel = Channel::new(ours, setup)?;
+        self.connection.set_backend_req_fd(&theirs)?;
+        Ok(channel)
+    }
+
+    fn ask_regions(&mut self) -> Result<SharedRegions, Error> {
+        let regions = if self.acked_protocol.contains(ProtocolFeatures::SHMEM) {
+            SharedRegions::new(&*self.connection.get_shmem_config()?)?
+        } else {
+            SharedRegions::default()
+        };
+        self.regions = Some(regions.clone());
+        Ok(regions)
+    }
+
+    fn forget_mappings(&self) {
+        if let Some(regions) = &self.regions {
+            regions.clear();
+        }
     }
 
     /// The number of queues that the back-end has at most, when it says (MQ).
@@ -228,13 +301,14 @@ impl Vmm {
     }
 
     /// Stops every active queue for good; the driver's sides are given back and gone. What was in flight
-    /// has been finished by the back-end and is lost.
+    /// has been finished by the back-end and is lost. Mappings of shared-memory regions end with it.
     ///
     /// # Errors
     /// Anything the connection can fail with.
     pub fn reset(&mut self, queues: Vec<Virtqueue>) -> Result<(), Error> {
         self.asleep = None;
         self.stop()?;
+        self.forget_mappings();
         drop(queues);
         Ok(())
     }
@@ -323,5 +397,11 @@ impl Vmm {
         // Only now: after an error the back-end may still use every ring, and none is freed.
         self.active.clear();
         Ok(kept)
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        self.forget_mappings();
     }
 }
