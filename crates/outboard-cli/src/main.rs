@@ -8,6 +8,7 @@ mod bench;
 mod block;
 mod check;
 mod demo;
+mod manual;
 mod probe;
 mod report;
 
@@ -45,6 +46,7 @@ enum Command {
     Probe(probe::Args),
     Bench(bench::Args),
     Check(check::Args),
+    Manual(manual::Args),
 }
 
 /// Why a command ended without success: the exit code and the one line that says it.
@@ -89,6 +91,7 @@ fn main() -> ExitCode {
         Command::Probe(args) => probe::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Check(args) => check::run(args),
+        Command::Manual(args) => manual::run(&args, Cli::command()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
