@@ -21,8 +21,11 @@ mod table;
 mod wire;
 
 mod conformance;
+mod hostile;
+mod leaks;
 mod rings;
 mod semantics;
+mod storm;
 
 pub use expected::{Expected, ExpectedError};
 pub use finding::Verdict;

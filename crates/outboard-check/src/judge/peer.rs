@@ -121,11 +121,6 @@ impl Peer {
         }
     }
 
-    /// Whether a fresh process is to be had.
-    pub(crate) const fn is_ours(&self) -> bool {
-        self.process.is_some()
-    }
-
     pub(crate) fn life(&mut self) -> Life {
         let Some(process) = &mut self.process else {
             return match self.pid {

@@ -39,7 +39,6 @@ pub(crate) struct Session {
     pub(crate) offered: u64,
     /// Feature bits acknowledged.
     pub(crate) features: u64,
-    pub(crate) offered_protocol: ProtocolFeatures,
     pub(crate) protocol: ProtocolFeatures,
 }
 
@@ -65,7 +64,7 @@ impl Session {
             wire.send(&Msg::u64(Code::SetProtocolFeatures, chosen.bits()))?;
         }
         let protocol = all & protocol;
-        Ok(Self { wire, offered, features: 0, offered_protocol: all, protocol })
+        Ok(Self { wire, offered, features: 0, protocol })
     }
 
     /// Whether acknowledgements can be had.

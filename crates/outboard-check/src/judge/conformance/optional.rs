@@ -165,7 +165,7 @@ pub(crate) fn state_saved(case: &mut Case<'_>) -> Outcome {
     ensure!(code & 0xff == 0, "saving the state of a stopped device failed with {code:#x}");
     let own = code & 0x100 == 0;
     ensure!(
-        own == !reply.fds.is_empty(),
+        own != reply.fds.is_empty(),
         "bit 8 of {code:#x} does not say whether a descriptor came"
     );
     ours.set_read_timeout(Some(case.limit)).map_err(|error| Finding::own("set a limit", error))?;

@@ -14,7 +14,7 @@ use crate::judge::session::{PLAIN, USUAL};
 const MARK: [u8; 512] = [0x5a; 512];
 
 /// Puts a read of sector 0 into the ring without a kick; its data area is marked.
-pub(super) fn queue_read(disk: &mut Disk) -> Outcome {
+pub(crate) fn queue_read(disk: &mut Disk) -> Outcome {
     disk.header(IN, 0)?;
     disk.ring.write(DATA, &MARK)?;
     disk.ring.chain(0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)])?;
@@ -23,7 +23,7 @@ pub(super) fn queue_read(disk: &mut Disk) -> Outcome {
 }
 
 /// That the read that was queued comes back, served.
-pub(super) fn expect_read(disk: &mut Disk, when: &str) -> Outcome {
+pub(crate) fn expect_read(disk: &mut Disk, when: &str) -> Outcome {
     let done = disk.finish(0)?.ok_or_else(|| {
         Finding::hangs(format!("a request is never served that was in the ring {when}"))
     })?;

@@ -14,8 +14,8 @@ use crate::judge::session::{PLAIN, Session, USUAL};
 use crate::judge::wire::{Came, Wire};
 
 /// A session that was negotiated by hand.
-fn session(wire: Wire, offered: u64, features: u64, all: P, chosen: P) -> Session {
-    Session { wire, offered, features, offered_protocol: all, protocol: chosen }
+const fn session(wire: Wire, offered: u64, features: u64, protocol: P) -> Session {
+    Session { wire, offered, features, protocol }
 }
 
 fn offer(wire: &mut Wire) -> Outcome<(u64, P)> {
@@ -42,7 +42,7 @@ pub(crate) fn qemu(case: &mut Case<'_>) -> Outcome {
     let (offered, all) = offer(&mut wire)?;
     let chosen = all & (USUAL | P::BACKEND_REQ);
     wire.send(&Msg::u64(Code::SetProtocolFeatures, chosen.bits()))?;
-    let mut session = session(wire, offered, offered & PLAIN, all, chosen);
+    let mut session = session(wire, offered, offered & PLAIN, chosen);
     if chosen.contains(P::MQ) {
         session.ask(&Msg::bare(Code::GetQueueNum))?;
     }
@@ -96,7 +96,7 @@ pub(crate) fn old_qemu(case: &mut Case<'_>) -> Outcome {
     wire.send(&Msg::u64(Code::SetProtocolFeatures, chosen.bits()))?;
     wire.send(&Msg::bare(Code::SetOwner))?;
     let features = offered & virtio::VERSION_1;
-    let mut disk = bare_disk(session(wire, offered, features, all, chosen), capacity)?;
+    let mut disk = bare_disk(session(wire, offered, features, chosen), capacity)?;
     disk.session.wire.send(&message::set_features(features))?;
     disk.session.share(disk.memory.regions())?;
     disk.ring.configure(&mut disk.session)?;

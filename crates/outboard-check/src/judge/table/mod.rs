@@ -9,8 +9,11 @@ use super::case::Case;
 use super::finding::Outcome;
 
 mod conformance;
+mod hostile;
+mod leaks;
 mod rings;
 mod semantics;
+mod storm;
 
 /// What kind of check it is; also the order in which they are played.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -80,7 +83,16 @@ use rows;
 
 /// Every check there is, in the order in which they are played.
 pub fn checks() -> impl Iterator<Item = &'static Check> {
-    [conformance::CHECKS, semantics::CHECKS, rings::CHECKS].into_iter().flatten()
+    [
+        conformance::CHECKS,
+        semantics::CHECKS,
+        rings::CHECKS,
+        leaks::CHECKS,
+        hostile::CHECKS,
+        storm::CHECKS,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 #[cfg(test)]
