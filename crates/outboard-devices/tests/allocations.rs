@@ -2,58 +2,20 @@
 //! not in the ring. With io_uring, room is made when more is under way than ever before.
 #![expect(clippy::expect_used, reason = "a failed step of a test is its end")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+use std::alloc::System;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use outboard::{LoopKind, Server, WorkerDevice};
 use outboard_devices::block::{Block, BlockOptions, EngineKind, Image, ImageOptions};
 use outboard_frontend::block::{BlockDevice, BlockOptions as DriverOptions, Operation, Status};
 use outboard_frontend::{Buffer, Connection};
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region as StatsRegion, StatsAlloc};
 
-/// The system's allocator, counting what other threads than the driver's do.
-struct Counting;
-
-static COUNT: AtomicU64 = AtomicU64::new(0);
-
-thread_local! {
-    static DRIVER: Cell<bool> = const { Cell::new(false) };
-}
-
-fn count() {
-    // A thread that is ending has no thread-locals any more.
-    if !DRIVER.try_with(Cell::get).unwrap_or(true) {
-        COUNT.fetch_add(1, Ordering::SeqCst);
-    }
-}
-
-#[expect(unsafe_code, reason = "passes every call on as it is")]
-// SAFETY: every call goes to the system's allocator with the same arguments; counting allocates
-// nothing.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(place, layout) }
-    }
-
-    unsafe fn realloc(&self, place: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count();
-        // SAFETY: the caller's promise.
-        unsafe { System.realloc(place, layout, size) }
-    }
-}
-
+/// Counts for all threads; the driver's side allocates nothing either.
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 const DEPTH: u64 = 16;
 
@@ -81,7 +43,6 @@ fn batch(disk: &mut BlockDevice, data: &Buffer) {
 
 #[test]
 fn requests_allocate_nothing_in_the_long_run() {
-    DRIVER.set(true);
     for (engine, events, direct) in [
         (EngineKind::Sync, LoopKind::Epoll, false),
         (EngineKind::Sync, LoopKind::Uring, false),
@@ -105,12 +66,13 @@ fn requests_allocate_nothing_in_the_long_run() {
         for _ in 0..200 {
             batch(&mut disk, &data);
         }
-        let before = COUNT.load(Ordering::SeqCst);
+        let region = StatsRegion::new(ALLOCATOR);
         for _ in 0..200 {
             batch(&mut disk, &data);
         }
-        let allocated = COUNT.load(Ordering::SeqCst) - before;
-        let allowed = if engine == EngineKind::Sync { 0 } else { 4 * DEPTH };
+        let change = region.change();
+        let allocated = change.allocations + change.reallocations;
+        let allowed = if engine == EngineKind::Sync { 0 } else { 64 };
         assert!(allocated <= allowed, "{allocated} for {engine:?} on {events:?}, direct {direct}");
         drop((data, disk));
         server.join().expect("ended well");
