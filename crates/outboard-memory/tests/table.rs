@@ -238,3 +238,16 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_request_falls_into_a_bounded_number_of_pieces() {
+    let parts: Vec<_> = (0..500_u64).map(|at| (at * 0x1000, at * 0x1000, 0x1000)).collect();
+    let view = View::new(Arc::new(memory(&parts).unwrap()));
+    let ring = view.cells(0, 16).unwrap().descriptors(0, 1).unwrap();
+    let mut buffers = outboard_memory::Buffers::new(&view);
+    let mut gather = view.gather(&ring, &mut buffers);
+    let refused = (0..1000).find_map(|_| gather.push(0, 500 * 0x1000).err()).unwrap();
+    assert!(matches!(refused, AccessError::TooManySegments { limit: 66_560 }), "{refused:?}");
+    let (_, pieces) = gather.finish(false);
+    assert_eq!(pieces, 66_560);
+}

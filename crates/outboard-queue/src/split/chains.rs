@@ -110,3 +110,6 @@ impl std::fmt::Debug for Chains {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests;

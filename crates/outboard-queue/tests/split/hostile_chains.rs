@@ -484,3 +484,30 @@ fn b29_a_readable_buffer_behind_a_writable_one_breaks_the_ring() {
         rig.breaks(|e| e == RingError::Order { head: 0, index: 2 });
     }
 }
+
+#[test]
+fn r11_chains_in_flight_that_fall_into_millions_of_pieces_break_the_ring() {
+    let mut rig = Rig::new(32_768, INDIRECT_DESC);
+    // One table for all: 32,768 pieces of one byte each.
+    for at in 0..32_768 {
+        let more = if at < 32_767 { NEXT } else { 0 };
+        rig.desc_at(DATA + 16 * u64::from(at), DATA, 1, more, at + 1);
+    }
+    for head in 0..200 {
+        rig.desc(head, DATA, 32_768 * 16, INDIRECT, 0);
+        rig.offer(head);
+    }
+    let mut chains = Vec::new();
+    let told = loop {
+        match rig.device.pop() {
+            Ok(chain) => chains.push(chain.unwrap()),
+            Err(told) => break told,
+        }
+    };
+    assert!(matches!(told, RingError::Pieces { .. }), "{told:?}");
+    assert_eq!(chains.len(), 128, "64 MiB of lists");
+    for chain in chains {
+        rig.device.complete(chain, 0);
+    }
+    assert_eq!(rig.device.in_flight(), 0);
+}
