@@ -198,3 +198,29 @@ fn a_hundred_connections_leave_nothing_behind_in_the_process() {
     assert_eq!(after.1, before.1, "mappings");
     assert!(after.2 < before.2 + 1024, "RSS: {} KiB before, {} after", before.2, after.2);
 }
+
+/// Context switches of all threads of a process so far.
+fn switches(pid: u32) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let statuses = tasks.map(|task| task.unwrap().path().join("status"));
+    let texts: Vec<_> = statuses.map(|path| std::fs::read_to_string(path).unwrap()).collect();
+    let lines = texts.iter().flat_map(|text| text.lines());
+    lines
+        .filter_map(|line| line.split_once("ctxt_switches:"))
+        .map(|(_, count)| count.trim().parse::<u64>().unwrap())
+        .sum()
+}
+
+#[test]
+fn an_idle_device_with_sixteen_queues_does_not_wake_up() {
+    let program = Program::start();
+    let options =
+        BlockOptions { queues: 16, queue_size: 64, timeout: PATIENCE, ..BlockOptions::default() };
+    let mut disk = BlockDevice::open(program.connect(&Transcript::new()), options).unwrap();
+    serve(&mut disk, 1);
+    // What the last request left behind (a window of polling, freed memory) is over by then.
+    std::thread::sleep(Duration::from_millis(500));
+    let before = switches(program.child.id());
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(switches(program.child.id()), before, "context switches in two idle seconds");
+}
