@@ -187,8 +187,9 @@ impl<W: Worker> Thread<W> {
     /// kernel works on a request, sleeping is better: its completion wakes.
     fn spin(&mut self) -> bool {
         let window = self.poller.window();
-        let idle = self.lanes.iter().all(|lane| lane.armed || lane.queue.in_flight() != 0);
-        if window.is_zero() || idle {
+        let idle = self.lanes.iter().all(|lane| lane.armed);
+        let waiting = self.lanes.iter().any(|lane| lane.queue.in_flight() != 0);
+        if window.is_zero() || idle || waiting {
             return false;
         }
         let until = Instant::now() + window;
