@@ -100,3 +100,34 @@ fn a_tail_does_not_outlive_its_request() {
     gather.finish(false);
     assert!(buffers.tail().is_empty());
 }
+
+#[test]
+fn a_table_in_a_table_or_behind_a_buffer_is_not_usual() {
+    let (view, ring, mut buffers) = rig(&[(0, 1, 0)]);
+    let set = |place: u64, descriptor: Descriptor| {
+        view.cells(place, 16).unwrap().descriptors(0, 1).unwrap().set(0, descriptor).unwrap();
+    };
+    let plain = Descriptor { addr: 0, len: 7, flags: 0, next: 0 };
+    let table = |addr| Descriptor { addr, len: 16, flags: Descriptor::INDIRECT, next: 0 };
+    set(0x3000, plain);
+    set(0x2000, table(0x3000));
+    ring.set(0, table(0x2000)).unwrap();
+    assert_eq!(view.gather_usual(&ring, 0, &rules(8), &mut buffers), None);
+    ring.set(0, Descriptor { flags: Descriptor::NEXT, next: 1, ..plain }).unwrap();
+    ring.set(1, table(0x3000)).unwrap();
+    assert_eq!(view.gather_usual(&ring, 0, &rules(8), &mut buffers), None);
+    assert_eq!(view.gather_usual(&ring, 1, &rules(8), &mut buffers), Some(1));
+    let none = Rules { indirect: false, ..rules(8) };
+    assert_eq!(view.gather_usual(&ring, 1, &none, &mut buffers), None);
+    for wrong in [
+        Descriptor { len: 17, ..table(0x3000) },
+        Descriptor { len: 0, ..table(0x3000) },
+        Descriptor { len: 9 * 16, ..table(0x3000) },
+        Descriptor { flags: Descriptor::INDIRECT | Descriptor::NEXT, ..table(0x3000) },
+        table(6 * GIB - 8),
+        table(u64::MAX),
+    ] {
+        ring.set(1, wrong).unwrap();
+        assert_eq!(view.gather_usual(&ring, 1, &rules(8), &mut buffers), None, "{wrong:?}");
+    }
+}
