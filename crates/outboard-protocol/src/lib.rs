@@ -8,7 +8,8 @@
 //! ```
 //! [`Backend`] is the device's end of the main socket and [`Frontend`] the VMM's; both are generic
 //! over the descriptor, `OwnedFd` in a program and a number in a test. [`mod@channel`] has both
-//! ends of the second socket, on which the device asks and the VMM answers. [`mod@table`] is the one table that all of it derives from.
+//! ends of the second socket, on which the device asks and the VMM answers. [`mod@table`] is the
+//! one table that all of it derives from.
 //!
 //! # How to drive a back-end
 //!

@@ -6,6 +6,8 @@ mod channel;
 #[cfg(test)]
 mod channel_ends;
 #[cfg(test)]
+mod channel_random;
+#[cfg(test)]
 mod common;
 #[cfg(test)]
 mod decoder;

@@ -1,5 +1,6 @@
 //! What the tests of both machines share: a host that answers effects, and frames by name.
 
+pub(crate) mod channel_pair;
 pub(crate) mod channel_script;
 pub(crate) mod host;
 pub(crate) mod notation;
