@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use outboard::protocol::{ProtocolFeatures, virtio};
-use outboard::{HandlerOptions, LoopKind, Server, WorkerDevice};
+use outboard::{HandlerOptions, LoopKind, Server, WorkerDevice, WorkerOptions};
 use outboard_devices::block::{
     Block, BlockOptions, CacheMode, EngineKind, Image, ImageOptions, feature,
 };
@@ -121,6 +121,9 @@ struct EngineArgs {
     /// What the threads wait on: auto is uring, or epoll where io_uring is refused.
     #[arg(long, value_enum, default_value_t = Loop::Auto)]
     event_loop: Loop,
+    /// Longest look at the rings before a thread sleeps, in microseconds; 0 always sleeps.
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    poll_us: u32,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -143,6 +146,13 @@ enum Loop {
     Epoll,
 }
 
+impl EngineArgs {
+    fn options(&self) -> WorkerOptions {
+        let poll = Duration::from_micros(u64::from(self.poll_us));
+        WorkerOptions { event_loop: self.event_loop.into(), poll }
+    }
+}
+
 /// A feature that is not to be offered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Feature {
@@ -163,7 +173,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     let described = describe(&image, args.disk.num_queues);
     let block = Block::new(image, args.block_options()).map_err(Failure::usage)?;
     let device =
-        WorkerDevice::with_loop(block, args.engine.event_loop.into()).map_err(Failure::usage)?;
+        WorkerDevice::with_options(block, args.engine.options()).map_err(Failure::usage)?;
     let server = args.socket.server()?.with_options(args.socket.handler_options());
     stop_on_signals(&server).map_err(Failure::failed)?;
     info!("serving {described}");

@@ -55,7 +55,7 @@ fn requests_allocate_nothing_in_the_long_run() {
         let image = Image::open(file.path(), image).expect("opens");
         let options = BlockOptions { engine, ..BlockOptions::default() };
         let block = Block::new(image, options).expect("a disk");
-        let device = WorkerDevice::with_loop(block, events).expect("a device");
+        let device = WorkerDevice::with_options(block, events.into()).expect("a device");
         let (ours, theirs) = UnixStream::pair().expect("sockets");
         let server = Server::from_socket(theirs.into()).expect("a server");
         let server = std::thread::spawn(move || server.serve(device).expect("served"));

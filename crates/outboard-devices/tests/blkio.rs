@@ -26,7 +26,7 @@ impl Device {
     fn start(socket: &Path, image: &Path, options: BlockOptions, events: LoopKind) -> Self {
         let image = Image::open(image, ImageOptions::default()).expect("opens");
         let block = Block::new(image, options).expect("a disk");
-        let device = WorkerDevice::with_loop(block, events).expect("a device");
+        let device = WorkerDevice::with_options(block, events.into()).expect("a device");
         let server = Server::listen(socket).expect("listens");
         let stop = server.stop_handle();
         let thread = std::thread::spawn(move || server.serve(device).expect("served"));

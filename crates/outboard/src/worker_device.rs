@@ -37,6 +37,13 @@ impl Default for WorkerOptions {
     }
 }
 
+impl From<LoopKind> for WorkerOptions {
+    /// This event loop, everything else as usual.
+    fn from(event_loop: LoopKind) -> Self {
+        Self { event_loop, ..Self::default() }
+    }
+}
+
 /// One worker thread.
 struct Handle {
     port: Arc<Port>,
@@ -96,14 +103,6 @@ impl<M: Model> WorkerDevice<M> {
     /// A worker cannot be built, or a thread cannot be started.
     pub fn new(model: M) -> Result<Self, Error> {
         Self::with_options(model, WorkerOptions::default())
-    }
-
-    /// As [`WorkerDevice::new`], on a named event loop.
-    ///
-    /// # Errors
-    /// As [`WorkerDevice::new`]; the event loop is refused.
-    pub fn with_loop(model: M, event_loop: LoopKind) -> Result<Self, Error> {
-        Self::with_options(model, WorkerOptions { event_loop, ..WorkerOptions::default() })
     }
 
     /// As [`WorkerDevice::new`], with the operator's options.

@@ -112,7 +112,7 @@ impl Driven {
 
     /// Starts the disk and negotiates, without those feature bits that are not in `mask`.
     pub(crate) fn asleep(block: Block, events: LoopKind, mask: u64) -> Self {
-        let device = WorkerDevice::with_loop(block, events).expect("a device");
+        let device = WorkerDevice::with_options(block, events.into()).expect("a device");
         let (ours, theirs) = UnixStream::pair().expect("sockets");
         let server = Server::from_socket(theirs.into()).expect("a server");
         let server = std::thread::spawn(move || {

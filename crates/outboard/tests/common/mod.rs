@@ -128,8 +128,7 @@ impl Model for EchoModel {
 pub fn echo(kind: LoopKind, threads: usize) -> (WorkerDevice<EchoModel>, Arc<Seen>) {
     let seen = Arc::new(Seen::default());
     let model = EchoModel { seen: Arc::clone(&seen), threads, config: *b"OUTBOARD" };
-    let options = WorkerOptions { event_loop: kind, ..WorkerOptions::default() };
-    (WorkerDevice::with_options(model, options).unwrap(), seen)
+    (WorkerDevice::with_options(model, kind.into()).unwrap(), seen)
 }
 
 /// What the handler's thread leaves behind.
