@@ -194,6 +194,13 @@ fn request(kind: PayloadKind, body: &[u8]) -> Option<String> {
             let state: payload::DeviceState = payload::read(body)?;
             format!(" direction {} phase {}", state.direction, state.phase)
         }
+        _ => return mapping(kind, body),
+    })
+}
+
+/// Payloads that tell where something lies: those of the channel, and the IOTLB.
+fn mapping(kind: PayloadKind, body: &[u8]) -> Option<String> {
+    Some(match kind {
         PayloadKind::Iotlb => {
             let at: Iotlb = payload::read(body)?;
             format!(
