@@ -66,7 +66,7 @@ impl Device {
     /// # Errors
     /// When it does not end with 0 within 30 s: with what it said.
     pub fn terminate(mut self) -> Result<()> {
-        process::run(Command::new("kill").args(["-TERM", &self.pid().to_string()]))?;
+        self.child.terminate()?;
         let end = Instant::now() + Duration::from_secs(30);
         loop {
             if let Some(status) = self.child.0.try_wait()? {

@@ -4,6 +4,7 @@
 //! Invariant: a program that fails is always an error, with what it said.
 
 use anyhow::{Context as _, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -63,14 +64,38 @@ pub fn tee(command: &mut Command, mut line: impl FnMut(&str)) -> Result<bool> {
     Ok(child.wait()?.success())
 }
 
-/// A program started by us; it is killed and waited for when this is dropped.
+/// A program started by us; it and its children are killed, and it is waited for, when this is
+/// dropped. (User-mode Linux has helpers that outlive it when it has no time to end them.)
 #[derive(Debug)]
 pub struct Running(pub Child);
 
+impl Running {
+    /// Asks it to end (SIGTERM).
+    ///
+    /// # Errors
+    /// When it has ended already.
+    pub fn terminate(&self) -> Result<()> {
+        Ok(kill_process(Pid::from_child(&self.0), Signal::TERM)?)
+    }
+
+    /// The processes that it started and has not waited for.
+    fn children(&self) -> Vec<Pid> {
+        let pid = self.0.id();
+        let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let list = list.unwrap_or_default();
+        let numbers = list.split_ascii_whitespace().filter_map(|word| word.parse().ok());
+        numbers.filter_map(Pid::from_raw).collect()
+    }
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
-        // Both fail only when it has ended already, which is what is wanted.
+        let children = self.children();
+        // These fail only when a process has ended already, which is what is wanted.
         let _ = self.0.kill();
+        for child in children {
+            let _ = kill_process(child, Signal::KILL);
+        }
         let _ = self.0.wait();
     }
 }
