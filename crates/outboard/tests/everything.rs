@@ -290,3 +290,23 @@ fn ring_addresses_may_be_guest_physical() {
     ring.kick();
     assert_eq!(ring.answered(), 0, "a disabled transmit ring drops it: it was found");
 }
+
+#[test]
+fn a_front_end_that_never_sends_kick_or_call_is_served_by_messages_alone() {
+    // User-mode Linux does so once in-band notifications are negotiated.
+    let mut rig = Rig::start(ProtocolFeatures::INBAND_NOTIFICATIONS);
+    let mut ring = Ring::new(&rig._memory, 1, rig.vmm.features());
+    let front = rig.vmm.connection();
+    front.set_vring_num(1, common::SIZE).unwrap();
+    front.set_vring_addr(1, &ring.layout).unwrap();
+    front.set_vring_enable(1, true).unwrap();
+    ring.offer(b"told");
+    ring.driver.arm();
+    front.vring_kick(1).unwrap();
+    assert_ne!(ring.answered(), 0);
+    loop {
+        if matches!(rig.event(), ChannelEvent::VringCall { .. }) {
+            break;
+        }
+    }
+}

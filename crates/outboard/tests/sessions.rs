@@ -157,7 +157,8 @@ fn run_dropped_at_each_of_its_awaits_leaves_nothing_running_or_open() {
         at += 1;
     }
     let _ = std::panic::take_hook();
-    assert!(at > 10, "the conversation has more awaits than {at}");
+    // How many there are depends on how fast the workers answer: some find their answer there.
+    assert!(at > 4, "the conversation has more awaits than {at}");
     assert_eq!(open_descriptors(), before, "descriptors after {at} drops");
     let until = Instant::now() + PATIENCE;
     while threads() > threads_before {

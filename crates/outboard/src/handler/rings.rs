@@ -244,8 +244,9 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             base: ring.base,
             enabled: ring.enabled,
             kick: host.kick.clone()?,
-            call: host.call.clone(),
-            err: host.err.clone(),
+            // A front-end that notifies by messages may never send a descriptor, nor say so.
+            call: host.call.clone().or_else(|| self.call_way(Notifier::Poll, InBand::Call(index))),
+            err: host.err.clone().or_else(|| self.call_way(Notifier::Poll, InBand::Err(index))),
         })
     }
 
