@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use outboard::protocol::{ProtocolFeatures, virtio};
 use outboard::{
     DeviceRequestHandler, Ended, Error, HandlerOptions, HostError, LoopKind, MakeWorker, Model,
-    QueueSpec, Request, Served, Worker, WorkerDevice, WorkerOptions,
+    QueueSpec, Request, Served, Worker, WorkerDevice,
 };
 use outboard_frontend::{Buffer, Connection, SharedMemory};
 use outboard_queue::{DriverQueue, QueueLayout};
