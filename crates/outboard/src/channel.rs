@@ -153,6 +153,13 @@ impl BackendChannel {
         state.wake();
     }
 
+    /// SET_FEATURES has come: it decides which requests may be made.
+    pub(crate) fn negotiate(&self, protocol: ProtocolFeatures, features: u64) {
+        if let Some(machine) = &mut self.lock().machine {
+            machine.negotiate(protocol, features);
+        }
+    }
+
     /// The front-end has left, or broke the channel's rules.
     pub(crate) fn close(&self) {
         let mut state = self.lock();
@@ -207,8 +214,7 @@ impl BackendChannel {
         let mut state = self.lock();
         let Some(machine) = state.machine.as_mut() else { return Ok(()) };
         machine.receive(bytes, fds);
-        while let Some(answer) = state.next_answer()? {
-            let (id, told) = answer;
+        while let Some((id, told)) = state.next_answer()? {
             if let Some(at) = state.waiting.iter().position(|waiting| waiting.id == id)
                 && let Some(waiting) = state.waiting.remove(at)
             {
@@ -250,7 +256,7 @@ impl State {
 
     fn ask(&mut self, request: ChannelRequest<OwnedFd>, config: bool) -> Answer {
         let Some(machine) = &mut self.machine else { return Answer::now(ChannelError::Closed) };
-        if machine.outstanding() >= MOST {
+        if machine.owed() >= MOST {
             return Answer::now(ChannelError::Busy);
         }
         let sent = match machine.send(request) {

@@ -189,6 +189,8 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             Effect::SetFeatures { features, enable_all, ticket } => {
                 let done = self.set_features(features, enable_all).await;
                 self.acknowledge(ticket, done);
+                let protocol = self.backend.acked_protocol_features();
+                self.channel.negotiate(protocol, self.backend.acked_features());
                 // Kicked before the features were known: started before the answer is sent.
                 if let Err(refusal) = self.start_all_ready() {
                     warn!("ring not started: {refusal}");
