@@ -63,6 +63,7 @@ fn a25_an_empty_region_is_refused() {
     );
 }
 
+/// R3: every sum is checked.
 #[test]
 fn a26_a27_a_region_that_wraps_is_refused() {
     for size in [1 << 62, 1 << 63, u64::MAX] {
@@ -83,6 +84,7 @@ fn a26_a27_a_region_that_wraps_is_refused() {
     }
 }
 
+/// R4: nothing is mapped unseen.
 #[test]
 fn a34_a_file_that_ends_before_the_region_is_refused_before_it_is_mapped() {
     for (len, size, offset) in

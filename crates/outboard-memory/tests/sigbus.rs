@@ -43,6 +43,7 @@ fn a_write_across_several_pages_of_the_hole_goes_nowhere_and_is_known() {
     assert_eq!(bytes, [9], "the part that is left is still the file");
 }
 
+/// R4: nothing dies of a hole.
 #[test]
 fn every_kind_of_access_survives_the_hole() {
     let kinds: [fn(&View); 6] = [
@@ -95,6 +96,7 @@ fn one_poisoned_region_says_nothing_of_another_and_goes_with_its_mapping() {
     assert!(!next.poisoned(), "a place in the registry that is used again starts clean");
 }
 
+/// R4: what the kernel transfers fails instead.
 #[test]
 fn a_transfer_by_the_kernel_reports_the_hole_as_an_error() {
     let (view, file) = rig(0x4000);

@@ -87,6 +87,7 @@ fn a40_a42_changes_make_a_new_generation_and_leave_the_old_one() {
     assert!(View::new(Arc::new(second)).read(0, &mut [0]).is_ok());
 }
 
+/// R5: the whole range, not its first byte.
 #[test]
 fn user_addresses_are_translated_as_ranges_in_one_region() {
     let memory = memory(&[
@@ -113,6 +114,7 @@ fn user_addresses_are_translated_as_ranges_in_one_region() {
     }
 }
 
+/// R5: a range across regions is several segments.
 #[test]
 fn a_range_may_cross_regions_that_meet_and_no_gap() {
     let parts = [

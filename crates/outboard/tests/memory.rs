@@ -94,6 +94,7 @@ fn a44_slots_are_removed_and_added_while_the_ring_runs() {
     ring.round(b"a40: a duplicate changed nothing");
 }
 
+/// R12: a failure leaves what was there.
 #[test]
 fn a34_a_file_that_is_too_short_is_refused_and_the_old_table_stays() {
     let mut rig = Rig::ready(LoopKind::Auto);

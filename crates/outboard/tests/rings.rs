@@ -217,6 +217,7 @@ fn d11_a_stopped_ring_reports_its_index_and_starts_again_with_a_kick_alone() {
     assert_eq!(rig.front.get_vring_base(0).unwrap(), 6);
 }
 
+/// R9: a ring is what it was when it started.
 #[test]
 fn a47_size_and_base_of_a_started_ring_cannot_change() {
     let mut rig = Rig::ready(LoopKind::Auto);

@@ -260,6 +260,7 @@ fn a14_a_front_end_that_leaves_inside_a_message_is_told_apart() {
     }
 }
 
+/// R19: nobody waits for the rest of a message.
 #[test]
 fn a15_rings_run_on_while_half_a_message_is_stuck() {
     let _alone = alone();
@@ -274,6 +275,7 @@ fn a15_rings_run_on_while_half_a_message_is_stuck() {
     assert!(matches!(thread.join().unwrap().0, Err(HostError::PartialMessage)));
 }
 
+/// R19: nobody waits for a reader.
 #[test]
 fn a86_a_front_end_that_reads_no_replies_stops_only_itself() {
     let _alone = alone();

@@ -181,6 +181,7 @@ fn a_request_whose_worker_fails_goes_back_and_the_ring_goes_on() {
     ring.round(b"next");
 }
 
+/// R18: a panic goes no further than its rings.
 #[test]
 fn c32_a_worker_that_panics_costs_its_rings_and_not_the_thread() {
     let mut rig = Rig::ready(LoopKind::Auto);
@@ -193,6 +194,7 @@ fn c32_a_worker_that_panics_costs_its_rings_and_not_the_thread() {
     again.round(b"a new worker");
 }
 
+/// R10: a broken ring is broken once.
 #[test]
 fn b4_a_broken_ring_is_reported_once_and_the_others_run_on() {
     let mut rig = Rig::ready(LoopKind::Auto);

@@ -107,6 +107,7 @@ fn b6_an_available_index_that_moves_back_breaks_the_ring() {
     rig.breaks(|e| e == RingError::AvailIndex { avail: 1, next: 2, size: 8 });
 }
 
+/// R8: a head is in flight once.
 #[test]
 fn b7_a_head_in_flight_cannot_be_taken_again() {
     let mut rig = Rig::new(8, 0);
@@ -258,6 +259,7 @@ fn b19_an_indirect_table_of_odd_length_breaks_the_ring() {
     }
 }
 
+/// R7: a walk is bounded by the ring's size.
 #[test]
 fn b20_an_indirect_table_longer_than_the_ring_breaks_the_ring() {
     for len in [9 * 16, 1 << 24, 0xffff_fff0] {
@@ -337,6 +339,7 @@ fn b24_descriptors_in_front_of_an_indirect_table_are_served() {
     assert_eq!((chain.readable().len(), chain.writable().len()), (23, 9));
 }
 
+/// R7: a walk is bounded by the ring's size.
 #[test]
 fn b25_a_chain_longer_than_the_ring_breaks_the_ring() {
     // Direct descriptors and a full table behind them: nine in a ring of eight.
@@ -379,6 +382,7 @@ fn b25_a_chain_as_long_as_the_ring_is_served() {
     }
 }
 
+/// R7: a walk is bounded in bytes too.
 #[test]
 fn b26_a_chain_of_more_than_four_gigabytes_breaks_the_ring() {
     let mut rig = Rig::new(32_768, 0);

@@ -30,6 +30,7 @@ fn tries() -> u32 {
     std::env::var("OUTBOARD_RACES").ok().and_then(|count| count.parse().ok()).unwrap_or(30_000)
 }
 
+/// R6: what is shared is read once.
 #[test]
 fn b30_only_the_old_or_the_new_value_of_a_descriptor_is_seen() {
     let mut rig = Rig::new(8, 0);
@@ -91,6 +92,7 @@ fn b30_flags_that_flip_never_lead_out_of_the_rules() {
     });
 }
 
+/// R6: what is shared is read once.
 #[test]
 fn b32_the_length_of_an_indirect_table_is_read_once() {
     let mut rig = Rig::new(8, INDIRECT_DESC);
@@ -143,6 +145,7 @@ fn what_was_read_is_gone_whatever_the_guest_writes_there_later() {
     assert!(chain.readable().read_obj::<u8>().is_err());
 }
 
+/// R6: what was written is not read back.
 #[test]
 fn b33_a_used_ring_that_the_guest_writes_over_is_not_read_back() {
     let mut rig = Rig::new(8, 0);

@@ -32,6 +32,7 @@ fn offer(rig: &mut Rig, bytes: &[u8], cuts: &[usize], room: usize, room_cuts: &[
     rig.offer(0);
 }
 
+/// R14: no layout is taken for granted.
 #[test]
 fn b47_a_header_cut_at_every_byte_is_read_whole() {
     let bytes = pattern(24, 7);
