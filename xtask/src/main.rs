@@ -5,7 +5,7 @@ mod guest_command;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 use xtask::packages::Root;
-use xtask::{counts, fuzz, lint, suite};
+use xtask::{cases, counts, fuzz, lint, suite};
 
 /// Outboard's own chores.
 #[derive(Parser)]
@@ -49,6 +49,12 @@ enum Chore {
         #[arg(long)]
         bless: bool,
     },
+    /// Write docs/cases.md: which test holds which hostile case of xtask/cases.txt
+    Cases {
+        /// Write nothing; fail when the table is not up to date or a case is missing
+        #[arg(long)]
+        check: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -59,6 +65,7 @@ fn main() -> ExitCode {
         Chore::Lint => lint::run(),
         Chore::Fuzz { seconds, target } => fuzz::run(seconds, target.as_deref()).and_then(closing),
         Chore::Counts { bless } => counts::run(bless).and_then(closing),
+        Chore::Cases { check } => cases::run(check),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
