@@ -117,6 +117,7 @@ fn write_and_read(disk: &mut BlockDevice, fill: u8) {
     disk.flush().expect("flushed");
 }
 
+// C39: nothing is made or removed.
 #[test]
 fn what_is_wrong_is_one_line_and_exit_code_2_and_nothing_is_made_or_removed() {
     let folder = folder();
@@ -200,6 +201,7 @@ fn the_help_has_a_line_for_each_vmm() {
     }
 }
 
+// C11: drained, exit code 0, the socket unlinked; the limit is an option.
 #[test]
 fn both_signals_end_it_well_under_load_and_remove_the_socket() {
     for signal in [Signal::TERM, Signal::INT] {
@@ -253,6 +255,7 @@ fn c3_a_device_that_is_interrupted_all_the_time_fails_and_repeats_nothing() {
     }
 }
 
+// C39: a stale socket file.
 #[test]
 fn a_stale_socket_is_replaced_and_its_image_is_free_after_a_kill() {
     let folder = folder();
@@ -279,6 +282,7 @@ fn front_ends_are_served_one_after_the_other() {
     assert_eq!(device.end().0, Some(0));
 }
 
+// C40: listening and connected descriptors are told apart.
 #[test]
 fn an_inherited_socket_may_be_listening_or_connected() {
     let folder = folder();
@@ -305,6 +309,7 @@ fn an_inherited_socket_may_be_listening_or_connected() {
     assert_eq!(device.end().0, Some(0), "its only front-end has left");
 }
 
+// C40: a listening one from activation.
 #[test]
 fn a_socket_passed_by_activation_is_served() {
     let folder = folder();

@@ -219,6 +219,7 @@ mod tests {
         Segment { sector: U64::new(sector), sectors: U32::new(sectors), flags: U32::new(flags) }
     }
 
+    // R15: the device's arithmetic is checked, on private copies.
     #[test]
     fn b52_b53_reads_and_writes_stay_inside_the_disk_in_whole_sectors() {
         let table = [

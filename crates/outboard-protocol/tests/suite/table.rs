@@ -140,6 +140,7 @@ fn every_message_succeeds_when_it_is_legal() {
 }
 
 /// A3, A4, A5.
+// R1: a message is parsed whole, at its exact length.
 #[test]
 fn every_message_with_a_byte_more_or_less_is_turned_down() {
     let mut checked = 0;
