@@ -3,6 +3,7 @@
 //! Invariant: a process that was started here is killed here, with everything it started, and its
 //! socket and log are gone with it; a back-end that was found running is never killed.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
@@ -16,7 +17,6 @@ use rustix::process::{Pid, Signal};
 
 use super::finding::{Finding, Outcome};
 use super::wire::Wire;
-use crate::bench::cpu::CpuMeter;
 
 /// What is judged.
 #[derive(Clone, Debug)]
@@ -183,14 +183,30 @@ impl Peer {
         Some(text.lines().filter(|line| line.contains("outboard-frontend")).count())
     }
 
-    /// Share of one processor that it uses during `time`.
+    /// Share of one processor that it uses, or would use if there was one free, during `time`.
     pub(crate) fn load(&self, time: Duration) -> Option<f64> {
-        let meter = CpuMeter::new(self.pid?);
-        let (start, before) = (Instant::now(), meter.read()?);
+        let pid = self.pid?;
+        let (start, before) = (Instant::now(), wanted_time(pid)?);
         std::thread::sleep(time);
-        let spent = meter.read()?.since(&before);
-        Some(spent.as_secs_f64() / start.elapsed().as_secs_f64())
+        let after = wanted_time(pid)?;
+        let spent = after
+            .iter()
+            .map(|(thread, now)| now.saturating_sub(before.get(thread).copied().unwrap_or(0)));
+        Some(Duration::from_nanos(spent.sum()).as_secs_f64() / start.elapsed().as_secs_f64())
     }
+}
+
+/// For each thread, the nanoseconds in which it ran or waited for a processor: on a busy machine a thread
+/// that spins is told from one that rests by its waiting.
+fn wanted_time(pid: u32) -> Option<BTreeMap<OsString, u64>> {
+    let mut all = BTreeMap::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
+        // A thread that has just ended has no file any more.
+        let Ok(text) = std::fs::read_to_string(entry.path().join("schedstat")) else { continue };
+        let words = text.split(' ').take(2).filter_map(|word| word.trim().parse::<u64>().ok());
+        all.insert(entry.file_name(), words.sum());
+    }
+    Some(all)
 }
 
 impl Drop for Peer {

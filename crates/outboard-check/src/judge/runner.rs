@@ -128,6 +128,7 @@ fn explore(peer: &mut Peer, options: &Options) -> Result<Traits, JudgeError> {
 
 fn ask_traits(mut wire: Wire, limit: Duration) -> Outcome<Traits> {
     wire.limit = limit;
+    wire.send(&Msg::bare(Code::SetOwner))?;
     let features = wire.ask(&message::get_features())?.number()?;
     let mut traits = Traits {
         features,
@@ -166,6 +167,7 @@ fn block_capacity(wire: &mut Wire, features: u64) -> Outcome<Option<u64>> {
 /// That a new connection is answered.
 fn answers(peer: &mut Peer, limit: Duration) -> Outcome {
     let mut wire = peer.connect(limit)?;
+    wire.send(&Msg::bare(Code::SetOwner))?;
     wire.ask(&message::get_features())?;
     Ok(())
 }

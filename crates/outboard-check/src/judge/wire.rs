@@ -253,6 +253,14 @@ impl Wire {
     }
 }
 
+impl Drop for Wire {
+    /// Ends the connection at once, even where a process that is just being started still holds a copy of
+    /// the descriptor.
+    fn drop(&mut self) {
+        let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
+    }
+}
+
 /// Waits until `fd` is ready or the time is over; whether it is ready.
 pub(crate) fn wait(fd: BorrowedFd<'_>, what: PollFlags, time: Duration) -> bool {
     let timeout = Timespec::try_from(time).ok();

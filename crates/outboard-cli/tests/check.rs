@@ -1,0 +1,114 @@
+//! `outboard check` as a user meets it: exit codes, lists, JSON, JUnit, expected failures; against our
+//! own block device and qemu-storage-daemon.
+#![expect(clippy::expect_used, reason = "a failed step of a test is its end")]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+const OUTBOARD: &str = env!("CARGO_BIN_EXE_outboard");
+
+fn outboard(args: &[&str]) -> Output {
+    Command::new(OUTBOARD).args(args).output().expect("our own program")
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).expect("text")
+}
+
+/// Judges our own block device.
+fn ours(folder: &Path, options: &[&str]) -> Output {
+    let image = folder.join("disk.img");
+    std::fs::File::create(&image).expect("an image").set_len(4 << 20).expect("room");
+    let image = image.to_str().expect("text");
+    let device = [OUTBOARD, "block", "--num-queues", "2", "--socket-path", "{socket}", image];
+    outboard(&[&["check", "--quick"], options, &["--"], &device].concat())
+}
+
+#[test]
+fn our_block_device_holds_every_check_that_it_offers() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let output = ours(folder.path(), &["--json", "--seconds", "10"]);
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let all = report["judgements"].as_array().expect("a list");
+    assert!(all.len() > 300, "{} checks", all.len());
+    let bad: Vec<_> = all
+        .iter()
+        .filter(|one| one["verdict"] != "holds" && one["verdict"] != "not-offered")
+        .map(|one| format!("{}: {} {}", one["id"], one["verdict"], one["why"]))
+        .collect();
+    assert!(bad.is_empty(), "{bad:#?}");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_wrong_command_line_or_nothing_to_judge_is_exit_code_2() {
+    for (args, word) in [
+        (vec!["check"], "--socket"),
+        (vec!["check", "--", "true"], "{socket}"),
+        (vec!["check", "--", "false", "{socket}"], "ended before it listened"),
+        (vec!["check", "--", "/nonexistent", "{socket}"], "/nonexistent"),
+        (vec!["check", "--socket", "/nonexistent"], "nobody listens"),
+        (vec!["check", "--only", "frob", "--socket", "/nonexistent"], "frob"),
+        (vec!["check", "--expect", "/nonexistent", "--list"], "/nonexistent"),
+        (vec!["check", "--seconds", "0", "--list"], "seconds"),
+    ] {
+        let output = outboard(&args);
+        let errors = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {errors}");
+        assert_eq!(errors.lines().count(), 1, "{args:?}: {errors}");
+        assert!(errors.contains(word), "{args:?}: {errors}");
+    }
+}
+
+#[test]
+fn the_list_names_every_check_once_with_its_section() {
+    let output = outboard(&["check", "--list"]);
+    let lines = text(&output.stdout);
+    assert!(lines.contains("features-answered") && lines.contains("[GET_FEATURES]"));
+    let json = outboard(&["check", "--list", "--json", "--only", "conformance"]);
+    let list: Value = serde_json::from_slice(&json.stdout).expect("JSON");
+    let list = list.as_array().expect("a list");
+    assert!(list.len() > 100 && list.iter().all(|check| check["group"] == "conformance"));
+}
+
+#[test]
+fn the_known_defects_of_qemu_storage_daemon_are_found() {
+    let folder = tempfile::tempdir().expect("a folder");
+    if Command::new("qemu-storage-daemon").arg("--version").output().is_err() {
+        assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "CI=true skips nothing");
+        eprintln!("SKIPPED: qemu-storage-daemon is not installed (Debian: qemu-utils)");
+        return;
+    }
+    let image = folder.path().join("disk.img");
+    std::fs::File::create(&image).expect("an image").set_len(4 << 20).expect("room");
+    let node = format!("driver=file,filename={},node-name=d,locking=off", image.display());
+    let export = "type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket},writable=on,num-queues=2";
+    let junit = folder.path().join("junit.xml");
+    let daemon = ["qemu-storage-daemon", "--blockdev", &node, "--export", export];
+    let only = ["index-set-vring-num", "regions-4-gi", "fd-stray-often", "memory-short", "served"];
+    let mut args = vec!["check", "--quick", "--json", "--junit", junit.to_str().expect("text")];
+    only.iter().for_each(|id| args.extend(["--only", id]));
+    args.push("--");
+    let output = outboard(&[args.as_slice(), &daemon].concat());
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let verdict = |id: &str| {
+        let all = report["judgements"].as_array().expect("a list");
+        all.iter().find(|one| one["id"] == id).map(|one| one["verdict"].clone())
+    };
+    assert_eq!(verdict("index-set-vring-num"), Some("crashes".into()));
+    assert_eq!(verdict("fd-stray-often"), Some("leaks".into()));
+    assert_eq!(verdict("memory-short"), Some("crashes".into()));
+    assert_eq!(verdict("served"), Some("holds".into()));
+    assert_ne!(verdict("regions-4-gi"), Some("holds".into()));
+    let xml = std::fs::read_to_string(&junit).expect("a report");
+    assert!(xml.contains("<testsuite name=\"hostile\"") && xml.contains("SIGSEGV"), "{xml}");
+    let known = folder.path().join("known.txt");
+    std::fs::write(&known, "index-set-vring-num crashes its index is not checked\n").expect("a list");
+    let args = ["check", "--only", "index-set-vring-num", "--expect", known.to_str().expect("text")];
+    let output = outboard(&[&args[..], &["--"], &daemon].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(text(&output.stdout).contains("its index is not checked"));
+}
