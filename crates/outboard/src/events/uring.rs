@@ -21,7 +21,7 @@ use io_uring::types::{CancelBuilder, Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use outboard_memory::Segment;
 use outboard_queue::Chain;
-use rustix::event::PollFlags;
+use rustix::event::{PollFlags, epoll};
 
 use super::{Event, EventLoop, FileId, FileOp};
 
@@ -56,6 +56,8 @@ struct Flying {
 /// See the module.
 pub(crate) struct UringLoop {
     ring: IoUring,
+    /// Asked whether a descriptor can be waited for; nothing ever stays in it.
+    waitable: OwnedFd,
     watches: Vec<Watch>,
     serial: u64,
     files: Vec<Arc<File>>,
@@ -87,6 +89,7 @@ impl UringLoop {
         }
         Ok(Self {
             ring,
+            waitable: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             watches: Vec::new(),
             serial: 0,
             files: Vec::new(),
@@ -204,11 +207,10 @@ fn transient(error: &io::Error) -> bool {
 
 impl EventLoop for UringLoop {
     fn watch(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
-        let file = rustix::fs::fstat(fd)?;
-        if rustix::fs::FileType::from_raw_mode(file.st_mode).is_file() {
-            // A regular file is always "ready": epoll refuses it (EPERM), so do we.
-            return Err(io::Error::from(io::ErrorKind::PermissionDenied));
-        }
+        // A file that cannot be waited for (a regular file, /dev/zero) would be "ready" at once and
+        // for ever. epoll knows such files and refuses them (EPERM).
+        epoll::add(&self.waitable, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+        epoll::delete(&self.waitable, fd)?;
         let fd = fd.try_clone_to_owned()?;
         let (serial, raw) = (self.serial, fd.as_raw_fd());
         self.serial += 1;
