@@ -85,7 +85,7 @@ pub fn judge(
     options: &Options,
     mut progress: impl FnMut(&Judgement),
 ) -> Result<Report, JudgeError> {
-    let wanted: Vec<_> = checks().filter(|check| options.wants(check)).collect();
+    let mut wanted: Vec<_> = checks().filter(|check| options.wants(check)).collect();
     if wanted.is_empty() {
         return Err(JudgeError::NoSuchCheck(options.only.join(", ")));
     }
@@ -98,11 +98,17 @@ pub fn judge(
             None
         }
     };
+    if kept.is_some() {
+        wanted.sort_by_key(|check| kills(check));
+    }
     let mut report = Report::default();
     for check in wanted {
         let start = Instant::now();
         let outcome = match &mut kept {
-            Some(peer) => play(check, peer, traits, options),
+            Some(peer) => match peer.life() {
+                Life::Alive => play(check, peer, traits, options),
+                Life::Left | Life::Died(_) => Err(gone()),
+            },
             None => match Peer::start(target, START) {
                 Ok(mut peer) => play(check, &mut peer, traits, options),
                 Err(why) => Err(Finding::new(Verdict::NotJudged, why)),
@@ -113,6 +119,18 @@ pub fn judge(
         report.judgements.push(judgement);
     }
     Ok(report)
+}
+
+/// Checks that end the process of one known back-end or another: last, where there is one process.
+fn kills(check: &Check) -> bool {
+    const KILL: [&str; 7] =
+        ["index-", "memory-short", "memory-cut", "log-", "regions-", "all-ones", "storm-"];
+    KILL.iter().any(|start| check.id.starts_with(start))
+}
+
+/// Why nothing more can be said of a back-end that was found running.
+fn gone() -> Finding {
+    Finding::new(Verdict::NotJudged, "an earlier check ended the process")
 }
 
 /// Finds out what the checks must know beforehand.

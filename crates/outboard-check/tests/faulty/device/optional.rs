@@ -1,0 +1,129 @@
+//! The messages behind protocol features, and the configuration space.
+
+use std::os::fd::OwnedFd;
+
+use outboard_protocol::payload::{Inflight, ShmemConfig};
+use outboard_protocol::{Effect, StateDirection};
+
+use super::{Device, SECTORS, memfd, refused};
+
+impl Device {
+    pub(super) fn carry_out_optional(&mut self, effect: Effect<OwnedFd>) {
+        match effect {
+            Effect::ResetOwner { ticket } => self.backend.answer(ticket, Ok(())),
+            Effect::ResetDevice { ticket } => {
+                if !self.is("reset-leaves-rings") {
+                    for index in 0..2 {
+                        self.stop(index);
+                    }
+                }
+                self.backend.answer(ticket, Ok(()));
+            }
+            Effect::ReadConfig { offset, size, ticket } => {
+                let bytes = read_config(offset, size);
+                self.backend.answer(ticket, Ok(bytes));
+            }
+            Effect::WriteConfig { ticket, .. } => self.backend.answer(ticket, Err(refused())),
+            Effect::SetBackendReqFd { channel, ticket } => {
+                let good = self.set_channel(channel);
+                self.backend.answer(ticket, if good { Ok(()) } else { Err(refused()) });
+            }
+            Effect::GetInflightFd { num_queues, queue_size, ticket } => {
+                let area = self.inflight(num_queues, queue_size);
+                self.backend.answer(ticket, Ok(Some(area)));
+            }
+            Effect::SetInflightFd { inflight, fd, ticket } => {
+                let end = inflight.mmap_offset.saturating_add(inflight.mmap_size);
+                let size = rustix::fs::fstat(&fd).map_or(0, |stat| stat.st_size.unsigned_abs());
+                self.backend.answer(ticket, if end <= size { Ok(()) } else { Err(refused()) });
+            }
+            Effect::SetStatus { status, ticket } => {
+                self.status = status;
+                self.backend.answer(ticket, Ok(()));
+            }
+            Effect::GetStatus { ticket } => self.backend.answer(ticket, Ok(self.status)),
+            Effect::SetDeviceStateFd { direction, fd, ticket } => {
+                self.transfer = Some(self.transferred(direction, fd));
+                self.backend.answer(ticket, Ok(None));
+            }
+            Effect::CheckDeviceState { ticket } => {
+                let good = self.transfer.take() == Some(true) || self.is("state-always-good");
+                self.backend.answer(ticket, if good { Ok(()) } else { Err(refused()) });
+            }
+            Effect::GetSharedObject { ticket, .. } => {
+                let any = self.is("gives-any-object").then(|| memfd(4096));
+                self.backend.answer(ticket, Ok(any));
+            }
+            Effect::GetShmemConfig { ticket } => {
+                let mut sizes = Box::new(ShmemConfig { count: 1, padding: 0, sizes: [0; 256] });
+                sizes.sizes[3] = if self.is("shmem-odd") { 100 } else { 8192 };
+                sizes.count += u32::from(self.is("shmem-miscounted"));
+                self.backend.answer(ticket, Ok(sizes));
+            }
+            // Dropping an effect refuses its request.
+            _ => {}
+        }
+    }
+
+    /// Takes a back-end channel; whether it is one.
+    fn set_channel(&mut self, channel: OwnedFd) -> bool {
+        let socket = rustix::net::sockopt::socket_type(&channel).is_ok();
+        let first = self.channel.is_none() || !self.is("channel-once");
+        if self.is("leaks-channels") {
+            self.kept.extend(self.channel.take());
+        }
+        self.channel = Some(channel);
+        (socket && first) || self.is("channel-unchecked")
+    }
+
+    fn inflight(&mut self, queues: u16, size: u16) -> (Inflight, OwnedFd) {
+        let bytes = Inflight::area_size(size, false) * u64::from(queues);
+        let file = memfd(if self.is("inflight-short-file") { 16 } else { bytes });
+        if self.is("leaks-inflight") {
+            self.kept.push(file.try_clone().expect("a descriptor"));
+        }
+        let area = Inflight {
+            mmap_size: bytes,
+            num_queues: queues,
+            queue_size: size,
+            ..Inflight::default()
+        };
+        (area, file)
+    }
+
+    /// Saves or loads the state; whether that worked.
+    fn transferred(&mut self, direction: StateDirection, fd: OwnedFd) -> bool {
+        match direction {
+            StateDirection::Save => {
+                let _ = rustix::io::write(&fd, b"outboard");
+                if self.is("state-never-ends") {
+                    self.kept.push(fd);
+                }
+                true
+            }
+            // The test's peer sends what no save has made.
+            StateDirection::Load => self.is("loads-anything"),
+        }
+    }
+}
+
+/// A part of the configuration, with zeros behind its end.
+fn read_config(offset: u32, size: u32) -> Vec<u8> {
+    let at = usize::try_from(offset).expect("small");
+    let end = at + usize::try_from(size).expect("small");
+    let mut all = config().to_vec();
+    all.resize(all.len().max(end), 0);
+    all[at..end].to_vec()
+}
+
+/// Capacity, limits and nothing else of note.
+fn config() -> [u8; 60] {
+    let mut config = [0; 60];
+    config[..8].copy_from_slice(&SECTORS.to_le_bytes());
+    config[12..16].copy_from_slice(&126u32.to_le_bytes());
+    config[36..40].copy_from_slice(&1024u32.to_le_bytes());
+    config[40..44].copy_from_slice(&1u32.to_le_bytes());
+    config[48..52].copy_from_slice(&1024u32.to_le_bytes());
+    config[52..56].copy_from_slice(&1u32.to_le_bytes());
+    config
+}

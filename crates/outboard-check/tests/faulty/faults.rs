@@ -1,0 +1,402 @@
+//! Faults of the protocol: what is changed in a request before the sound machine sees it, and in its
+//! answers afterwards. A rule is broken by making the illegal legal.
+//!
+//! Invariant: an unknown name, and the empty one, changes nothing.
+
+use std::os::fd::OwnedFd;
+
+use outboard_protocol::Frame;
+use outboard_protocol::features::{ProtocolFeatures as P, virtio};
+use outboard_protocol::header::{HEADER_SIZE, Header, REPLY_FLAGS};
+use outboard_protocol::payload::{MemRegion, decode_mem_table, encode_mem_table, read};
+use outboard_protocol::table::{FdRule, Side, info};
+use zerocopy::IntoBytes as _;
+
+use crate::device::{Device, memfd};
+
+/// A whole request, to be changed at will.
+pub(crate) struct Message {
+    pub(crate) id: u32,
+    pub(crate) flags: u32,
+    size: u32,
+    pub(crate) payload: Vec<u8>,
+    pub(crate) fds: Vec<OwnedFd>,
+}
+
+impl Message {
+    pub(crate) fn new(bytes: &[u8], fds: Vec<OwnedFd>) -> Self {
+        let header = read::<Header>(bytes).expect("a header");
+        let payload = bytes[HEADER_SIZE..].to_vec();
+        Self { id: header.request, flags: header.flags, size: header.size, payload, fds }
+    }
+
+    pub(crate) fn clone_head(&self) -> Self {
+        let payload = self.payload.clone();
+        Self { id: self.id, flags: self.flags, size: self.size, payload, fds: Vec::new() }
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        let whole = u32::try_from(self.payload.len()).expect("small");
+        let size = if self.size > 4096 { self.size } else { whole };
+        let header = Header { request: self.id, flags: self.flags, size };
+        [header.as_bytes(), &self.payload].concat()
+    }
+
+    fn word(&self, at: usize) -> u32 {
+        self.payload.get(at..).and_then(read).unwrap_or(0)
+    }
+
+    fn set(&mut self, at: usize, value: u32) {
+        if let Some(place) = self.payload.get_mut(at..at + 4) {
+            place.copy_from_slice(&value.to_ne_bytes());
+        }
+    }
+
+    fn number(&self) -> u64 {
+        read(&self.payload).unwrap_or(0)
+    }
+
+    fn set_number(&mut self, value: u64) {
+        if let Some(place) = self.payload.get_mut(..8) {
+            place.copy_from_slice(&value.to_ne_bytes());
+        }
+    }
+
+    const fn asks(&self) -> bool {
+        self.flags & 8 != 0
+    }
+}
+
+/// What becomes of a request.
+pub(crate) enum Action {
+    Pass,
+    Swallow,
+    Close,
+    Abort,
+    Answer(Frame<OwnedFd>),
+    /// Performed when the next of its kind comes.
+    Late,
+}
+
+fn number(id: u32, value: u64) -> Frame<OwnedFd> {
+    let header = Header { request: id, flags: REPLY_FLAGS, size: 8 };
+    Frame { bytes: [header.as_bytes(), value.as_bytes()].concat(), fds: Vec::new() }
+}
+
+/// Says yes or no where an answer is asked for.
+fn say(message: &Message, device: &Device, value: u64) -> Action {
+    let agreed = device.state().acked_protocol_features().contains(P::REPLY_ACK);
+    if message.asks() && agreed {
+        Action::Answer(number(message.id, value))
+    } else {
+        Action::Swallow
+    }
+}
+
+pub(crate) fn before(fault: &str, m: &mut Message, device: &Device) -> Action {
+    if let Some(name) = fault.strip_prefix("gate-") {
+        let row = info(Side::FrontEnd, m.id);
+        let this = row.is_some_and(|row| row.name.eq_ignore_ascii_case(&name.replace('-', "_")));
+        let open = row.is_some_and(|row| row.needs.is_open(device.state().negotiated()));
+        return if this && !open { say(m, device, 0) } else { Action::Pass };
+    }
+    if let Some(name) = fault.strip_prefix("index-") {
+        return index(name, m, device);
+    }
+    device.owned.set(device.owned.get() || m.id == 3);
+    let first = negotiation(fault, m, device);
+    if !matches!(first, Action::Pass) {
+        return first;
+    }
+    let second = rings(fault, m, device);
+    if !matches!(second, Action::Pass) {
+        return second;
+    }
+    let third = memory(fault, m, device);
+    if !matches!(third, Action::Pass) { third } else { other(fault, m, device) }
+}
+
+/// A ring number that is not checked.
+fn index(name: &str, m: &mut Message, device: &Device) -> Action {
+    let row = info(Side::FrontEnd, m.id);
+    let this = row.is_some_and(|row| row.name.eq_ignore_ascii_case(&name.replace('-', "_")));
+    let ring = if (12..15).contains(&m.id) { m.number() & 0xff } else { u64::from(m.word(0)) };
+    match () {
+        () if !this || ring < 2 => Action::Pass,
+        () if m.id == 11 => Action::Abort,
+        () => say(m, device, 0),
+    }
+}
+
+fn negotiation(fault: &str, m: &mut Message, device: &Device) -> Action {
+    let state = device.state();
+    let acked = state.acked_protocol_features();
+    match (fault, m.id) {
+        ("features-unchecked", 2) => m.set_number(m.number() & state.offer().features),
+        ("protocol-features-unchecked", 16) => {
+            m.set_number(m.number() & state.offer().protocol_features.bits());
+        }
+        ("features-once", 2) if state.features_set() => return say(m, device, 1),
+        ("owner-once", 3) if state.features_set() => return say(m, device, 1),
+        ("owner-demanded", 1) if !device.owned.get() => return Action::Close,
+        ("no-features-again", 1) if state.features_set() => {
+            return Action::Answer(number(1, state.offer().features & !virtio::RING_EVENT_IDX));
+        }
+        ("acks-unasked", 10) if !m.asks() && acked.contains(P::REPLY_ACK) => m.flags |= 8,
+        ("acks-before-agreed", 10) if m.asks() && !acked.contains(P::REPLY_ACK) => {
+            return Action::Answer(number(10, 0));
+        }
+        ("skips-unagreed", 10) if m.asks() && !acked.contains(P::REPLY_ACK) => {
+            return Action::Swallow;
+        }
+        ("unknown-is-fine", id) if info(Side::FrontEnd, id).is_none() => return say(m, device, 0),
+        ("unknown-closes", id) if info(Side::FrontEnd, id).is_none() => return Action::Close,
+        ("unknown-is-answered", id) if info(Side::FrontEnd, id).is_none() => {
+            return Action::Answer(number(id, 1));
+        }
+        ("late-bases", 10) if !m.asks() => return Action::Late,
+        ("inband-alone", 16) if m.number() & P::INBAND_NOTIFICATIONS.bits() != 0 => {
+            m.set_number(m.number() & !P::INBAND_NOTIFICATIONS.bits());
+        }
+        _ => {}
+    }
+    Action::Pass
+}
+
+fn rings(fault: &str, m: &mut Message, device: &Device) -> Action {
+    let live = device.state().ring(0).is_some_and(|ring| ring.run.is_live());
+    match (fault, m.id) {
+        ("num-0", 8) if m.word(4) == 0 => m.set(4, 16),
+        ("num-odd", 8) if m.word(4) < 0x1_0000 => {
+            m.set(4, m.word(4).next_power_of_two().max(u32::from(m.word(4) > 0)));
+        }
+        ("num-huge", 8) if m.word(4) > 0xffff => m.set(4, 256),
+        ("num-small-only", 8) if m.word(4) > 64 => return say(m, device, 1),
+        ("num-live", 8) | ("base-live", 10) if live => return say(m, device, 0),
+        ("addr-unaligned", 9) => {
+            for at in [8, 16, 24] {
+                m.set(at, m.word(at) & !15);
+            }
+        }
+        ("addr-flags", 9) => m.set(4, 0),
+        ("addr-live", 9) if live => return say(m, device, 1),
+        ("addr-early", 9) if device.state().regions().is_empty() => return say(m, device, 1),
+        ("base-wide", 10) => m.set(4, m.word(4) & 0xffff),
+        ("kick-needs-fd", 12) | ("call-needs-fd", 13) | ("err-needs-fd", 14)
+            if m.number() & 0x100 != 0 =>
+        {
+            return say(m, device, 1);
+        }
+        ("kick-fd-missing", 12) | ("call-fd-missing", 13) | ("err-fd-missing", 14)
+            if m.fds.is_empty() && m.number() < 2 =>
+        {
+            return say(m, device, 0);
+        }
+        ("enable-any", 18) if m.word(4) > 1 => m.set(4, 1),
+        ("enable-without-bit-30", 18) => {
+            let acked = device.state().acked_features() & virtio::PROTOCOL_FEATURES != 0;
+            return if acked { Action::Pass } else { say(m, device, 0) };
+        }
+        ("enable-strict", 18) => {
+            let now = device.state().ring(0).is_some_and(|ring| ring.enabled);
+            return if now == (m.word(4) == 1) { say(m, device, 1) } else { Action::Pass };
+        }
+        ("one-ring", 10 | 11) => m.set(0, 0),
+        ("enable-after-kick", 18) if !device.state().ring(0).is_some_and(|ring| ring.kicked) => {
+            return say(m, device, 0);
+        }
+        _ => {}
+    }
+    Action::Pass
+}
+
+fn memory(fault: &str, m: &mut Message, device: &Device) -> Action {
+    if m.id == 5 {
+        return table(fault, m, device);
+    }
+    let region = m.payload.get(8..40).and_then(read::<MemRegion>).unwrap_or_default();
+    let known = device.state().regions().iter().any(|old| old.same_slot(&region));
+    match (fault, m.id) {
+        ("slots-once", 37) if !device.state().regions().is_empty() => return say(m, device, 1),
+        ("slots-do-nothing", 37 | 38) => return say(m, device, 0),
+        ("slot-overlaps", 37) => {
+            let end = |r: &MemRegion| r.guest_addr.saturating_add(r.size);
+            let overlap = device
+                .state()
+                .regions()
+                .iter()
+                .any(|old| region.guest_addr < end(old) && old.guest_addr < end(&region));
+            return if overlap { say(m, device, 0) } else { Action::Pass };
+        }
+        ("slot-unknown", 38) if !known => return say(m, device, 0),
+        ("slot-fd-refused", 38) if !m.fds.is_empty() => return say(m, device, 1),
+        ("slot-offset", 38) if region.offset != 0 => return say(m, device, 1),
+        ("slot-needs-no-fd", 37) if m.fds.is_empty() => return say(m, device, 0),
+        ("slots-unlimited", 37) if device.state().regions().len() >= 32 => {
+            return say(m, device, 0);
+        }
+        _ => {}
+    }
+    Action::Pass
+}
+
+fn table(fault: &str, m: &mut Message, device: &Device) -> Action {
+    let mut all = decode_mem_table(&m.payload).unwrap_or_default();
+    let touch = |pair: &[MemRegion]| pair[0].guest_addr + pair[0].size == pair[1].guest_addr;
+    let refuse = match fault {
+        "table-one-region" => all.len() > 1,
+        "table-four-regions" => all.len() > 4,
+        "table-exact" => m.payload.len() != 8 + 32 * all.len(),
+        "table-apart" => all.windows(2).any(touch),
+        "table-sorted" => !all.is_sorted_by_key(|region| region.guest_addr),
+        "table-offset-0" => {
+            all.iter().any(|region| region.offset % 4096 == 0 && region.offset != 0)
+        }
+        "table-once" => !device.state().regions().is_empty(),
+        _ => false,
+    };
+    let accept = match fault {
+        "table-any-count" => m.word(0) as usize > all.len() && all.is_empty(),
+        "table-empty-regions" => all.iter().any(|region| region.size == 0),
+        "table-huge-regions" => all.iter().any(|region| region.size > 1 << 40),
+        "table-fds-missing" => m.fds.len() < all.len(),
+        "table-fds-left" => m.fds.len() > all.len(),
+        "table-any-file" => m.fds.iter().any(|fd| {
+            let stat = rustix::fs::fstat(fd).expect("an open descriptor");
+            let kind = rustix::fs::FileType::from_raw_mode(stat.st_mode);
+            kind != rustix::fs::FileType::RegularFile
+        }),
+        _ => false,
+    };
+    match () {
+        () if refuse => return say(m, device, 1),
+        () if accept => return say(m, device, 0),
+        () => {}
+    }
+    match fault {
+        "table-aborts-when-empty" if m.word(0) == 0 => return Action::Abort,
+        "table-aborts-on-nine" if all.len() == 9 => return Action::Abort,
+        "table-aborts-on-lies" if m.word(0) > 64 => return Action::Abort,
+        "table-hangs-on-lies" if m.word(0) > 64 => loop {
+            std::hint::spin_loop();
+        },
+        "table-leaks-refused" if m.fds.len() > 32 => {
+            std::mem::take(&mut m.fds).into_iter().for_each(std::mem::forget);
+        }
+        "table-guest-overlap" | "table-user-overlap" => {
+            for (at, region) in (1u64..).zip(&mut all) {
+                let to = if fault == "table-guest-overlap" {
+                    &mut region.guest_addr
+                } else {
+                    &mut region.user_addr
+                };
+                if region.size < 1 << 20 {
+                    *to = to.wrapping_add(at << 36);
+                }
+            }
+            m.payload = encode_mem_table(&all);
+        }
+        _ => {}
+    }
+    Action::Pass
+}
+
+fn other(fault: &str, m: &mut Message, device: &Device) -> Action {
+    let legal = info(Side::FrontEnd, m.id).is_some_and(|row| row.payload.sizes().allows(m.size));
+    let no_fds = info(Side::FrontEnd, m.id).is_none_or(|row| row.fds == FdRule::None);
+    match (fault, m.id) {
+        ("config-offset-ignored", 24) => m.set(0, 0),
+        ("config-late", 24) if !device.state().features_set() => m.set(4, 0),
+        ("config-never", 24) => return Action::Swallow,
+        ("config-impossible", 24) if !legal || m.word(4) == 0 || m.word(0) > 256 => {
+            return Action::Swallow;
+        }
+        ("config-writable", 25) if m.word(0) == 0 => return say(m, device, 0),
+        ("config-far", 25) if m.word(0) > 0 => return say(m, device, 0),
+        ("reset-owner-forgets", 4) => {
+            (m.id, m.payload) = (10, [0u32, 0].as_bytes().to_vec());
+            return Action::Pass;
+        }
+        ("reset-owner-closes", 4) => return Action::Close,
+        ("reset-refused", 34) => return say(m, device, 1),
+        ("status-refused", 39) => m.set_number(0),
+        ("channel-fd-missing", 21) if m.fds.is_empty() => return say(m, device, 0),
+        ("inflight-any", 32) => return say(m, device, 0),
+        ("inflight-too-much", 31) => {
+            m.payload = m.payload[..16].to_vec();
+            m.payload.extend([1, 0, 64, 0, 0, 0, 0, 0]);
+        }
+        ("state-any", 42) => m.set(0, 0),
+        ("rarp-refused", 19) | ("mtu-refused", 20) => {
+            return say(m, device, 1);
+        }
+        ("size-unchecked", _) if !legal && m.size < 4096 => return say(m, device, 0),
+        ("version-unchecked", _) if m.flags & 3 != 1 => m.flags = m.flags & !3 | 1,
+        ("reply-bit-unchecked", _) => m.flags &= !4,
+        ("flag-means-reply", 10) if m.flags & 0x10 != 0 => m.flags |= 8,
+        ("aborts-on-ones", _) if m.payload.len() >= 8 && m.payload.iter().all(|b| *b == 0xff) => {
+            return Action::Abort;
+        }
+        ("waits-for-anything", _) if m.size > 4096 => {
+            std::thread::sleep(std::time::Duration::from_secs(2));
+        }
+        ("leaks-stray-fds", _) if no_fds => {
+            std::mem::take(&mut m.fds).into_iter().for_each(std::mem::forget);
+        }
+        ("aborts-on-many-fds", _) if m.fds.len() > 32 => return Action::Abort,
+        ("aborts-when-short", _) if !legal && m.size < 8 => return Action::Abort,
+        ("kick-first-aborts", 12) if !device.state().features_set() => return Action::Abort,
+        _ => {}
+    }
+    Action::Pass
+}
+
+/// The answers to a request, changed.
+pub(crate) fn after(
+    fault: &str,
+    mut frame: Frame<OwnedFd>,
+    request: &Message,
+    device: &Device,
+) -> Vec<Frame<OwnedFd>> {
+    let ack = info(Side::FrontEnd, request.id).is_none_or(|row| !row.reply.is_own());
+    let set = |frame: &mut Frame<OwnedFd>, at: usize, value: u32| {
+        if let Some(place) = frame.bytes.get_mut(at..at + 4) {
+            place.copy_from_slice(&value.to_ne_bytes());
+        }
+    };
+    match (fault, request.id) {
+        ("flags-of-replies", _) if !ack => set(&mut frame, 4, 0x1),
+        ("flags-of-acks", _) if ack => set(&mut frame, 4, 0xd),
+        ("ack-with-fd", 10) => frame.fds.push(memfd(1)),
+        ("features-with-fd", 1) => frame.fds.push(memfd(1)),
+        ("features-twice", 1) if request.asks() => {
+            let again = Frame { bytes: frame.bytes.clone(), fds: Vec::new() };
+            return vec![frame, again];
+        }
+        ("features-of-4-bytes", 15) if device.state().acked_protocol_features().is_empty() => {
+            set(&mut frame, 16, 0x8000_0000);
+        }
+        ("queues-0", 17) => frame.bytes[12..].fill(0),
+        ("slots-0", 36) => frame.bytes[12..].fill(0),
+        ("config-short", 24) if frame.bytes.len() > 24 => {
+            frame.bytes.truncate(frame.bytes.len() - 1);
+            let size = u32::try_from(frame.bytes.len() - 12).expect("small");
+            set(&mut frame, 8, size);
+        }
+        ("config-head", 24) => set(&mut frame, 12, 4),
+        ("config-tail", 24) if frame.bytes.len() > 200 => {
+            if let Some(last) = frame.bytes.last_mut() {
+                *last = 0x41;
+            }
+        }
+        ("base-of-other-ring", 11) => set(&mut frame, 12, 1),
+        ("state-with-fd-bit", 42) => set(&mut frame, 12, 0),
+        ("state-failed", 42) => set(&mut frame, 12, 0x101),
+        ("base-7-at-first", 11) if request.word(4) == 0 => {
+            let set_before = device.state().ring(0).is_some_and(|ring| ring.base != 0);
+            set(&mut frame, 16, if set_before { 0xffff } else { 7 });
+        }
+        _ => {}
+    }
+    vec![frame]
+}
