@@ -78,6 +78,15 @@ pub fn run(check: bool) -> Result<()> {
     Ok(())
 }
 
+/// The title of each case, by its id.
+///
+/// # Errors
+/// When the list cannot be read.
+pub fn titles() -> Result<BTreeMap<String, String>> {
+    let text = std::fs::read_to_string(paths::workspace().join(LIST)).context(LIST)?;
+    Ok(read(&text)?.into_iter().map(|case| (case.id, case.title)).collect())
+}
+
 fn read(text: &str) -> Result<Vec<Case>> {
     let mut cases: Vec<Case> = Vec::new();
     for line in text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {

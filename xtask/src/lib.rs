@@ -9,6 +9,7 @@ pub mod backend;
 pub mod cases;
 pub mod counts;
 pub mod fuzz;
+pub mod guards;
 pub mod guest;
 pub mod lint;
 pub mod packages;

@@ -5,7 +5,7 @@ mod guest_command;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 use xtask::packages::Root;
-use xtask::{cases, counts, fuzz, lint, suite};
+use xtask::{cases, counts, fuzz, guards, lint, suite};
 
 /// Outboard's own chores.
 #[derive(Parser)]
@@ -55,6 +55,17 @@ enum Chore {
         #[arg(long)]
         check: bool,
     },
+    /// Take the guards of xtask/guards.txt away one by one, in a copy, and see their tests fail
+    Guards {
+        /// Only those of these hostile cases
+        ids: Vec<String>,
+        /// Print the table as JSON
+        #[arg(long)]
+        json: bool,
+        /// Build nothing: see that every guard and its test are still there
+        #[arg(long, conflicts_with_all = ["ids", "json"])]
+        check: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -66,6 +77,8 @@ fn main() -> ExitCode {
         Chore::Fuzz { seconds, target } => fuzz::run(seconds, target.as_deref()).and_then(closing),
         Chore::Counts { bless } => counts::run(bless).and_then(closing),
         Chore::Cases { check } => cases::run(check),
+        Chore::Guards { check: true, .. } => guards::check().map(|note| println!("guards: {note}")),
+        Chore::Guards { ids, json, .. } => guards::run(&ids, json),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
