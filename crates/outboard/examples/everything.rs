@@ -16,8 +16,9 @@ use outboard::protocol::ProtocolFeatures;
 use outboard::protocol::channel::ChannelRequest;
 use outboard::protocol::payload::{CryptoSession, Uuid, VringArea};
 use outboard::{
-    Access, AsyncWorker, BackendChannel, ConfigWrite, Deferred, Error, MakeWorker, MappingSource,
-    Model, QueueSpec, Requests, Server, SharedMemoryMapper, SharedMemoryRegion, WorkerDevice,
+    Access, AsyncWorker, BackendChannel, ConfigWrite, Deferred, Error, Hooks, MakeWorker,
+    MappingSource, Model, QueueSpec, Requests, Server, SharedMemoryMapper, SharedMemoryRegion,
+    WorkerDevice,
 };
 
 const REGIONS: [SharedMemoryRegion; 2] =
@@ -158,23 +159,6 @@ impl Model for Everything {
         outboard::protocol::virtio::NET_MTU
     }
 
-    fn protocol_features(&self) -> ProtocolFeatures {
-        ProtocolFeatures::RARP
-            | ProtocolFeatures::MTU
-            | ProtocolFeatures::CRYPTO_SESSION
-            | ProtocolFeatures::SHARED_OBJECT
-            | ProtocolFeatures::HOST_NOTIFIER
-            | ProtocolFeatures::BACKEND_SEND_FD
-    }
-
-    fn back_end_channel(&self) -> Option<BackendChannel> {
-        Some(self.channel.clone())
-    }
-
-    fn shared_memory(&self) -> Vec<SharedMemoryRegion> {
-        REGIONS.to_vec()
-    }
-
     fn config_size(&self) -> u32 {
         CONFIG
     }
@@ -207,6 +191,29 @@ impl Model for Everything {
     fn reset(&mut self) -> Result<(), Error> {
         self.state().resets += 1;
         Ok(())
+    }
+
+    fn hooks(&mut self) -> Option<&mut dyn Hooks> {
+        Some(self)
+    }
+}
+
+impl Hooks for Everything {
+    fn protocol_features(&self) -> ProtocolFeatures {
+        ProtocolFeatures::RARP
+            | ProtocolFeatures::MTU
+            | ProtocolFeatures::CRYPTO_SESSION
+            | ProtocolFeatures::SHARED_OBJECT
+            | ProtocolFeatures::HOST_NOTIFIER
+            | ProtocolFeatures::BACKEND_SEND_FD
+    }
+
+    fn back_end_channel(&self) -> Option<BackendChannel> {
+        Some(self.channel.clone())
+    }
+
+    fn shared_memory(&self) -> Vec<SharedMemoryRegion> {
+        REGIONS.to_vec()
     }
 
     fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), Error> {

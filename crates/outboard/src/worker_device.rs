@@ -4,21 +4,17 @@
 //! its event loop and costs nothing. Queue `i` is served by thread `i % threads`. Dropping the
 //! device ends its threads; queues that still run are finished first.
 
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, mpsc};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use futures_channel::oneshot;
-use outboard_protocol::ProtocolFeatures;
-use outboard_protocol::payload::CryptoSession;
 
-use crate::channel::BackendChannel;
 use crate::device::{ConfigWrite, VhostUserDevice};
 use crate::error::{Error, HostError};
 use crate::events::{LoopKind, event_loop};
+use crate::hooks::Hooks;
 use crate::queue::{Queue, QueueSpec};
-use crate::shared_memory::SharedMemoryRegion;
 use crate::thread::{self, Order, Port};
 use crate::worker::{MakeWorker, Model, Plain, Worker, WorkerContext};
 
@@ -68,7 +64,6 @@ pub struct WorkerDevice<M: Model> {
     queues: Vec<QueueSpec>,
     threads: Vec<Handle>,
     runs: Vec<Run>,
-    shared_memory: Vec<SharedMemoryRegion>,
     suspended: bool,
 }
 
@@ -117,7 +112,6 @@ impl<M: Model> WorkerDevice<M> {
             queues,
             threads: Vec::with_capacity(count),
             suspended: true,
-            shared_memory: model.shared_memory(),
             model,
         };
         let (built, results) = mpsc::channel();
@@ -254,48 +248,8 @@ impl<M: Model> VhostUserDevice for WorkerDevice<M> {
         self.model.suspend()
     }
 
-    fn unmap_guest_memory_on_fork(&self) -> bool {
-        self.model.unmap_guest_memory_on_fork()
-    }
-
-    fn protocol_features(&self) -> ProtocolFeatures {
-        self.model.protocol_features()
-    }
-
-    fn back_end_channel(&self) -> Option<BackendChannel> {
-        self.model.back_end_channel()
-    }
-
-    fn shared_memory(&self) -> &[SharedMemoryRegion] {
-        &self.shared_memory
-    }
-
-    fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), Error> {
-        self.model.send_rarp(mac)
-    }
-
-    fn set_mtu(&mut self, mtu: u16) -> Result<(), Error> {
-        self.model.set_mtu(mtu)
-    }
-
-    fn create_crypto_session(&mut self, session: &CryptoSession) -> Result<i64, Error> {
-        self.model.create_crypto_session(session)
-    }
-
-    fn close_crypto_session(&mut self, id: u64) -> Result<(), Error> {
-        self.model.close_crypto_session(id)
-    }
-
-    fn takes_gpu_socket(&self) -> bool {
-        self.model.takes_gpu_socket()
-    }
-
-    fn set_gpu_socket(&mut self, socket: OwnedFd) -> Result<(), Error> {
-        self.model.set_gpu_socket(socket)
-    }
-
-    fn shared_object(&mut self, uuid: [u8; 16]) -> Result<Option<OwnedFd>, Error> {
-        self.model.shared_object(uuid)
+    fn hooks(&mut self) -> Option<&mut dyn Hooks> {
+        self.model.hooks()
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::{FEATURES, PATIENCE, Rig, Ring, rang, serve};
 use outboard::memory::RegionSpec;
 use outboard::{
-    DeviceRequestHandler, Error, HandlerOptions, LoopKind, MakeWorker, Model, QueueSpec,
+    DeviceRequestHandler, Error, HandlerOptions, Hooks, LoopKind, MakeWorker, Model, QueueSpec,
     WorkerDevice,
 };
 use outboard_frontend::{Connection, Error as FrontError, SharedMemory};
@@ -174,6 +174,12 @@ impl Model for Private {
         Arc::new(|_| Ok::<_, Error>(common::Echo))
     }
 
+    fn hooks(&mut self) -> Option<&mut dyn Hooks> {
+        Some(self)
+    }
+}
+
+impl Hooks for Private {
     fn unmap_guest_memory_on_fork(&self) -> bool {
         true
     }

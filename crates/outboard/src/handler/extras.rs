@@ -44,9 +44,10 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     }
 
     /// GET_SHMEM_CONFIG: the same for as long as the connection lives.
-    pub(super) fn shmem_config(&self) -> Box<ShmemConfig> {
+    pub(super) fn shmem_config(&mut self) -> Box<ShmemConfig> {
         let mut config = Box::new(ShmemConfig::default());
-        for region in self.device.shared_memory() {
+        let regions = self.device.hooks().map(|hooks| hooks.shared_memory());
+        for region in regions.unwrap_or_default() {
             if let Some(size) = config.sizes.get_mut(usize::from(region.id)) {
                 *size = region.size;
             }

@@ -134,14 +134,19 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
     }
 
     /// What is offered to a front-end.
-    fn offer(&self) -> Offer {
+    fn offer(&mut self) -> Offer {
+        let mut protocol_features = PROTOCOL_FEATURES;
+        let mut gpu_socket = false;
+        if let Some(hooks) = self.device.hooks() {
+            protocol_features |= hooks.protocol_features();
+            gpu_socket = hooks.takes_gpu_socket();
+            if !hooks.shared_memory().is_empty() {
+                protocol_features |= ProtocolFeatures::SHMEM | ProtocolFeatures::BACKEND_SEND_FD;
+            }
+        }
         let device = &self.device;
-        let mut protocol_features = PROTOCOL_FEATURES | device.protocol_features();
         if device.config_size() > 0 {
             protocol_features |= ProtocolFeatures::CONFIG;
-        }
-        if !device.shared_memory().is_empty() {
-            protocol_features |= ProtocolFeatures::SHMEM | ProtocolFeatures::BACKEND_SEND_FD;
         }
         let largest = device.queues().iter().map(|queue| queue.max_size).max();
         Offer {
@@ -150,7 +155,7 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
             queues: u16::try_from(device.queues().len()).unwrap_or(u16::MAX),
             max_queue_size: largest.unwrap_or(1),
             mem_slots: MEM_SLOTS,
-            gpu_socket: device.takes_gpu_socket(),
+            gpu_socket,
         }
     }
 

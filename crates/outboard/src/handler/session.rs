@@ -22,7 +22,8 @@ use super::{Ended, HandlerOptions, RING_FEATURES};
 use crate::channel::BackendChannel;
 use crate::connection::{Connection, Received};
 use crate::device::{ConfigWrite, VhostUserDevice};
-use crate::error::HostError;
+use crate::error::{Error, HostError};
+use crate::hooks::Hooks;
 use crate::reactor::{Raced, Reactor, block_on, race};
 
 /// The longest message: header and the largest payload.
@@ -102,7 +103,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         socket: OwnedFd,
     ) -> Result<Self, HostError> {
         let rings = device.queues().iter().map(|_| HostRing::default()).collect();
-        let channel = device.back_end_channel().unwrap_or_default();
+        let channel = device.hooks().and_then(|hooks| hooks.back_end_channel()).unwrap_or_default();
         Ok(Self {
             device,
             options,
@@ -278,32 +279,42 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
                 self.backend.answer(ticket, Ok(config));
             }
             Effect::SendRarp { mac, ticket } => {
-                let done = self.device.send_rarp(mac).map_err(Refusal::because);
+                let done = self.hook(|hooks| hooks.send_rarp(mac));
                 self.acknowledge(ticket, done);
             }
             Effect::NetSetMtu { mtu, ticket } => {
-                let done = self.device.set_mtu(mtu).map_err(Refusal::because);
+                let done = self.hook(|hooks| hooks.set_mtu(mtu));
                 self.acknowledge(ticket, done);
             }
             Effect::CreateCryptoSession { session, ticket } => {
-                let id = self.device.create_crypto_session(&session);
-                self.backend.answer(ticket, id.map_err(Refusal::because));
+                let id = self.hook(|hooks| hooks.create_crypto_session(&session));
+                self.backend.answer(ticket, id);
             }
             Effect::CloseCryptoSession { id, ticket } => {
-                let done = self.device.close_crypto_session(id).map_err(Refusal::because);
+                let done = self.hook(|hooks| hooks.close_crypto_session(id));
                 self.acknowledge(ticket, done);
             }
             Effect::GpuSetSocket { socket, ticket } => {
-                let done = self.device.set_gpu_socket(socket).map_err(Refusal::because);
+                let done = self.hook(|hooks| hooks.set_gpu_socket(socket));
                 self.acknowledge(ticket, done);
             }
             Effect::GetSharedObject { uuid, ticket } => {
-                let object = self.device.shared_object(uuid.bytes).map_err(Refusal::because);
+                let object = self.hook(|hooks| hooks.shared_object(uuid.bytes));
                 self.backend.answer(ticket, object);
             }
             other => debug!("{} is not offered", other.name()),
         }
         Ok(())
+    }
+
+    /// Has the device's hooks carry something out.
+    fn hook<T>(
+        &mut self,
+        call: impl FnOnce(&mut dyn Hooks) -> Result<T, Error>,
+    ) -> Result<T, Refusal> {
+        let hooks = self.device.hooks();
+        let hooks = hooks.ok_or_else(|| Refusal::because("the device has no such hook"))?;
+        call(hooks).map_err(Refusal::because)
     }
 
     /// Answers a message that has no reply of its own; a refusal is worth a line in the log.
