@@ -180,6 +180,17 @@ impl Buffers {
         (readable, writable)
     }
 
+    /// Appends the guest-physical ranges of the room that is left to `to`, a range for each piece. A piece that is in
+    /// no region, which cannot be, is left out.
+    pub fn writable_ranges(&self, to: &mut Vec<(u64, u64)>) {
+        let pieces = self.list.get(self.writable.next()..self.writable.end()).unwrap_or_default();
+        to.extend(
+            pieces.iter().filter_map(|piece| {
+                Some((self.memory.host_to_guest(piece.base)?, wide(piece.len)))
+            }),
+        );
+    }
+
     /// Pieces in all.
     #[inline(always)]
     pub fn pieces(&self) -> usize {

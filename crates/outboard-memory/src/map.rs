@@ -12,7 +12,7 @@ use std::hint;
 use std::sync::Arc;
 
 use crate::error::LayoutError;
-use crate::num::index;
+use crate::num::{index, wide};
 use crate::region::{Region, RegionSpec};
 use crate::sigbus;
 
@@ -150,6 +150,15 @@ impl GuestMemory {
         let &(user, size, guest) = self.by_user.get(after.checked_sub(1)?)?;
         let offset = addr - user;
         (offset < size && len <= size - offset).then(|| guest + offset)
+    }
+
+    /// The guest-physical address of a byte of this process that lies in one of the regions: what the dirty log knows a
+    /// buffer by, however its address was translated.
+    pub fn host_to_guest(&self, host: *const u8) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let offset = wide(host.addr().wrapping_sub(region.host().addr()));
+            (offset < region.spec().size).then(|| region.spec().guest_addr + offset)
+        })
     }
 
     /// Whether the file of some region was cut short and an access hit the hole. What was read there is zeros, what

@@ -93,6 +93,17 @@ impl Window {
         }
     }
 
+    /// The address of a byte that lies inside a writable window.
+    #[cfg(not(outboard_loom))]
+    pub(crate) fn byte(&self, at: u64) -> Option<*mut u8> {
+        self.checked(at, 1).ok().filter(|_| self.writable)
+    }
+
+    /// Whether the file was cut short and an access met the hole.
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.mapping.is_poisoned()
+    }
+
     fn intact(&self) -> Result<(), WindowError> {
         if self.mapping.is_poisoned() { Err(WindowError::Poisoned) } else { Ok(()) }
     }

@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use loom::sync::atomic::{self, AtomicU16, AtomicU64, Ordering};
+use loom::sync::atomic::{self, AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use super::{Cells, Descriptor};
 use crate::table::Table;
@@ -51,6 +51,23 @@ impl Store {
     fn wide(&self, guest: u64) -> Arc<AtomicU64> {
         let mut cells = self.wide.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(cells.entry(guest).or_insert_with(|| Arc::new(AtomicU64::new(0))))
+    }
+}
+
+/// Bytes that exist from their first use on: those of a dirty log.
+#[derive(Default)]
+pub(crate) struct Bytes(Mutex<BTreeMap<u64, Arc<AtomicU8>>>);
+
+impl Bytes {
+    /// The byte at `at`, made if need be.
+    pub(crate) fn byte(&self, at: u64) -> Arc<AtomicU8> {
+        let mut bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(bytes.entry(at).or_insert_with(|| Arc::new(AtomicU8::new(0))))
+    }
+
+    /// The byte at `at`, if it was ever used.
+    pub(crate) fn find(&self, at: u64) -> Option<Arc<AtomicU8>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&at).map(Arc::clone)
     }
 }
 
