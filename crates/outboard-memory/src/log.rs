@@ -8,11 +8,19 @@
 //! Invariant: a mark that follows a write is either taken by an exchange whose copy then holds the write, or still there
 //! afterwards (loom tests in `outboard-queue`). The log is the peer's: a page it has no bit for is counted and forgotten,
 //! a file cut short costs the marks and not the process.
-#![expect(unsafe_code, reason = "atomic access to the bytes of a mapping")]
+#![cfg_attr(
+    not(outboard_loom),
+    expect(unsafe_code, reason = "atomic access to the bytes of a mapping")
+)]
 
 use std::fmt;
 use std::os::fd::OwnedFd;
+#[cfg(not(outboard_loom))]
+use std::sync::atomic::AtomicU8;
 use std::sync::atomic::{AtomicU64, Ordering, compiler_fence};
+
+#[cfg(outboard_loom)]
+use loom::sync::atomic::AtomicU8;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
@@ -43,7 +51,7 @@ impl DirtyLog {
             window,
             outside: AtomicU64::new(0),
             #[cfg(outboard_loom)]
-            twin: Default::default(),
+            twin: crate::cells::twin::Bytes::new(size),
         })
     }
 
@@ -134,13 +142,19 @@ impl DirtyLog {
     }
 }
 
-#[cfg(not(outboard_loom))]
 impl DirtyLog {
-    /// A byte of the log; the caller has checked that there is one.
-    fn byte(&self, at: u64) -> Option<&std::sync::atomic::AtomicU8> {
+    /// A byte of the log.
+    #[cfg(not(outboard_loom))]
+    fn byte(&self, at: u64) -> Option<&AtomicU8> {
         let byte = self.window.byte(at)?;
         // SAFETY: a byte of our live, writable mapping, borrowed with it; an atomic, which both sides change.
-        Some(unsafe { std::sync::atomic::AtomicU8::from_ptr(byte) })
+        Some(unsafe { AtomicU8::from_ptr(byte) })
+    }
+
+    /// A byte of the log.
+    #[cfg(outboard_loom)]
+    fn byte(&self, at: u64) -> Option<&AtomicU8> {
+        self.twin.byte(at)
     }
 
     fn or(&self, at: u64, mask: u8) {
@@ -154,20 +168,6 @@ impl DirtyLog {
         if byte.load(Ordering::Relaxed) == 0 {
             return 0;
         }
-        let bits = byte.swap(0, Ordering::Relaxed);
-        fence(Ordering::Acquire);
-        bits
-    }
-}
-
-#[cfg(outboard_loom)]
-impl DirtyLog {
-    fn or(&self, at: u64, mask: u8) {
-        self.twin.byte(at).fetch_or(mask, Ordering::Relaxed);
-    }
-
-    fn swap(&self, at: u64) -> u8 {
-        let Some(byte) = self.twin.find(at) else { return 0 };
         let bits = byte.swap(0, Ordering::Relaxed);
         fence(Ordering::Acquire);
         bits

@@ -6,6 +6,7 @@ use crate::chain::Chain;
 use crate::error::RingError;
 use crate::layout::{QueueFeatures, QueueLayout};
 use crate::split::device::SplitDevice;
+use crate::split::log::RingLog;
 
 /// A queue that a device serves: takes chains, gives them back in any order, tells the driver in batches.
 ///
@@ -98,6 +99,13 @@ impl DeviceQueue {
     pub fn set_memory(&mut self, view: View) -> Result<(), RingError> {
         let Ring::Split(ring) = &mut self.ring;
         ring.set_memory(view)
+    }
+
+    /// Notes every write to guest memory in a dirty log from now on, or in another one, or no more. Requests in flight
+    /// are noted in the new log too.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        let Ring::Split(ring) = &mut self.ring;
+        ring.set_log(log);
     }
 
     /// What GET_VRING_BASE answers: where the ring goes on.

@@ -32,3 +32,4 @@ pub use driver::DriverQueue;
 pub use error::{QueueFull, RingError, ShortBuffer};
 pub use event::need_event;
 pub use layout::{QueueFeatures, QueueLayout};
+pub use split::log::RingLog;

@@ -4,6 +4,8 @@ pub(crate) mod cells;
 pub(crate) mod chains;
 pub(crate) mod device;
 pub(crate) mod driver;
+pub(crate) mod log;
+mod tracked;
 pub(crate) mod walk;
 
 /// Available-ring flag: the driver wants no calls.

@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
-use outboard_memory::{GuestMemory, Region, View, twin};
-use outboard_queue::{DeviceQueue, DriverQueue, QueueLayout};
+use outboard_memory::{DirtyLog, GuestMemory, Region, View, twin};
+use outboard_queue::{DeviceQueue, DriverQueue, QueueLayout, RingLog};
 
 const EVENT_IDX: u64 = 1 << 29;
 const DATA: u64 = 0x8000;
@@ -76,6 +76,45 @@ fn publish_against_arm(features: u64) {
         assert!(answered || called.load(Ordering::Relaxed), "a call was lost");
         assert_eq!(driver.pop_used().unwrap(), Some((2, 7)));
     });
+}
+
+/// The front-end takes marks and copies what they stand for, while the device gives a request back: what it has not
+/// copied is marked still. The page is the one of the used ring; the cell is its index.
+fn mark_against_take() {
+    loom::model(|| {
+        let (mut driver, mut device) = both(0);
+        driver.add(&[(DATA, 16)], &[], 1).unwrap();
+        driver.publish();
+        let chain = device.pop().unwrap().unwrap();
+        let (log, _file) = DirtyLog::memfd(4096).unwrap();
+        let log = Arc::new(log);
+        device.set_log(Some(RingLog { log: Arc::clone(&log), used: Some(0), notify: None }));
+        let used = device.layout().used;
+        let index = device.view().cells(used, 4).unwrap().u16_at(2).unwrap();
+        let theirs = Arc::clone(&log);
+        let original = index.clone();
+        let other = thread::spawn(move || {
+            let mut copy = None;
+            theirs.take(|_| copy = Some(original.load(Ordering::Relaxed)));
+            copy.unwrap_or(0)
+        });
+        device.complete(chain, 0);
+        device.publish().unwrap();
+        let mut copy = other.join().unwrap();
+        log.take(|_| copy = index.load(Ordering::Relaxed));
+        assert_eq!(copy, 1, "a page was written and not marked");
+    });
+}
+
+#[test]
+fn no_write_is_missed_by_the_front_end_that_takes_the_marks() {
+    mark_against_take();
+}
+
+#[test]
+#[should_panic(expected = "a page was written and not marked")]
+fn a_write_that_is_missed_shows_without_the_fence() {
+    twin::without_fences(mark_against_take);
 }
 
 #[test]

@@ -54,20 +54,17 @@ impl Store {
     }
 }
 
-/// Bytes that exist from their first use on: those of a dirty log.
-#[derive(Default)]
-pub(crate) struct Bytes(Mutex<BTreeMap<u64, Arc<AtomicU8>>>);
+/// The bytes of a dirty log, which has few in a model. All are made at once: loom wants the same order every time.
+pub(crate) struct Bytes(Vec<AtomicU8>);
 
 impl Bytes {
-    /// The byte at `at`, made if need be.
-    pub(crate) fn byte(&self, at: u64) -> Arc<AtomicU8> {
-        let mut bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(bytes.entry(at).or_insert_with(|| Arc::new(AtomicU8::new(0))))
+    pub(crate) fn new(count: u64) -> Self {
+        Self((0..count).map(|_| AtomicU8::new(0)).collect())
     }
 
-    /// The byte at `at`, if it was ever used.
-    pub(crate) fn find(&self, at: u64) -> Option<Arc<AtomicU8>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&at).map(Arc::clone)
+    /// The byte at `at`.
+    pub(crate) fn byte(&self, at: u64) -> Option<&AtomicU8> {
+        self.0.get(crate::num::index(at))
     }
 }
 

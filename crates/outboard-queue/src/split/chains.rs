@@ -16,8 +16,11 @@ const MOST_PIECES: usize = 4 << 20;
 const MOST_GROWN: usize = 64;
 
 pub(crate) struct Chains {
-    /// By head. `None`: in flight, or never made.
+    /// By head. `None`: in flight, or never made. Empty while the chains are set aside.
     idle: Box<[Option<Box<Parts>>]>,
+    /// The same table while every request is looked at twice (see `tracked`): what is quick finds nothing, and the
+    /// other way is taken without a question on the quick one.
+    aside: Box<[Option<Box<Parts>>]>,
     /// Which were made.
     made: Box<[bool]>,
     /// How many may keep a long list.
@@ -30,7 +33,7 @@ impl Chains {
     pub(crate) fn new(size: u16) -> Self {
         let size = usize::from(size);
         let idle = std::iter::repeat_with(|| None).take(size).collect();
-        Self { idle, made: vec![false; size].into(), grown: 0, charged: 0 }
+        Self { idle, aside: Box::default(), made: vec![false; size].into(), grown: 0, charged: 0 }
     }
 
     /// Takes the chain of this head out.
@@ -40,6 +43,43 @@ impl Chains {
             Some(parts) => Ok(parts),
             None => self.make(head, view),
         }
+    }
+
+    /// Sets the chains aside, or puts them where the quick way finds them.
+    pub(crate) fn set_aside(&mut self, aside: bool) {
+        let (from, to) = match aside {
+            true => (&mut self.idle, &mut self.aside),
+            false => (&mut self.aside, &mut self.idle),
+        };
+        if to.is_empty() {
+            *to = std::mem::take(from);
+        }
+    }
+
+    /// As [`take`](Self::take), of the chains that are set aside.
+    pub(crate) fn take_aside(&mut self, head: u16, view: &View) -> Result<Box<Parts>, RingError> {
+        match self.aside.get_mut(usize::from(head)).and_then(Option::take) {
+            Some(parts) => Ok(parts),
+            None => self.make(head, view),
+        }
+    }
+
+    /// Puts a chain aside that [`place`](Self::place) has no place for. False: no such chain is in flight here.
+    pub(crate) fn put_aside(&mut self, head: u16, parts: Box<Parts>) -> bool {
+        match self.aside.get_mut(usize::from(head)) {
+            Some(slot @ None) => {
+                *slot = Some(parts);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The heads whose chains are in flight.
+    pub(crate) fn in_flight(&self) -> impl Iterator<Item = u16> {
+        let table = if self.idle.is_empty() { &self.aside } else { &self.idle };
+        let away = table.iter().zip(&self.made).map(|(slot, made)| *made && slot.is_none());
+        (0_u16..).zip(away).filter_map(|(head, away)| away.then_some(head))
     }
 
     /// The first time; not when the chain is in flight.
@@ -66,19 +106,18 @@ impl Chains {
         }
     }
 
-    /// Puts the chain of `head` back. False: no such chain is in flight here.
+    /// The place of the chain of `head`, which is given back. `None`: no such chain is in flight here, or chains are set
+    /// aside.
     #[inline(always)]
-    pub(crate) fn put(&mut self, head: u16, mut parts: Box<Parts>) -> bool {
+    pub(crate) fn place(
+        &mut self,
+        head: u16,
+        parts: &mut Box<Parts>,
+    ) -> Option<&mut Option<Box<Parts>>> {
         if parts.charged != 0 {
-            self.discharge(&mut parts);
+            self.discharge(parts);
         }
-        match self.idle.get_mut(usize::from(head)) {
-            Some(slot @ None) => {
-                *slot = Some(parts);
-                true
-            }
-            _ => false,
-        }
+        self.idle.get_mut(usize::from(head)).filter(|slot| slot.is_none())
     }
 
     /// A chain with a long list goes idle: it keeps the list, or not.
@@ -96,7 +135,7 @@ impl Chains {
 
     /// Lets go of guest memory that is not the one of `view`.
     pub(crate) fn recycle(&mut self, view: &View) {
-        for parts in self.idle.iter_mut().flatten() {
+        for parts in self.idle.iter_mut().chain(&mut self.aside).flatten() {
             parts.buffers.recycle(view);
         }
     }

@@ -16,6 +16,7 @@ use outboard_memory::{View, fence};
 
 use super::cells::SplitCells;
 use super::chains::Chains;
+use super::log::Logging;
 use super::walk::Source;
 use super::{NO_INTERRUPT, NO_NOTIFY};
 use crate::chain::{Chain, Parts};
@@ -25,7 +26,7 @@ use crate::layout::{QueueFeatures, QueueLayout};
 
 /// How much of the ring still works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Health {
+pub(super) enum Health {
     Live,
     /// The driver broke a rule: nothing more is taken; what is in flight can still be given back.
     Retired,
@@ -35,28 +36,35 @@ enum Health {
 
 #[derive(Debug)]
 pub(crate) struct SplitDevice {
-    cells: SplitCells,
-    source: Source,
-    layout: QueueLayout,
-    features: QueueFeatures,
-    health: Health,
-    next_avail: u16,
-    seen_avail: u16,
-    next_used: u16,
-    told_used: u16,
+    pub(super) cells: SplitCells,
+    pub(super) source: Source,
+    pub(super) layout: QueueLayout,
+    pub(super) features: QueueFeatures,
+    pub(super) health: Health,
+    /// Live, and no request is looked at twice.
+    pub(super) plain: bool,
+    /// How far the available index may be ahead for the quick way: the size of the ring, or 0 while requests are
+    /// looked at twice.
+    pub(super) limit: u16,
+    pub(super) next_avail: u16,
+    pub(super) seen_avail: u16,
+    pub(super) next_used: u16,
+    pub(super) told_used: u16,
     /// `next_avail - next_used` with nothing in flight.
-    lead: u16,
+    pub(super) lead: u16,
     /// Whether the driver may believe that kicks are wanted.
-    armed: bool,
+    pub(super) armed: bool,
     /// Whether the next `publish` has more to do than usual.
-    unusual: bool,
+    pub(super) unusual: bool,
     /// Whether a call is due whatever the driver asked for: its wish may be older than this queue.
-    call_is_due: bool,
+    pub(super) call_is_due: bool,
     /// Whether chains in flight may hold an earlier generation of guest memory.
-    has_old_chains: bool,
+    pub(super) has_old_chains: bool,
     /// The broken rule, until it is told.
-    fault: Option<RingError>,
-    chains: Chains,
+    pub(super) fault: Option<RingError>,
+    pub(super) chains: Chains,
+    /// Where writes are noted, while they are.
+    pub(super) log: Option<Box<Logging>>,
 }
 
 impl SplitDevice {
@@ -75,6 +83,8 @@ impl SplitDevice {
             layout,
             features,
             health: Health::Live,
+            plain: true,
+            limit: layout.size,
             next_avail,
             seen_avail: next_avail,
             next_used: used,
@@ -86,6 +96,7 @@ impl SplitDevice {
             has_old_chains: false,
             fault: None,
             chains: Chains::new(layout.size),
+            log: None,
         })
     }
 
@@ -106,7 +117,7 @@ impl SplitDevice {
             if avail == self.next_avail {
                 return Ok(None);
             }
-            if avail.wrapping_sub(self.next_avail) > self.layout.size {
+            if avail.wrapping_sub(self.next_avail) > self.limit {
                 return self.refuse(avail);
             }
             self.seen_avail = avail;
@@ -119,12 +130,16 @@ impl SplitDevice {
 
     /// The broken rule, unless it was told before.
     #[cold]
-    fn tell(&mut self) -> Result<Option<Chain>, RingError> {
+    pub(super) fn tell(&mut self) -> Result<Option<Chain>, RingError> {
         self.fault.take().map_or(Ok(None), Err)
     }
 
+    /// The index is too far ahead, or requests are looked at twice.
     #[cold]
     fn refuse(&mut self, avail: u16) -> Result<Option<Chain>, RingError> {
+        if avail.wrapping_sub(self.next_avail) <= self.layout.size {
+            return self.pop_tracked();
+        }
         self.retire(RingError::AvailIndex { avail, next: self.next_avail, size: self.layout.size });
         self.tell()
     }
@@ -157,7 +172,7 @@ impl SplitDevice {
 
     /// Something rare or something wrong: from the start, with care.
     #[cold]
-    fn walk_carefully(&mut self, head: u16, parts: &mut Parts) -> Result<(), RingError> {
+    pub(super) fn walk_carefully(&mut self, head: u16, parts: &mut Parts) -> Result<(), RingError> {
         let pieces = self.source.walk_carefully(head, &mut parts.buffers)?;
         self.chains.charge(parts, pieces)
     }
@@ -165,11 +180,12 @@ impl SplitDevice {
     /// The driver broke a rule, or memory went: the ring takes nothing from now on, for it has no descriptors any more.
     /// What `pop` says next is the cause. Only the first one counts.
     #[cold]
-    fn retire(&mut self, error: RingError) {
+    pub(super) fn retire(&mut self, error: RingError) {
         if self.health != Health::Live {
             self.seen_avail = self.next_avail;
             return;
         }
+        self.plain = false;
         self.source.desc = self.source.desc.emptied();
         let lost = self.source.view.poisoned();
         self.health = if lost { Health::Lost } else { Health::Retired };
@@ -180,14 +196,19 @@ impl SplitDevice {
 
     #[inline]
     pub(crate) fn complete(&mut self, chain: Chain, written: u32) {
-        let parts = chain.0;
+        let mut parts = chain.0;
         let head = parts.head;
-        if self.chains.put(head, parts) {
-            self.cells.used.store(self.next_used, u32::from(head), written);
-            self.next_used = self.next_used.wrapping_add(1);
-        } else {
-            debug_assert!(false, "head {head} was not taken from this queue");
+        match self.chains.place(head, &mut parts) {
+            Some(slot) => *slot = Some(parts),
+            None => return self.complete_tracked(parts, written),
         }
+        self.push_used(head, written);
+    }
+
+    #[inline(always)]
+    pub(super) fn push_used(&mut self, head: u16, written: u32) {
+        self.cells.used.store(self.next_used, u32::from(head), written);
+        self.next_used = self.next_used.wrapping_add(1);
     }
 
     #[inline]
@@ -214,7 +235,7 @@ impl SplitDevice {
         })
     }
 
-    /// The first one, one of a lost ring, or one after a change of memory.
+    /// The first one, one of a lost ring, one after a change of memory, or one of requests that are looked at twice.
     #[cold]
     fn publish_unusual(&mut self) -> Result<bool, RingError> {
         if self.health == Health::Lost {
@@ -224,20 +245,32 @@ impl SplitDevice {
             self.chains.recycle(&self.source.view);
             self.has_old_chains = self.in_flight() > 0;
         }
-        let shows = self.told_used != self.next_used;
+        let (old, new) = (self.told_used, self.next_used);
+        let shows = old != new;
+        if shows {
+            self.before_used_index();
+        }
         self.unusual = false;
         let wanted = self.publish();
+        if shows {
+            self.after_used_index(old, new);
+        }
         let due = self.call_is_due && shows;
         self.call_is_due &= !shows;
-        self.unusual = self.call_is_due || self.has_old_chains || self.health == Health::Lost;
+        self.unusual = self.call_is_due
+            || self.has_old_chains
+            || self.health == Health::Lost
+            || self.is_tracked();
         wanted.map(|wanted| wanted || due)
     }
 
     #[inline]
     pub(crate) fn arm(&mut self) -> bool {
-        if self.health != Health::Live {
-            return self.fault.is_some();
-        }
+        if self.plain { self.arm_plainly() } else { self.arm_unusual() }
+    }
+
+    #[inline(always)]
+    pub(super) fn arm_plainly(&mut self) -> bool {
         if self.source.view.poisoned() {
             // A ring in a hole of its file would read as empty for ever. The next `pop` looks no further, and tells.
             self.retire(RingError::MemoryLost);
@@ -260,9 +293,15 @@ impl SplitDevice {
 
     #[inline]
     pub(crate) fn disarm(&mut self) {
-        if !self.armed || self.health != Health::Live {
-            return;
+        if self.armed && self.plain {
+            self.disarm_plainly();
+        } else if self.armed {
+            self.disarm_unusual();
         }
+    }
+
+    #[inline(always)]
+    pub(super) fn disarm_plainly(&mut self) {
         self.armed = false;
         match &self.cells.events {
             // Just passed: the driver comes by again after 65,535 more requests, and kicks once.

@@ -5,11 +5,20 @@ use std::sync::Arc;
 use outboard_memory::{GuestMemory, Region, View};
 
 use super::{Chains, FEW_PIECES, MOST_GROWN};
+use crate::chain::Parts;
 use crate::error::RingError;
 
 fn view() -> View {
     let region = Region::memfd(0, 0x1000).unwrap().0;
     View::new(Arc::new(GuestMemory::new(1, vec![Arc::new(region)]).unwrap()))
+}
+
+fn put(chains: &mut Chains, head: u16, mut parts: Box<Parts>) -> bool {
+    match chains.place(head, &mut parts) {
+        Some(slot) => *slot = Some(parts),
+        None => return false,
+    }
+    true
 }
 
 /// Takes the chain of `head`, fills it with `pieces` and puts it back. Returns what it held from before.
@@ -23,7 +32,7 @@ fn use_once(chains: &mut Chains, view: &View, head: u16, pieces: usize) -> usize
     }
     let (_, pieces) = gather.finish(false);
     chains.charge(&mut parts, pieces).unwrap();
-    assert!(chains.put(head, parts));
+    assert!(put(chains, head, parts));
     before
 }
 
@@ -60,8 +69,8 @@ fn a_chain_is_in_one_place_only() {
     let parts = chains.take(2, &view).unwrap();
     assert_eq!(chains.take(2, &view).err(), Some(RingError::HeadInFlight { head: 2 }));
     assert_eq!(chains.take(4, &view).err(), Some(RingError::Head { head: 4, size: 4 }));
-    assert!(chains.put(2, parts));
+    assert!(put(&mut chains, 2, parts));
     let mut other = Chains::new(4);
     let foreign = other.take(2, &view).unwrap();
-    assert!(!chains.put(2, foreign), "ours is idle: this is one of another queue");
+    assert!(!put(&mut chains, 2, foreign), "ours is idle: this is one of another queue");
 }

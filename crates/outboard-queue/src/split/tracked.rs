@@ -1,0 +1,144 @@
+//! The device side of a split ring whose requests are looked at twice: their writes are noted in a dirty log.
+//!
+//! The quick way asks no question about it: it finds that the available index is too far ahead of a limit of 0 and that
+//! there is no place to put a chain back to, and comes here instead. Invariant: `is_tracked()` exactly when the chains
+//! are set aside and the limit is 0.
+
+use outboard_memory::Buffers;
+
+use super::device::{Health, SplitDevice};
+use super::log::{Logging, RingLog};
+use crate::chain::{Chain, Parts};
+use crate::error::RingError;
+
+impl SplitDevice {
+    pub(super) fn is_tracked(&self) -> bool {
+        self.log.is_some()
+    }
+
+    /// Takes the quick way, or this one.
+    fn choose_way(&mut self) {
+        let tracked = self.is_tracked();
+        self.limit = if tracked { 0 } else { self.layout.size };
+        self.plain = self.health == Health::Live && !tracked;
+        self.chains.set_aside(tracked);
+        self.unusual |= tracked;
+        if self.health == Health::Live {
+            // Each look of this way is at the index: what was seen and not taken is seen again.
+            self.seen_avail = self.next_avail;
+        }
+    }
+
+    pub(crate) fn set_log(&mut self, log: Option<RingLog>) {
+        let Some(log) = log else {
+            self.log = None;
+            self.choose_way();
+            return;
+        };
+        if let Some(logging) = &mut self.log {
+            logging.go_on(log);
+            return;
+        }
+        let mut logging = Box::new(Logging::new(log, self.layout.size));
+        let mut buffers = Buffers::new(&self.source.view);
+        for head in self.chains.in_flight() {
+            // Taken before there was a log. The driver leaves the descriptors of what is in flight alone; one that does
+            // not gets marks for other pages.
+            match self.source.walk_carefully(head, &mut buffers) {
+                Ok(_) => logging.taken(head, &buffers),
+                Err(_) => logging.taken_blindly(head, self.source.view.memory()),
+            }
+        }
+        self.log = Some(logging);
+        self.choose_way();
+    }
+
+    /// Takes the next chain; one is there.
+    pub(super) fn pop_tracked(&mut self) -> Result<Option<Chain>, RingError> {
+        if self.health != Health::Live {
+            return self.tell();
+        }
+        match self.take_tracked() {
+            Ok(parts) => {
+                self.next_avail = self.next_avail.wrapping_add(1);
+                self.seen_avail = self.next_avail;
+                Ok(Some(Chain(parts)))
+            }
+            Err(error) => {
+                self.retire(error);
+                self.tell()
+            }
+        }
+    }
+
+    fn take_tracked(&mut self) -> Result<Box<Parts>, RingError> {
+        let head = self.cells.avail.load(self.next_avail);
+        let mut parts = self.chains.take_aside(head, &self.source.view)?;
+        if self.source.walk_quickly(head, &mut parts.buffers).is_none() {
+            self.walk_carefully(head, &mut parts)?;
+        }
+        if let Some(log) = &mut self.log {
+            log.taken(head, &parts.buffers);
+        }
+        Ok(parts)
+    }
+
+    /// Gives a chain back that the quick way has no place for.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn complete_tracked(&mut self, parts: Box<Parts>, written: u32) {
+        let head = parts.head;
+        if !self.chains.put_aside(head, parts) {
+            debug_assert!(false, "head {head} was not taken from this queue");
+            return;
+        }
+        if let Some(log) = &mut self.log {
+            log.completed(head);
+            log.mark_elements(self.next_used, self.next_used.wrapping_add(1));
+        }
+        self.push_used(head, written);
+    }
+
+    /// The used index is about to cover what was completed.
+    pub(super) fn before_used_index(&mut self) {
+        if let Some(log) = &self.log {
+            log.mark_index();
+        }
+    }
+
+    /// The used index covers elements `old..new`.
+    pub(super) fn after_used_index(&mut self, old: u16, new: u16) {
+        if let Some(log) = &self.log {
+            log.mark_elements(old, new);
+            log.mark_index();
+            log.notify();
+        }
+    }
+
+    #[cold]
+    pub(super) fn arm_unusual(&mut self) -> bool {
+        if self.health != Health::Live {
+            return self.fault.is_some();
+        }
+        self.mark_wish();
+        let works = self.arm_plainly();
+        self.mark_wish();
+        works
+    }
+
+    #[cold]
+    pub(super) fn disarm_unusual(&mut self) {
+        if self.health != Health::Live {
+            return;
+        }
+        self.mark_wish();
+        self.disarm_plainly();
+        self.mark_wish();
+    }
+
+    fn mark_wish(&self) {
+        if let Some(log) = &self.log {
+            log.mark_wish(self.features.event_idx);
+        }
+    }
+}
