@@ -25,7 +25,7 @@ fn memory() -> Arc<GuestMemory> {
             rustix::fs::ftruncate(&file, REGION).expect("its length");
             let start = number * REGION;
             let spec = RegionSpec { guest_addr: start, user_addr: start, size: REGION, offset: 0 };
-            Arc::new(Region::map(spec, file, MapOptions { dont_fork: false }).expect("a mapping"))
+            Arc::new(Region::map(spec, file, MapOptions::default()).expect("a mapping"))
         })
         .collect();
     Arc::new(GuestMemory::new(1, regions).expect("two regions"))

@@ -38,7 +38,10 @@ QEMU (its memory must be shared):
 cloud-hypervisor:
   cloud-hypervisor --memory size=1G,shared=on --disk vhost_user=true,socket=/run/disk.sock ...
 
-Without --socket-path, --fd and --connect, a socket passed by systemd (LISTEN_FDS) is served.
+A live upgrade, with a device that was started with --control /run/disk.ctl:
+  outboard-new block --take-over /run/disk.ctl disk.img
+
+Without --socket-path, --fd, --connect and --take-over, a socket passed by systemd (LISTEN_FDS) is served.
 SIGTERM and SIGINT finish what the guest has asked for and remove the socket; a second one ends at once.
 OUTBOARD_LOG=debug (or outboard=trace, ...) says more, OUTBOARD_LOG=warn less.";
 
@@ -77,6 +80,13 @@ struct SocketArgs {
     /// Connect to a front-end that listens on this path.
     #[arg(long, value_name = "PATH", group = "socket")]
     connect: Option<PathBuf>,
+    /// Take the place of a running device that has this control socket: its sockets and its
+    /// front-end, which sees nothing but a pause. If that fails, the other one goes on.
+    #[arg(long, value_name = "CONTROL", group = "socket")]
+    take_over: Option<PathBuf>,
+    /// Make a control socket here, on which a newer program can take over.
+    #[arg(long, value_name = "PATH", conflicts_with = "take_over")]
+    control: Option<PathBuf>,
     /// Do not offer a feature: VIRTIO_BLK_F_DISCARD, event-idx, CONFIGURE_MEM_SLOTS ... (repeatable).
     #[arg(long, value_name = "FEATURE", value_parser = parse_feature)]
     without: Vec<Feature>,
@@ -236,11 +246,17 @@ impl SocketArgs {
             Server::inherited(fd).map(Some)
         } else if let Some(path) = &self.connect {
             Server::connect(path).map(Some)
+        } else if let Some(path) = &self.take_over {
+            Server::take_over(path).map(Some)
         } else {
             Server::activated()
         };
         let missing = || Failure::Usage(NO_SOCKET.to_owned());
-        server.map_err(Failure::usage)?.ok_or_else(missing)
+        let server = server.map_err(Failure::usage)?.ok_or_else(missing)?;
+        match &self.control {
+            Some(path) => server.with_control(path).map_err(Failure::usage),
+            None => Ok(server),
+        }
     }
 
     fn handler_options(&self) -> HandlerOptions {
@@ -262,7 +278,8 @@ impl SocketArgs {
     }
 }
 
-const NO_SOCKET: &str = "no socket: say --socket-path PATH, --fd NUMBER or --connect PATH";
+const NO_SOCKET: &str =
+    "no socket: say --socket-path PATH, --fd NUMBER, --connect PATH or --take-over CONTROL";
 
 /// The disk's own features first: a bare MQ is VIRTIO_BLK_F_MQ.
 fn parse_feature(name: &str) -> Result<Feature, String> {

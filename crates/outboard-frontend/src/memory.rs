@@ -55,8 +55,9 @@ impl SharedMemory {
             let user_addr = guest_addr.wrapping_add(USER_OFFSET);
             let spec = RegionSpec { guest_addr, user_addr, size, offset: 0 };
             let ours = file.try_clone().map_err(|error| Error::memory("dup", error))?;
-            let region = Region::map(spec, ours, MapOptions { dont_fork: true })
-                .map_err(|error| Error::Memory(error.to_string()))?;
+            let region =
+                Region::map(spec, ours, MapOptions { dont_fork: true, ..MapOptions::default() })
+                    .map_err(|error| Error::Memory(error.to_string()))?;
             mapped.push(Arc::new(region));
             files.push((spec, file));
             free.give(guest_addr, size);

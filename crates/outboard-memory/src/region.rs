@@ -4,7 +4,7 @@
 //! the end of a file is a SIGBUS in waiting) and that no sum wraps.
 
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FileType, MemfdFlags, fstat, fstatfs, ftruncate, memfd_create};
 
@@ -31,6 +31,8 @@ pub struct RegionSpec {
 pub struct MapOptions {
     /// Child processes do not get the mapping (`MADV_DONTFORK`).
     pub dont_fork: bool,
+    /// The descriptor is kept, for another process to map the same ([`Region::file`]).
+    pub keep_file: bool,
 }
 
 /// A mapped region. The mapping goes with the last value that refers to it.
@@ -39,10 +41,11 @@ pub struct Region {
     mapping: Mapping,
     /// From the start of the mapping to the first byte of the region.
     delta: usize,
+    file: Option<OwnedFd>,
 }
 
 impl Region {
-    /// Maps a region and closes the descriptor. The offset may be any number: the mapping starts at the page it is in
+    /// Maps a region and, unless told otherwise, closes the descriptor. The offset may be any number: the mapping starts at the page it is in
     /// (a huge page for hugetlbfs), the region exactly at it.
     ///
     /// # Errors
@@ -60,7 +63,8 @@ impl Region {
             });
         };
         let mapping = Mapping::new(file.as_fd(), start, len, page, true, options.dont_fork)?;
-        Ok(Self { spec, mapping, delta: index(delta) })
+        let kept = options.keep_file.then_some(file);
+        Ok(Self { spec, mapping, delta: index(delta), file: kept })
     }
 
     /// Memory of our own to share with a back-end: a sealed-length memfd, mapped, and its descriptor to send. The
@@ -86,6 +90,11 @@ impl Region {
     /// Where it lies.
     pub fn spec(&self) -> &RegionSpec {
         &self.spec
+    }
+
+    /// The file, when it was kept.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
     }
 
     /// Whether an access met a hole in the file.

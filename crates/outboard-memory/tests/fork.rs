@@ -9,7 +9,7 @@ fn region(dont_fork: bool) -> Region {
     let file = tempfile::tempfile().unwrap();
     file.set_len(0x1000).unwrap();
     let spec = RegionSpec { guest_addr: 0, user_addr: 0, size: 0x1000, offset: 0 };
-    Region::map(spec, file.into(), MapOptions { dont_fork }).unwrap()
+    Region::map(spec, file.into(), MapOptions { dont_fork, ..MapOptions::default() }).unwrap()
 }
 
 /// Whether a page is mapped in this process: `mincore` says `ENOMEM` when it is not. Only a system call.

@@ -194,7 +194,12 @@ fn flags_at(address: usize, smaps: &str) -> Option<String> {
 #[test]
 fn no_region_is_part_of_a_core_dump_and_children_get_it_only_when_they_may() {
     for dont_fork in [false, true] {
-        let region = Region::map(spec(0x1000, 0), file(0x1000), MapOptions { dont_fork }).unwrap();
+        let region = Region::map(
+            spec(0x1000, 0),
+            file(0x1000),
+            MapOptions { dont_fork, ..MapOptions::default() },
+        )
+        .unwrap();
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let flags = flags_at(region.host().addr(), &smaps).unwrap();
         assert!(flags.split(' ').any(|flag| flag == "dd"), "{flags}");

@@ -25,7 +25,7 @@ use crate::features::{ProtocolFeatures, virtio};
 use crate::frame::Frame;
 use crate::header::Header;
 use crate::payload::MemRegion;
-use crate::ring::{Given, Ring, RingEvent};
+use crate::ring::{Given, Ring, RingEvent, RunState};
 use crate::table::{FrontendCode, MessageInfo, Negotiated, Side, info};
 use crate::ticket::{Reply, Ticket};
 use crate::violation::{Refusal, Violation};
@@ -302,6 +302,17 @@ impl<Fd> Backend<Fd> {
     /// in its state; nothing has changed.
     pub fn ring_event(&mut self, index: u16, event: RingEvent) -> bool {
         self.rings.get_mut(usize::from(index)).is_some_and(|ring| ring.apply(event))
+    }
+
+    /// The host stopped a ring by itself and wants to start it again where it stood: the ring waits
+    /// for its start as after a kick. `false`: there is no such ring, or it is not stopped.
+    pub fn resume(&mut self, index: u16, kick: Given, base: u32) -> bool {
+        let Some(ring) = self.rings.get_mut(usize::from(index)) else { return false };
+        if ring.run != RunState::Stopped || !ring.apply(RingEvent::Kicked) {
+            return false;
+        }
+        (ring.kick, ring.base) = (kick, base);
+        true
     }
 
     /// Looks after a ticket that was dropped. `true`: none is outstanding (any more).

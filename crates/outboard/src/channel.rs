@@ -193,6 +193,16 @@ impl BackendChannel {
         !state.waiting.is_empty()
     }
 
+    /// Resolves when the front-end owes no answer.
+    pub(crate) fn poll_rest(&self, context: &Context<'_>) -> Poll<()> {
+        let mut state = self.lock();
+        state.driver = Some(context.waker().clone());
+        match &state.machine {
+            Some(machine) if machine.owed() > 0 => Poll::Pending,
+            _ => Poll::Ready(()),
+        }
+    }
+
     /// The next message to send; registers who is to be woken for the one after it.
     pub(crate) fn transmit(&self, context: &Context<'_>) -> Option<Frame<OwnedFd>> {
         let mut state = self.lock();

@@ -104,6 +104,9 @@ pub enum HostError {
     /// The device failed or declined.
     #[error("device: {0}")]
     Device(String),
+    /// A device cannot be taken over.
+    #[error("take-over: {0}")]
+    TakeOver(String),
     /// The socket path cannot be used.
     #[error("socket {path}: {why}", path = path.display())]
     Socket {

@@ -104,6 +104,14 @@ impl Call {
         Self { way: Way::Message(channel, message), lost: AtomicU64::new(0) }
     }
 
+    /// The descriptor, when it is one.
+    pub(crate) fn descriptor(&self) -> Option<&OwnedFd> {
+        match &self.way {
+            Way::Fd(fd, _) => Some(fd),
+            Way::Message(..) => None,
+        }
+    }
+
     /// Signals once. A signal that cannot be delivered now is counted, never waited for.
     pub fn signal(&self) {
         let delivered = match &self.way {

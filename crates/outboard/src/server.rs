@@ -7,44 +7,45 @@
 //! and ours is removed at the end.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{SocketFlags, accept_with, sockopt};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with, sockopt};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
-use tracing::{info, warn};
 
 use crate::device::VhostUserDevice;
 use crate::error::HostError;
-use crate::handler::{Attention, DeviceRequestHandler, Ended, HandlerOptions};
-use crate::reactor::{Parker, Raced, Reactor, block_on, race};
+use crate::handler::HandlerOptions;
+use crate::reactor::{Parker, block_on};
+use crate::serving::serve_on;
+use crate::take_over::Control;
 
 /// sockaddr_un holds 108 bytes, one of them for the final NUL.
 const MAX_PATH: usize = 107;
-/// How long to wait before accepting again when descriptors have run out.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// The first descriptor of systemd's socket activation.
 const LISTEN_FDS_START: RawFd = 3;
 
 #[derive(Debug)]
-enum Source {
+pub(crate) enum Source {
     Listening(OwnedFd),
     Connected(OwnedFd),
+    /// The control socket of a process whose place is to be taken.
+    Predecessor(OwnedFd),
 }
 
 /// See the module.
 #[derive(Debug)]
 pub struct Server {
-    source: Source,
+    pub(crate) source: Source,
     /// A socket file of ours, to be removed.
-    file: Option<SocketFile>,
-    options: HandlerOptions,
-    stop: (Arc<UnixStream>, UnixStream),
+    pub(crate) file: Option<SocketFile>,
+    pub(crate) options: HandlerOptions,
+    pub(crate) stop: (Arc<UnixStream>, UnixStream),
+    pub(crate) control: Option<Control>,
 }
 
 /// Tells a server to finish: from another thread, or from a signal handler through the descriptor.
@@ -77,7 +78,7 @@ impl Server {
         let path = path.as_ref();
         let failed = |why: String| HostError::Socket { path: path.to_owned(), why };
         check_path(path).map_err(failed)?;
-        clear_stale(path).map_err(failed)?;
+        clear_stale(path, SocketType::STREAM).map_err(failed)?;
         let listener = UnixListener::bind(path).map_err(|error| failed(error.to_string()))?;
         let file = SocketFile::of(path).map_err(|error| failed(error.to_string()))?;
         Self::new(Source::Listening(listener.into()), Some(file))
@@ -129,8 +130,8 @@ impl Server {
     /// # Errors
     /// It is something else: the reason, in words.
     pub fn from_socket(socket: OwnedFd) -> Result<Self, String> {
-        let stream = sockopt::socket_domain(&socket) == Ok(rustix::net::AddressFamily::UNIX)
-            && sockopt::socket_type(&socket) == Ok(rustix::net::SocketType::STREAM);
+        let stream = sockopt::socket_domain(&socket) == Ok(AddressFamily::UNIX)
+            && sockopt::socket_type(&socket) == Ok(SocketType::STREAM);
         if !stream {
             return Err("not a Unix stream socket".to_owned());
         }
@@ -144,7 +145,27 @@ impl Server {
         let nonblocking = writer.set_nonblocking(true);
         nonblocking.map_err(HostError::io("socketpair"))?;
         let stop = (Arc::new(writer), reader);
-        Ok(Self { source, file, options: HandlerOptions::default(), stop })
+        Ok(Self { source, file, options: HandlerOptions::default(), stop, control: None })
+    }
+
+    /// Takes the place of the process whose control socket is at `path`, once the device is there:
+    /// its sockets and its front-end with everything that was set up. If that fails, it goes on
+    /// there and [`Server::serve`] returns the reason.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub fn take_over(path: impl AsRef<Path>) -> Result<Self, HostError> {
+        Self::new(Source::Predecessor(Control::connect(path.as_ref())?), None)
+    }
+
+    /// Listens on a control socket at `path`: there another process can take over
+    /// ([`Server::take_over`]). Only the same user and root are listened to.
+    ///
+    /// # Errors
+    /// As for [`Server::listen`].
+    pub fn with_control(mut self, path: impl AsRef<Path>) -> Result<Self, HostError> {
+        self.control = Some(Control::listen(path.as_ref())?);
+        Ok(self)
     }
 
     /// Sets the handler's options.
@@ -166,7 +187,7 @@ impl Server {
     /// # Errors
     /// The device cannot be suspended, or the socket fails. How sessions end is logged.
     pub fn serve<D: VhostUserDevice>(self, device: D) -> Result<(), crate::Error> {
-        let served = block_on(self.serve_on(Parker, device));
+        let served = block_on(serve_on(self, Parker, device));
         Ok(served.map_err(HostError::io("poll"))??)
     }
 
@@ -176,96 +197,7 @@ impl Server {
     /// As [`Server::serve`].
     #[cfg(feature = "async-io")]
     pub async fn run<D: VhostUserDevice>(self, device: D) -> Result<(), crate::Error> {
-        Ok(self.serve_on(crate::reactor::AsyncIo, device).await?)
-    }
-
-    async fn serve_on<R: Reactor, D: VhostUserDevice>(
-        self,
-        reactor: R,
-        device: D,
-    ) -> Result<(), HostError> {
-        let Self { source, file: _file, options, stop: (_writer, stop) } = self;
-        let mut handler = DeviceRequestHandler::new(device, options)?;
-        let stop = reactor.source(stop.into()).map_err(HostError::io("stop"))?;
-        match source {
-            Source::Connected(socket) => {
-                let end = socket.try_clone().map_err(HostError::io("socket"))?;
-                let attention = Attention { stop: Some(&stop), knock: None };
-                let ended = handler.run_on(reactor, socket, attention).await;
-                // The number that we inherited may still be open: the peer is to see the end.
-                let _ = rustix::net::shutdown(&end, rustix::net::Shutdown::Both);
-                ended.map(|_| ())
-            }
-            Source::Listening(listener) => {
-                let listener = reactor.source(listener).map_err(HostError::io("listener"))?;
-                accept_loop(&reactor, &listener, &stop, &mut handler).await
-            }
-        }
-    }
-}
-
-async fn accept_loop<R: Reactor, D: VhostUserDevice>(
-    reactor: &R,
-    listener: &R::Source,
-    stop: &R::Source,
-    handler: &mut DeviceRequestHandler<D>,
-) -> Result<(), HostError> {
-    loop {
-        let next = accept(reactor, listener);
-        let socket = match race(next, reactor.readable(stop)).await {
-            Raced::First(socket) => socket?,
-            Raced::Second(_) => return Ok(()),
-        };
-        info!("front-end connected");
-        let turn_away = || turn_away(listener);
-        let attention = Attention { stop: Some(stop), knock: Some((listener, &turn_away)) };
-        match handler.run_on(reactor.clone(), socket, attention).await {
-            Ok(Ended::Left) => {}
-            Ok(Ended::Stopped) => return Ok(()),
-            Err(error) => warn!("session ended: {error}"),
-        }
-    }
-}
-
-/// Waits for the next front-end. Running out of descriptors is waited out, not fatal (case A96).
-async fn accept<R: Reactor>(reactor: &R, listener: &R::Source) -> Result<OwnedFd, HostError> {
-    loop {
-        let readable = reactor.readable(listener).await;
-        readable.map_err(HostError::io("wait for a front-end"))?;
-        match try_accept(listener) {
-            Ok(Some(socket)) => return Ok(socket),
-            Ok(None) => {}
-            Err(error) => {
-                warn!("accept: {error}");
-                reactor.sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
-}
-
-/// Accepts without blocking, whatever the listener's flags are: they may be shared.
-fn try_accept(listener: &impl AsFd) -> io::Result<Option<OwnedFd>> {
-    let mut ready = [rustix::event::PollFd::new(listener, rustix::event::PollFlags::IN)];
-    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-    if matches!(rustix::event::poll(&mut ready, Some(&now)), Ok(0) | Err(_)) {
-        return Ok(None);
-    }
-    match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-        Ok(socket) => Ok(Some(socket)),
-        Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// A second front-end is closed at once.
-fn turn_away(listener: &impl AsFd) {
-    match try_accept(listener) {
-        Ok(Some(socket)) => {
-            drop(socket);
-            warn!("a second front-end was turned away: this device serves one at a time");
-        }
-        Ok(None) => {}
-        Err(error) => warn!("accept: {error}"),
+        Ok(serve_on(self, crate::reactor::AsyncIo, device).await?)
     }
 }
 
@@ -279,7 +211,7 @@ fn duplicate_own(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(pidfd_getfd(this, fd, PidfdGetfdFlags::empty())?)
 }
 
-fn check_path(path: &Path) -> Result<(), String> {
+pub(crate) fn check_path(path: &Path) -> Result<(), String> {
     let length = path.as_os_str().len();
     if length > MAX_PATH {
         return Err(format!("the path has {length} bytes, a socket's may have {MAX_PATH}"));
@@ -288,7 +220,7 @@ fn check_path(path: &Path) -> Result<(), String> {
 }
 
 /// Removes a socket file on which nobody answers.
-fn clear_stale(path: &Path) -> Result<(), String> {
+pub(crate) fn clear_stale(path: &Path, kind: SocketType) -> Result<(), String> {
     let found = match std::fs::symlink_metadata(path) {
         Ok(found) => found,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -297,26 +229,37 @@ fn clear_stale(path: &Path) -> Result<(), String> {
     if !found.file_type().is_socket() {
         return Err("the path exists and is no socket".to_owned());
     }
-    match UnixStream::connect(path) {
-        Ok(_) => Err("another program serves this socket".to_owned()),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).map_err(|error| error.to_string())
-        }
-        Err(error) => Err(error.to_string()),
+    let there = socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)
+        .and_then(|socket| rustix::net::connect(&socket, &SocketAddrUnix::new(path)?));
+    match there {
+        Ok(()) => Err("another program serves this socket".to_owned()),
+        Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(|error| error.to_string()),
+        Err(error) => Err(io::Error::from(error).to_string()),
     }
 }
 
 /// A socket file that we made; removed with the server unless another one stands in its place.
 #[derive(Debug)]
-struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     inode: (u64, u64),
 }
 
 impl SocketFile {
-    fn of(path: &Path) -> io::Result<Self> {
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
         let made = std::fs::symlink_metadata(path)?;
-        Ok(Self { path: path.to_owned(), inode: (made.dev(), made.ino()) })
+        Ok(Self { path: std::path::absolute(path)?, inode: (made.dev(), made.ino()) })
+    }
+}
+
+impl SocketFile {
+    /// Another process has it now.
+    pub(crate) fn give_away(&mut self) {
+        self.inode = (0, 0);
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 }
 

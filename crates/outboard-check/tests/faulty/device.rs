@@ -210,7 +210,11 @@ impl Device {
             if self.is("leaks-memory-files") {
                 self.kept.push(fd.try_clone().expect("a descriptor"));
             }
-            let region = Region::map(spec(&region), fd, MapOptions { dont_fork: true });
+            let region = Region::map(
+                spec(&region),
+                fd,
+                MapOptions { dont_fork: true, ..MapOptions::default() },
+            );
             mapped.push(Arc::new(region.map_err(|_| refused())?));
         }
         let memory = GuestMemory::new(1, mapped).map_err(|_| refused())?;
@@ -219,7 +223,8 @@ impl Device {
     }
 
     fn add(&mut self, region: MemRegion, fd: OwnedFd) -> Result<(), Refusal> {
-        let region = Region::map(spec(&region), fd, MapOptions { dont_fork: true });
+        let region =
+            Region::map(spec(&region), fd, MapOptions { dont_fork: true, ..MapOptions::default() });
         let region = region.map_err(|_| refused())?;
         self.memory = Arc::new(self.memory.with_region(region).map_err(|_| refused())?);
         Ok(())

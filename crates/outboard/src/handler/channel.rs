@@ -32,12 +32,12 @@ impl<R: Reactor> Plug<R> {
         Self(Mutex::new((0, None)))
     }
 
-    fn get(&self) -> (u64, Option<Arc<Connection<R>>>) {
+    pub(super) fn get(&self) -> (u64, Option<Arc<Connection<R>>>) {
         let plugged = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         (plugged.0, plugged.1.clone())
     }
 
-    fn set(&self, connection: Option<Arc<Connection<R>>>) {
+    pub(super) fn set(&self, connection: Option<Arc<Connection<R>>>) {
         let mut plugged = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         *plugged = (plugged.0 + 1, connection);
     }

@@ -31,7 +31,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     fn map(&mut self, region: &MemRegion, fd: OwnedFd) -> Result<Region, Refusal> {
         let hooks = self.device.hooks();
         let dont_fork = hooks.is_some_and(|hooks| hooks.unmap_guest_memory_on_fork());
-        let options = MapOptions { dont_fork };
+        let options = MapOptions { dont_fork, keep_file: self.options.hand_over };
         Region::map(self.spec(region), fd, options).map_err(Refusal::because)
     }
 

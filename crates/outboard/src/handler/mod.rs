@@ -12,6 +12,7 @@
 
 mod channel;
 mod extras;
+mod hand_over;
 mod memory;
 mod rings;
 mod session;
@@ -25,6 +26,7 @@ use outboard_protocol::{Offer, ProtocolFeatures, virtio};
 use crate::device::VhostUserDevice;
 use crate::error::{Error, HostError};
 use crate::reactor::{Parker, Reactor, block_on};
+use crate::take_over::{FrontEnd, Heir};
 pub(crate) use session::{Attention, Session};
 
 /// Regions of guest memory that fit the table (GET_MAX_MEM_SLOTS).
@@ -55,6 +57,8 @@ pub struct HandlerOptions {
     pub drain_deadline: Duration,
     /// The same once the server was told to stop.
     pub stop_deadline: Duration,
+    /// Keep what a new process needs to take over: the descriptors of guest memory.
+    pub hand_over: bool,
 }
 
 impl Default for HandlerOptions {
@@ -64,8 +68,17 @@ impl Default for HandlerOptions {
             without_protocol_features: ProtocolFeatures::empty(),
             drain_deadline: Duration::from_secs(30),
             stop_deadline: Duration::from_secs(2),
+            hand_over: false,
         }
     }
+}
+
+/// A session to be taken over from another process.
+pub(crate) struct Inheritance<R: Reactor> {
+    pub(crate) front_end: FrontEnd,
+    pub(crate) mappings: Vec<(u8, u64, u64)>,
+    /// The other process.
+    pub(crate) heir: Heir<R>,
 }
 
 /// How a session ended well.
@@ -75,6 +88,8 @@ pub enum Ended {
     Left,
     /// The server was told to stop.
     Stopped,
+    /// A new process has taken over.
+    HandedOver,
 }
 
 /// See the module.
@@ -129,6 +144,30 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
         let ended = session.serve(&attention).await;
         let closed = session.close().await;
         // Why it ended matters more than what went wrong afterwards.
+        let ended = ended?;
+        closed.map(|()| ended)
+    }
+
+    /// As `run_on`, taking a session over from another process: first it plays the front-end, then
+    /// its word and the front-end's own socket come.
+    pub(crate) async fn inherit_on<R: Reactor>(
+        &mut self,
+        reactor: R,
+        inheritance: Inheritance<R>,
+        attention: Attention<'_, R>,
+    ) -> Result<Ended, HostError> {
+        let Inheritance { front_end: FrontEnd { play, socket }, mappings, heir } = inheritance;
+        let offer = self.offer();
+        let mut session = Session::new(&mut self.device, &self.options, offer, reactor, play)?;
+        let mut ended = session.serve(&attention.stop_only()).await;
+        if matches!(ended, Ok(Ended::Left)) {
+            ended = match session.inherit(&heir, socket, mappings).await {
+                Ok(()) => session.serve(&attention).await,
+                Err(error) => Err(error),
+            };
+        }
+        drop(heir);
+        let closed = session.close().await;
         let ended = ended?;
         closed.map(|()| ended)
     }

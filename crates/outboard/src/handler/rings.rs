@@ -35,6 +35,21 @@ impl HostRing {
     pub(crate) fn is_running(&self) -> bool {
         self.control.is_some()
     }
+
+    /// How the driver kicks, if it said so.
+    pub(super) fn kick(&self) -> Option<&Kick> {
+        self.kick.as_ref()
+    }
+
+    /// The descriptor by which the driver is called.
+    pub(super) fn call_fd(&self) -> Option<&OwnedFd> {
+        self.call.as_ref()?.descriptor()
+    }
+
+    /// The descriptor by which the driver hears of a broken ring.
+    pub(super) fn err_fd(&self) -> Option<&OwnedFd> {
+        self.err.as_ref()?.descriptor()
+    }
 }
 
 impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
@@ -148,7 +163,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
 
     /// Takes a queue back from its worker. The ring counts as running until it is back, so that a
     /// session dropped meanwhile waits for it.
-    async fn stop(&mut self, index: u16) -> Result<Queue, HostError> {
+    pub(super) async fn stop(&mut self, index: u16) -> Result<Queue, HostError> {
         let bound = self.bound;
         let stopping = self.device.stop_queue(index);
         let queue = match race(stopping, self.reactor.sleep(bound)).await {
@@ -180,7 +195,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     }
 
     /// No ring runs any more: nothing is written, signalled or asked until the next start.
-    async fn suspend(&mut self) -> Result<(), HostError> {
+    pub(super) async fn suspend(&mut self) -> Result<(), HostError> {
         self.channel.set_suspended(true);
         Ok(self.device.enter_suspended_state().await?)
     }

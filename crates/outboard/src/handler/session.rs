@@ -25,6 +25,7 @@ use crate::device::{ConfigWrite, VhostUserDevice};
 use crate::error::{Error, HostError};
 use crate::hooks::Hooks;
 use crate::reactor::{Raced, Reactor, block_on, race};
+use crate::take_over::{Door, Heir};
 
 /// The longest message: header and the largest payload.
 const BUFFER: usize = 12 + 4096;
@@ -35,12 +36,35 @@ pub(crate) struct Attention<'a, R: Reactor> {
     pub(crate) stop: Option<&'a R::Source>,
     /// Readable when another front-end knocks; what is to be done then.
     pub(crate) knock: Option<(&'a R::Source, &'a (dyn Fn() + Sync))>,
+    /// Where a new process asks to take over.
+    pub(crate) door: Option<&'a Door<R>>,
 }
 
 impl<R: Reactor> Attention<'_, R> {
     /// Nothing.
     pub(crate) fn none() -> Self {
-        Self { stop: None, knock: None }
+        Self { stop: None, knock: None, door: None }
+    }
+
+    /// Only the stop.
+    pub(crate) fn stop_only(&self) -> Self {
+        Self { stop: self.stop, ..Self::none() }
+    }
+
+    /// Resolves when a new process asks to take over.
+    async fn heir(&self) -> Heir<R> {
+        match self.door {
+            Some(door) => door.heir().await,
+            None => pending().await,
+        }
+    }
+
+    /// Lets new processes in; never resolves.
+    async fn keep_door(&self) {
+        match self.door {
+            Some(door) => door.keep().await,
+            None => pending().await,
+        }
     }
 
     /// Resolves when the server is to stop; sends others away meanwhile. Whoever knocks when the
@@ -73,9 +97,9 @@ fn has_left(socket: &OwnedFd) -> bool {
 /// See the module.
 pub(crate) struct Session<'h, D: VhostUserDevice, R: Reactor> {
     pub(super) device: &'h mut D,
-    options: &'h HandlerOptions,
+    pub(super) options: &'h HandlerOptions,
     pub(super) reactor: R,
-    connection: Connection<R>,
+    pub(super) connection: Connection<R>,
     pub(super) channel: BackendChannel,
     pub(super) plug: Arc<Plug<R>>,
     /// The virtio status byte (SET_STATUS).
@@ -126,8 +150,9 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         let socket = self.connection.descriptor()?;
         let channel = drive(reactor.clone(), self.channel.clone(), Arc::clone(&self.plug));
         // Boxed: a future that is awaited inside another is part of it, and these are large.
-        let beside = Box::pin(race(attention.stopped(&reactor, &socket), channel));
-        match race(Box::pin(self.messages()), beside).await {
+        let beside = race(attention.stopped(&reactor, &socket), channel);
+        let beside = Box::pin(race(beside, attention.keep_door()));
+        match race(Box::pin(self.messages(attention)), beside).await {
             Raced::First(ended) => ended,
             Raced::Second(_) => {
                 self.bound = self.bound.min(self.options.stop_deadline);
@@ -136,13 +161,26 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         }
     }
 
-    async fn messages(&mut self) -> Result<Ended, HostError> {
+    async fn messages(&mut self, attention: &Attention<'_, R>) -> Result<Ended, HostError> {
         let mut buffer = vec![0; BUFFER];
         loop {
             self.steps().await?;
             let want = self.backend.wanted().clamp(1, BUFFER);
             let room = buffer.get_mut(..want).unwrap_or_default();
-            match self.connection.receive(room).await? {
+            let between = self.backend.at_message_boundary();
+            let heir = async { if between { attention.heir().await } else { pending().await } };
+            let received = match race(self.connection.receive(room), heir).await {
+                Raced::First(received) => received?,
+                Raced::Second(heir) => {
+                    let Some(door) = attention.door else { continue };
+                    let estate = door.estate().map_err(HostError::io("dup"));
+                    if self.hand_over(heir, estate).await? {
+                        return Ok(Ended::HandedOver);
+                    }
+                    continue;
+                }
+            };
+            match received {
                 Received::Bytes(count, fds) => {
                     self.backend.receive(room.get(..count).unwrap_or_default(), fds);
                 }

@@ -1,0 +1,291 @@
+//! How front-ends are served: one at a time, the next one when it leaves, until the server is told to
+//! stop or a new process takes over (contract §5).
+//!
+//! Invariant: a socket file is removed by the process that has it at the end, and by no other.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
+use tracing::{info, warn};
+
+use crate::device::VhostUserDevice;
+use crate::error::HostError;
+use crate::handler::{Attention, DeviceRequestHandler, Ended, Inheritance};
+use crate::reactor::{Raced, Reactor, race};
+use crate::server::{Server, SocketFile, Source};
+use crate::take_over::{Belongings, Control, Door, Estate, Heir, Letter};
+
+/// How long to wait before accepting again when descriptors have run out.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a server listens to.
+struct Stage<R: Reactor> {
+    reactor: R,
+    stop: R::Source,
+    listener: Option<R::Source>,
+    door: Option<Door<R>>,
+    /// Socket files of ours, to be removed.
+    files: Vec<SocketFile>,
+}
+
+/// Serves until the end.
+pub(crate) async fn serve_on<R: Reactor, D: VhostUserDevice>(
+    server: Server,
+    reactor: R,
+    device: D,
+) -> Result<(), HostError> {
+    let Server { source, file, mut options, stop: (_writer, stop), control } = server;
+    options.hand_over |= control.is_some() || matches!(source, Source::Predecessor(_));
+    let mut handler = DeviceRequestHandler::new(device, options)?;
+    let stop = reactor.source(stop.into()).map_err(HostError::io("stop"))?;
+    match source {
+        Source::Connected(socket) => {
+            let end = socket.try_clone().map_err(HostError::io("socket"))?;
+            let mut stage = Stage::new(reactor.clone(), stop, None, file, control)?;
+            let ended = handler.run_on(reactor, socket, stage.attention(&|| ())).await;
+            if stage.gives_away(&ended) {
+                return Ok(());
+            }
+            // The number that we inherited may still be open: the peer is to see the end.
+            let _ = shutdown(&end, Shutdown::Both);
+            ended.map(|_| ())
+        }
+        Source::Listening(listener) => {
+            let mut stage = Stage::new(reactor, stop, Some(listener), file, control)?;
+            accept_loop(&mut stage, &mut handler).await
+        }
+        Source::Predecessor(socket) => {
+            let heir = Heir::new(reactor.clone(), socket)?;
+            let Some(estate) = ask(&reactor, &heir, &stop).await? else { return Ok(()) };
+            succeed(reactor, stop, heir, estate, &mut handler).await
+        }
+    }
+}
+
+/// Asks for what another process has; `None`: stopped meanwhile.
+async fn ask<R: Reactor>(
+    reactor: &R,
+    heir: &Heir<R>,
+    stop: &R::Source,
+) -> Result<Option<Estate>, HostError> {
+    heir.send(Letter::TakeOver).await?;
+    match race(heir.receive(), reactor.readable(stop)).await {
+        Raced::First(letter) => match letter? {
+            Letter::HandOver(estate) => Ok(Some(*estate)),
+            Letter::Refused(why) => Err(HostError::TakeOver(why)),
+            _ => Err(HostError::TakeOver("a letter out of turn".to_owned())),
+        },
+        Raced::Second(_) => Ok(None),
+    }
+}
+
+/// Takes the place of another process and serves on.
+async fn succeed<R: Reactor, D: VhostUserDevice>(
+    reactor: R,
+    stop: R::Source,
+    heir: Heir<R>,
+    estate: Estate,
+    handler: &mut DeviceRequestHandler<D>,
+) -> Result<(), HostError> {
+    let Estate { listener, socket_file, control, control_file, front_end, mappings } = estate;
+    let belongings = Belongings {
+        listener: listener
+            .as_ref()
+            .map(OwnedFd::try_clone)
+            .transpose()
+            .map_err(HostError::io("dup"))?,
+        socket_file: socket_file.clone(),
+        control_file: control_file.clone(),
+    };
+    let door =
+        control.map(|control| Door::new(reactor.clone(), control, belongings)).transpose()?;
+    let listener = listener.map(|listener| reactor.source(listener)).transpose();
+    let listener = listener.map_err(HostError::io("listener"))?;
+    let mut stage = Stage { reactor, stop, listener, door, files: Vec::new() };
+    let reactor = stage.reactor.clone();
+    let ended = match front_end {
+        Some(front_end) => {
+            let inheritance = Inheritance { front_end, mappings, heir };
+            let away = || stage.turn_away();
+            handler.inherit_on(reactor, inheritance, stage.attention(&away)).await
+        }
+        None => match heir.receive().await? {
+            Letter::Go => Ok(Ended::Left),
+            _ => Err(HostError::TakeOver("a letter out of turn".to_owned())),
+        },
+    };
+    if matches!(ended, Err(HostError::TakeOver(_))) {
+        return ended.map(|_| ());
+    }
+    let files = [socket_file, control_file].into_iter().flatten();
+    stage.files = files.filter_map(|path| SocketFile::of(&path).ok()).collect();
+    if stage.gives_away(&ended) || stage.is_over(&ended) {
+        return Ok(());
+    }
+    accept_loop(&mut stage, handler).await
+}
+
+impl<R: Reactor> Stage<R> {
+    fn new(
+        reactor: R,
+        stop: R::Source,
+        listener: Option<OwnedFd>,
+        file: Option<SocketFile>,
+        control: Option<Control>,
+    ) -> Result<Self, HostError> {
+        let mut files: Vec<_> = file.into_iter().collect();
+        let door = match control {
+            None => None,
+            Some(Control { listener: control, file }) => {
+                let path = |file: &SocketFile| file.path().to_owned();
+                let again = listener.as_ref().map(OwnedFd::try_clone).transpose();
+                let belongings = Belongings {
+                    listener: again.map_err(HostError::io("dup"))?,
+                    socket_file: files.first().map(path),
+                    control_file: file.as_ref().map(path),
+                };
+                files.extend(file);
+                Some(Door::new(reactor.clone(), control, belongings)?)
+            }
+        };
+        let listener = listener.map(|listener| reactor.source(listener)).transpose();
+        let listener = listener.map_err(HostError::io("listener"))?;
+        Ok(Self { reactor, stop, listener, door, files })
+    }
+
+    /// What a session looks out for.
+    fn attention<'a>(&'a self, turn_away: &'a (dyn Fn() + Sync)) -> Attention<'a, R> {
+        let knock = self.listener.as_ref().map(|listener| (listener, turn_away));
+        Attention { stop: Some(&self.stop), knock, door: self.door.as_ref() }
+    }
+
+    fn turn_away(&self) {
+        if let Some(listener) = &self.listener {
+            turn_away(listener);
+        }
+    }
+
+    /// Whether a new process has everything now, the socket files too.
+    fn gives_away(&mut self, ended: &Result<Ended, HostError>) -> bool {
+        let gone = matches!(ended, Ok(Ended::HandedOver));
+        if gone {
+            self.files.iter_mut().for_each(SocketFile::give_away);
+        }
+        gone
+    }
+
+    /// Whether nobody can come any more.
+    fn is_over(&self, ended: &Result<Ended, HostError>) -> bool {
+        if let Err(error) = ended {
+            warn!("session ended: {error}");
+        }
+        matches!(ended, Ok(Ended::Stopped)) || self.listener.is_none()
+    }
+
+    /// The next thing that happens between two sessions.
+    async fn next(&self) -> Result<Next<R>, HostError> {
+        let Some(listener) = &self.listener else { return Ok(Next::Stop) };
+        let front_end = accept(&self.reactor, listener);
+        let stop = self.reactor.readable(&self.stop);
+        let heir = async {
+            match &self.door {
+                Some(door) => match race(door.heir(), door.keep()).await {
+                    Raced::First(heir) => heir,
+                    Raced::Second(()) => std::future::pending().await,
+                },
+                None => std::future::pending().await,
+            }
+        };
+        Ok(match race(race(stop, front_end), heir).await {
+            Raced::First(Raced::First(_)) => Next::Stop,
+            Raced::First(Raced::Second(socket)) => Next::FrontEnd(socket?),
+            Raced::Second(heir) => Next::Heir(heir),
+        })
+    }
+
+    /// Hands the sockets over while no front-end is there; whether that went well.
+    async fn hand_over(&self, heir: &Heir<R>) -> Result<bool, HostError> {
+        let Some(door) = &self.door else { return Ok(false) };
+        let estate = door.estate().map_err(HostError::io("dup"))?;
+        heir.send(Letter::HandOver(Box::new(estate))).await?;
+        heir.send(Letter::Go).await?;
+        info!("handed over");
+        Ok(true)
+    }
+}
+
+/// See [`Stage::next`].
+enum Next<R: Reactor> {
+    Stop,
+    FrontEnd(OwnedFd),
+    Heir(Heir<R>),
+}
+
+async fn accept_loop<R: Reactor, D: VhostUserDevice>(
+    stage: &mut Stage<R>,
+    handler: &mut DeviceRequestHandler<D>,
+) -> Result<(), HostError> {
+    loop {
+        let ended = match stage.next().await? {
+            Next::Stop => return Ok(()),
+            Next::FrontEnd(socket) => {
+                info!("front-end connected");
+                let away = || stage.turn_away();
+                handler.run_on(stage.reactor.clone(), socket, stage.attention(&away)).await
+            }
+            Next::Heir(heir) => match stage.hand_over(&heir).await {
+                Ok(true) => Ok(Ended::HandedOver),
+                Ok(false) => Ok(Ended::Left),
+                Err(error) => Err(error),
+            },
+        };
+        if stage.gives_away(&ended) || stage.is_over(&ended) {
+            return Ok(());
+        }
+    }
+}
+
+/// Waits for the next front-end. Running out of descriptors is waited out, not fatal (case A96).
+async fn accept<R: Reactor>(reactor: &R, listener: &R::Source) -> Result<OwnedFd, HostError> {
+    loop {
+        let readable = reactor.readable(listener).await;
+        readable.map_err(HostError::io("wait for a front-end"))?;
+        match try_accept(listener) {
+            Ok(Some(socket)) => return Ok(socket),
+            Ok(None) => {}
+            Err(error) => {
+                warn!("accept: {error}");
+                reactor.sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Accepts without blocking, whatever the listener's flags are: they may be shared.
+pub(crate) fn try_accept(listener: &impl AsFd) -> io::Result<Option<OwnedFd>> {
+    let mut ready = [rustix::event::PollFd::new(listener, rustix::event::PollFlags::IN)];
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    if matches!(rustix::event::poll(&mut ready, Some(&now)), Ok(0) | Err(_)) {
+        return Ok(None);
+    }
+    match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+        Ok(socket) => Ok(Some(socket)),
+        Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A second front-end is closed at once.
+fn turn_away(listener: &impl AsFd) {
+    match try_accept(listener) {
+        Ok(Some(socket)) => {
+            drop(socket);
+            warn!("a second front-end was turned away: this device serves one at a time");
+        }
+        Ok(None) => {}
+        Err(error) => warn!("accept: {error}"),
+    }
+}

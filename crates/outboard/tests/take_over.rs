@@ -1,0 +1,268 @@
+//! Live upgrade: a device changes its process while its guest works (`Server::take_over`).
+//!
+//! Both "processes" are servers on threads of this one; the descriptors travel over the same
+//! control socket all the same. The program itself is tried in outboard-cli.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use common::{EchoModel, FEATURES, PATIENCE, Ring, Seen};
+use outboard::protocol::{ProtocolFeatures, virtio};
+use outboard::{Error, HandlerOptions, Server, StopHandle, WorkerDevice};
+use outboard_frontend::{Connection, SharedMemory};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, recv, send, socket_with,
+};
+
+/// A server on a thread.
+struct Program {
+    seen: Arc<Seen>,
+    stop: StopHandle,
+    thread: JoinHandle<Result<(), Error>>,
+}
+
+impl Program {
+    fn run(server: Server, config: [u8; 8]) -> Self {
+        let seen = Arc::new(Seen::default());
+        let model = EchoModel { seen: Arc::clone(&seen), threads: 1, config };
+        let stop = server.stop_handle();
+        let thread = std::thread::spawn(move || server.serve(WorkerDevice::new(model).unwrap()));
+        Self { seen, stop, thread }
+    }
+
+    fn stop(self) {
+        self.stop.stop();
+        self.thread.join().unwrap().unwrap();
+    }
+}
+
+struct Place {
+    _dir: tempfile::TempDir,
+    socket: PathBuf,
+    control: PathBuf,
+}
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, control) = (dir.path().join("s"), dir.path().join("c"));
+        Self { _dir: dir, socket, control }
+    }
+
+    fn first(&self) -> Program {
+        let server = Server::listen(&self.socket).unwrap().with_control(&self.control).unwrap();
+        Program::run(server, *b"OUTBOARD")
+    }
+
+    fn next(&self, options: HandlerOptions) -> Program {
+        let server = Server::take_over(&self.control).unwrap().with_options(options);
+        Program::run(server, *b"OUTBOARD")
+    }
+}
+
+/// A front-end with a ring that runs.
+fn guest(socket: &Path, protocol: ProtocolFeatures) -> (Connection, SharedMemory, Ring) {
+    let mut front = Connection::connect(socket, PATIENCE).unwrap();
+    let memory = SharedMemory::with_size(1 << 20).unwrap();
+    front.set_owner().unwrap();
+    front.get_features().unwrap();
+    front.get_protocol_features().unwrap();
+    front.set_protocol_features(protocol).unwrap();
+    front.set_features(FEATURES).unwrap();
+    front.set_mem_table(memory.regions()).unwrap();
+    let ring = Ring::new(&memory, 0, FEATURES);
+    front.set_vring_num(0, common::SIZE).unwrap();
+    front.set_vring_addr(0, &ring.layout).unwrap();
+    front.set_vring_base(0, 0).unwrap();
+    front.set_vring_call(0, &ring.call).unwrap();
+    front.set_vring_err(0, &ring.err).unwrap();
+    front.set_vring_kick(0, &ring.kick).unwrap();
+    front.set_vring_enable(0, true).unwrap();
+    (front, memory, ring)
+}
+
+const ALL: ProtocolFeatures = common::PROTOCOL
+    .union(ProtocolFeatures::CONFIG)
+    .union(ProtocolFeatures::STATUS)
+    .union(ProtocolFeatures::BACKEND_REQ);
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let late = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < late, "{what}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_guest_goes_on_in_a_new_process_and_in_the_one_after_it() {
+    let place = Place::new();
+    let mut old = place.first();
+    let (mut front, memory, mut ring) = guest(&place.socket, ALL);
+    front.set_status(0xf).unwrap();
+    ring.round(b"before");
+    for turn in 0..5u8 {
+        let new = place.next(HandlerOptions::default());
+        old.thread.join().unwrap().unwrap();
+        ring.round(&[b'a' + turn; 100]);
+        assert_eq!(new.seen.resumed.load(Ordering::SeqCst), 1);
+        assert_eq!(front.get_status().unwrap(), 0xf);
+        old = new;
+    }
+    // Everything that was set up is there: the ring stops, starts elsewhere, memory changes.
+    assert_eq!(front.get_vring_base(0).unwrap(), 6);
+    let mut other = Ring::new(&memory, 1, FEATURES);
+    front.set_vring_num(1, common::SIZE).unwrap();
+    front.set_vring_addr(1, &other.layout).unwrap();
+    front.set_vring_base(1, 0).unwrap();
+    front.set_vring_call(1, &other.call).unwrap();
+    front.set_vring_kick(1, &other.kick).unwrap();
+    front.set_vring_enable(1, true).unwrap();
+    other.round(b"another ring");
+    drop(front);
+    // The socket came along: the next front-end connects to the same path.
+    let (_front, _memory, mut ring) = guest(&place.socket, ALL);
+    ring.round(b"the next guest");
+    assert!(place.socket.exists() && place.control.exists());
+    old.stop();
+    assert!(!place.socket.exists() && !place.control.exists());
+}
+
+#[test]
+fn a_front_end_that_negotiated_little_is_handed_over_as_it_is() {
+    for protocol in [ProtocolFeatures::empty(), ProtocolFeatures::CONFIGURE_MEM_SLOTS] {
+        let place = Place::new();
+        let old = place.first();
+        let (mut front, _memory, mut ring) = guest(&place.socket, protocol);
+        ring.round(b"before");
+        let new = place.next(HandlerOptions::default());
+        old.thread.join().unwrap().unwrap();
+        ring.round(b"after");
+        assert_eq!(front.get_vring_base(0).unwrap(), 2);
+        drop(front);
+        new.stop();
+    }
+}
+
+#[test]
+fn requests_offered_during_the_hand_over_are_answered_once() {
+    let place = Place::new();
+    let old = place.first();
+    let (front, _memory, mut ring) = guest(&place.socket, ALL);
+    let new = place.next(HandlerOptions::default());
+    for round in 0..2000u32 {
+        ring.round(format!("round {round}").as_bytes());
+    }
+    old.thread.join().unwrap().unwrap();
+    assert!(ring.driver.pop_used().unwrap().is_none(), "answered twice");
+    drop(front);
+    new.stop();
+}
+
+#[test]
+fn a_disabled_ring_stays_disabled_and_its_requests_wait() {
+    let place = Place::new();
+    let old = place.first();
+    let (mut front, _memory, mut ring) = guest(&place.socket, ALL);
+    front.set_vring_enable(0, false).unwrap();
+    ring.offer(b"later");
+    ring.kick();
+    let new = place.next(HandlerOptions::default());
+    old.thread.join().unwrap().unwrap();
+    assert!(ring.silent_for(Duration::from_millis(50)));
+    front.set_vring_enable(0, true).unwrap();
+    ring.expect(b"later");
+    drop(front);
+    new.stop();
+}
+
+#[test]
+fn a_new_process_that_lacks_a_feature_is_refused_and_the_old_one_goes_on() {
+    let place = Place::new();
+    let old = place.first();
+    let (front, _memory, mut ring) = guest(&place.socket, ALL);
+    ring.round(b"before");
+    for (options, reason) in [
+        (
+            HandlerOptions {
+                without_features: virtio::RING_EVENT_IDX,
+                ..HandlerOptions::default()
+            },
+            "does not offer features 0x20000000",
+        ),
+        (
+            HandlerOptions {
+                without_protocol_features: ProtocolFeatures::STATUS,
+                ..HandlerOptions::default()
+            },
+            "does not offer protocol features 0x10000",
+        ),
+    ] {
+        let error = place.next(options).thread.join().unwrap().unwrap_err().to_string();
+        assert!(error.contains(reason), "{error}");
+        ring.round(b"after a refusal");
+    }
+    assert_eq!(old.seen.resumed.load(Ordering::SeqCst), 3, "started again after each");
+    drop(front);
+    old.stop();
+}
+
+#[test]
+fn an_idle_device_hands_its_sockets_over() {
+    let place = Place::new();
+    let old = place.first();
+    let new = place.next(HandlerOptions::default());
+    old.thread.join().unwrap().unwrap();
+    let (front, _memory, mut ring) = guest(&place.socket, ALL);
+    ring.round(b"served");
+    drop(front);
+    new.stop();
+}
+
+/// Somebody on the control socket who is no Outboard.
+fn stranger(control: &Path) -> std::os::fd::OwnedFd {
+    let socket =
+        socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .unwrap();
+    connect(&socket, &SocketAddrUnix::new(control).unwrap()).unwrap();
+    socket
+}
+
+#[test]
+fn strangers_on_the_control_socket_change_nothing() {
+    let place = Place::new();
+    let old = place.first();
+    let (front, _memory, mut ring) = guest(&place.socket, ALL);
+    for text in [&b"hello"[..], b"outboard 9 take-over\n", &[0xff; 4096], b"outboard 1 go\n"] {
+        let socket = stranger(&place.control);
+        send(&socket, text, rustix::net::SendFlags::NOSIGNAL).unwrap();
+        ring.round(b"undisturbed");
+        let mut buffer = [0; 4096];
+        // A reason, or just the end.
+        let _ = recv(&socket, &mut buffer, rustix::net::RecvFlags::empty()).unwrap();
+    }
+    // One that asks and leaves, one that asks and never plays along, one that never speaks.
+    let leaves = stranger(&place.control);
+    send(&leaves, b"outboard 1 take-over\n", rustix::net::SendFlags::NOSIGNAL).unwrap();
+    drop(leaves);
+    until("the ring goes on", || old.seen.resumed.load(Ordering::SeqCst) == 2);
+    ring.round(b"after one that left");
+    let silent = stranger(&place.control);
+    ring.round(b"beside one that is silent");
+    drop(silent);
+    drop(front);
+    old.stop();
+}
+
+#[test]
+fn a_control_socket_that_nobody_has_is_an_error_with_the_path() {
+    let place = Place::new();
+    let error = Server::take_over(&place.control).unwrap_err().to_string();
+    assert!(error.contains(place.control.to_str().unwrap()), "{error}");
+}
