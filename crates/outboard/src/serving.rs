@@ -90,7 +90,8 @@ async fn succeed<R: Reactor, D: VhostUserDevice>(
     estate: Estate,
     handler: &mut DeviceRequestHandler<D>,
 ) -> Result<(), HostError> {
-    let Estate { listener, socket_file, control, control_file, front_end, mappings } = estate;
+    let Estate { listener, socket_file, control, control_file, front_end, mappings, stopped } =
+        estate;
     let belongings = Belongings {
         listener: listener
             .as_ref()
@@ -108,7 +109,7 @@ async fn succeed<R: Reactor, D: VhostUserDevice>(
     let reactor = stage.reactor.clone();
     let ended = match front_end {
         Some(front_end) => {
-            let inheritance = Inheritance { front_end, mappings, heir };
+            let inheritance = Inheritance { front_end, mappings, stopped, heir };
             let away = || stage.turn_away();
             handler.inherit_on(reactor, inheritance, stage.attention(&away)).await
         }

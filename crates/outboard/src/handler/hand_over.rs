@@ -17,7 +17,7 @@ use crate::device::VhostUserDevice;
 use crate::error::HostError;
 use crate::notify::Kick;
 use crate::reactor::{Raced, Reactor, race};
-use crate::take_over::{Estate, HandOverError, Heir, Letter, Play};
+use crate::take_over::{Estate, HandOverError, Heir, Letter, Play, now};
 
 /// How long the new process may take for all of it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -43,6 +43,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         estate: Result<Estate, HostError>,
     ) -> Result<bool, HostError> {
         info!("handing over to a new process");
+        let stopped = now();
         let mut rings = Vec::new();
         for index in 0..u16::try_from(self.rings.len()).unwrap_or(u16::MAX) {
             let Some(record) = self.backend.ring(index).copied() else { continue };
@@ -58,7 +59,8 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         let given = async {
             self.channel_rests().await?;
             self.plug.set(None);
-            self.give(&heir, estate?, &mut rings, channel.1.as_deref()).await
+            let estate = Estate { stopped, ..estate? };
+            self.give(&heir, estate, &mut rings, channel.1.as_deref()).await
         };
         let given = match race(given, reactor.sleep(PATIENCE)).await {
             Raced::First(given) => given,
@@ -236,6 +238,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         heir: &Heir<R>,
         socket: OwnedFd,
         mappings: Vec<(u8, u64, u64)>,
+        stopped: u64,
     ) -> Result<(), HostError> {
         let word = match race(heir.receive(), self.reactor.sleep(PATIENCE)).await {
             Raced::First(word) => word?,
@@ -252,7 +255,8 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             all.extend(mappings.into_iter().map(|(id, offset, size)| ((id, offset), size)));
         });
         self.connection = Connection::new(self.reactor.clone(), socket)?;
-        info!("taken over");
+        let pause = Duration::from_nanos(now().saturating_sub(stopped));
+        info!("taken over; the rings stood still for {} us", pause.as_micros());
         Ok(())
     }
 }

@@ -77,6 +77,8 @@ impl Default for HandlerOptions {
 pub(crate) struct Inheritance<R: Reactor> {
     pub(crate) front_end: FrontEnd,
     pub(crate) mappings: Vec<(u8, u64, u64)>,
+    /// When its rings stopped.
+    pub(crate) stopped: u64,
     /// The other process.
     pub(crate) heir: Heir<R>,
 }
@@ -156,12 +158,13 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
         inheritance: Inheritance<R>,
         attention: Attention<'_, R>,
     ) -> Result<Ended, HostError> {
-        let Inheritance { front_end: FrontEnd { play, socket }, mappings, heir } = inheritance;
+        let Inheritance { front_end: FrontEnd { play, socket }, mappings, stopped, heir } =
+            inheritance;
         let offer = self.offer();
         let mut session = Session::new(&mut self.device, &self.options, offer, reactor, play)?;
         let mut ended = session.serve(&attention.stop_only()).await;
         if matches!(ended, Ok(Ended::Left)) {
-            ended = match session.inherit(&heir, socket, mappings).await {
+            ended = match session.inherit(&heir, socket, mappings, stopped).await {
                 Ok(()) => session.serve(&attention).await,
                 Err(error) => Err(error),
             };

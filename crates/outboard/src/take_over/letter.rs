@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use outboard_protocol::Frame;
+use rustix::time::{ClockId, clock_gettime};
 
 /// The version of these letters. Another one is refused: the old process goes on.
 const VERSION: &str = "1";
@@ -27,6 +28,9 @@ pub(crate) struct Estate {
     pub(crate) front_end: Option<FrontEnd>,
     /// Shared memory that the front-end has mapped: region, offset, bytes.
     pub(crate) mappings: Vec<(u8, u64, u64)>,
+    /// When the rings were told to stop, in nanoseconds of the monotonic clock, which both
+    /// processes share.
+    pub(crate) stopped: u64,
 }
 
 /// A front-end that is handed over.
@@ -36,6 +40,13 @@ pub(crate) struct FrontEnd {
     pub(crate) play: OwnedFd,
     /// Its own.
     pub(crate) socket: OwnedFd,
+}
+
+/// Nanoseconds of the monotonic clock.
+pub(crate) fn now() -> u64 {
+    let time = clock_gettime(ClockId::Monotonic);
+    let (seconds, rest) = (u64::try_from(time.tv_sec), u64::try_from(time.tv_nsec));
+    seconds.unwrap_or(0).saturating_mul(1_000_000_000).saturating_add(rest.unwrap_or(0))
 }
 
 /// See the module.
@@ -106,7 +117,8 @@ impl Estate {
     }
 
     fn encode(self, bytes: &mut Vec<u8>, fds: &mut Vec<OwnedFd>) {
-        let Self { listener, socket_file, control, control_file, front_end, mappings } = self;
+        let Self { listener, socket_file, control, control_file, front_end, mappings, stopped } =
+            self;
         let (play, socket) = front_end.map(|both| (both.play, both.socket)).unzip();
         bytes.extend(b"fds");
         let named =
@@ -126,6 +138,7 @@ impl Estate {
                 bytes.push(b'\n');
             }
         }
+        bytes.extend(format!("stopped {stopped}\n").bytes());
         for (region, offset, size) in mappings {
             bytes.extend(format!("mapping {region} {offset} {size}\n").bytes());
         }
@@ -158,6 +171,10 @@ impl Estate {
                 }
                 b"socket-file" => estate.socket_file = path(),
                 b"control-file" => estate.control_file = path(),
+                b"stopped" => {
+                    let text = std::str::from_utf8(value).unwrap_or_default();
+                    estate.stopped = text.parse().map_err(|_| "a time that is none")?;
+                }
                 b"mapping" => estate.mappings.push(mapping(value).ok_or("a mapping that is none")?),
                 b"" => {}
                 _ => return Err(format!("a line of {} bytes that nobody knows", line.len())),
@@ -203,6 +220,7 @@ mod tests {
             control_file: Some(PathBuf::from("ctl")),
             front_end: Some(FrontEnd { play: fd(), socket: fd() }),
             mappings: vec![(0, 0, 4096), (255, u64::MAX - 4095, 4096)],
+            stopped: u64::MAX,
         };
         let Letter::HandOver(back) = round(Letter::HandOver(Box::new(estate))) else {
             panic!("another letter")
@@ -210,6 +228,7 @@ mod tests {
         assert!(back.listener.is_some() && back.control.is_some() && back.front_end.is_some());
         assert_eq!(back.socket_file.unwrap().as_os_str(), "/run/a disk.sock");
         assert_eq!(back.control_file.unwrap().as_os_str(), "ctl");
+        assert_eq!(back.stopped, u64::MAX);
         assert_eq!(back.mappings, [(0, 0, 4096), (255, u64::MAX - 4095, 4096)]);
     }
 
@@ -242,6 +261,7 @@ mod tests {
             ("outboard 1 hand-over\nfds listener\n", "missing"),
             ("outboard 1 hand-over\nmapping 256 0 0\n", "mapping"),
             ("outboard 1 hand-over\nmapping 1 0 0 0\n", "mapping"),
+            ("outboard 1 hand-over\nstopped soon\n", "time"),
             ("outboard 1 hand-over\nhat 1\n", "nobody knows"),
         ] {
             let error = Letter::decode(text.as_bytes(), Vec::new()).unwrap_err();

@@ -24,7 +24,7 @@ use outboard_protocol::Violation;
 use crate::error::HostError;
 
 pub(crate) use control::{Belongings, Control, Door, Heir};
-pub(crate) use letter::{Estate, FrontEnd, Letter};
+pub(crate) use letter::{Estate, FrontEnd, Letter, now};
 pub(crate) use play::Play;
 
 /// Why a hand-over came to nothing.
