@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::iotlb::Permission;
+
 /// Why a region could not be mapped. Nothing stays mapped and the descriptor is closed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -119,6 +121,34 @@ pub enum AccessError {
         /// Elements asked for.
         count: u16,
     },
+    /// The IOTLB has no entry for this address: the front-end can be asked for one.
+    #[error("no entry for I/O address {iova:#x} (+ {len:#x}, to {access})")]
+    Miss {
+        /// The first I/O address without an entry.
+        iova: u64,
+        /// Bytes of the access from there on.
+        len: u64,
+        /// What was wanted.
+        access: Permission,
+    },
+    /// The IOTLB's entry for this address does not permit the access.
+    #[error("I/O address {iova:#x} (+ {len:#x}) is not there to {access}")]
+    Denied {
+        /// The first I/O address that does not permit it.
+        iova: u64,
+        /// Bytes of the access from there on.
+        len: u64,
+        /// What was wanted.
+        access: Permission,
+    },
+    /// The pages of a ring lie behind an IOMMU next to each other, but not in the memory below.
+    #[error("I/O range {iova:#x} + {len:#x} is in pieces")]
+    Scattered {
+        /// Start.
+        iova: u64,
+        /// Bytes.
+        len: u64,
+    },
     /// A chain fell apart into more pieces than any legal chain has.
     #[error("more than {limit} segments in one list")]
     TooManySegments {
@@ -147,4 +177,26 @@ pub enum WindowError {
     /// The file was cut short; what was read is zeros, what was written is lost.
     #[error("the file under the window was cut short")]
     Poisoned,
+}
+
+/// Why an entry of the IOTLB was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum IotlbError {
+    /// It holds no byte, or its end does not fit 64 bits.
+    #[error("I/O range {iova:#x} + {size:#x} is empty or wraps")]
+    Range {
+        /// Start.
+        iova: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// The memory it leads to is not in one region.
+    #[error("user range {user:#x} + {size:#x} is in no region of guest memory")]
+    Outside {
+        /// Start, in front-end addresses.
+        user: u64,
+        /// Bytes.
+        size: u64,
+    },
 }

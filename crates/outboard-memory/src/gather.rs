@@ -6,6 +6,7 @@
 use crate::buffers::{Buffers, MOST_PIECES, Segment, Span};
 use crate::cells::{Descriptor, Descriptors};
 use crate::error::AccessError;
+use crate::iotlb::Permission;
 use crate::table::Table;
 use crate::view::View;
 
@@ -16,6 +17,8 @@ pub struct Gather<'a> {
     to: &'a mut Buffers,
     table: Table<'a>,
     bytes: u64,
+    /// What the device does with what is pushed now.
+    access: Permission,
 }
 
 impl<'a> Gather<'a> {
@@ -24,7 +27,7 @@ impl<'a> Gather<'a> {
         to.room = 0;
         (to.readable, to.writable, to.tail) = Default::default();
         to.list.clear();
-        Self { view, to, table: table.table(), bytes: 0 }
+        Self { view, to, table: table.table(), bytes: 0, access: Permission::READ }
     }
 
     /// Descriptor `at` of the present table, each of its bytes read once; `None` past the end.
@@ -38,9 +41,9 @@ impl<'a> Gather<'a> {
     /// Some byte of it is in no region.
     pub fn enter(&mut self, guest: u64, count: u16) -> Result<(), AccessError> {
         let len = u64::from(count) * 16;
-        self.table = match self.view.find(guest, len) {
-            Some(host) => Table::new(host, count),
-            None => scattered(self.view, self.to, guest, count)?,
+        self.table = match self.view.find(guest, len, Permission::READ) {
+            Ok(host) => Table::new(host, count),
+            Err(_) => scattered(self.view, self.to, guest, count)?,
         };
         Ok(())
     }
@@ -49,18 +52,19 @@ impl<'a> Gather<'a> {
     pub fn turn(&mut self) {
         self.to.readable = Span::new(0, self.to.list.len());
         self.to.room = self.bytes;
+        self.access = Permission::WRITE;
     }
 
     /// Appends a guest range: as one piece, or as several when it crosses regions that are neighbours in guest-physical
     /// space. No piece for a range of length 0.
     ///
     /// # Errors
-    /// Some byte is in no region.
+    /// Some byte is in no region, or the device may not do with it what it is for.
     pub fn push(&mut self, guest: u64, len: u32) -> Result<(), AccessError> {
         let bytes = u64::from(len);
         self.bytes += bytes;
         let list = &mut self.to.list;
-        self.view.each_part(guest, bytes, |base, len| {
+        self.view.each_part(guest, bytes, self.access, |base, len| {
             if list.len() >= MOST_PIECES {
                 return Err(AccessError::TooManySegments { limit: MOST_PIECES });
             }

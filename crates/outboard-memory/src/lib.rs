@@ -5,6 +5,7 @@
 //!  SET_MEM_TABLE fds ─▶ Region::map ─▶ GuestMemory (Arc, generation) ─▶ View (one owner, last-hit cache)
 //!                         │ fstat first                                    ├─▶ Cells: ring indices and elements, resolved once
 //!                         └ SIGBUS guard: hole ─▶ zero page + poisoned     └─▶ Buffers: what one request reads and writes, kept alive by Arc
+//!  IOTLB_MSG ─▶ Iotlb (parts of regions at I/O addresses, permissions) ─▶ GuestMemory of a device behind an IOMMU
 //! ```
 //!
 //! Invariants, which everything above this crate leans on:
@@ -24,6 +25,7 @@ mod copy;
 mod cursor;
 mod error;
 mod gather;
+mod iotlb;
 mod log;
 mod map;
 mod mapping;
@@ -41,8 +43,9 @@ pub use buffers::{Buffers, Segment};
 pub use cells::twin;
 pub use cells::{Cell16, Cells, Descriptor, Descriptors, Pairs, Ring16, fence};
 pub use cursor::Cursor;
-pub use error::{AccessError, LayoutError, MapError, WindowError};
+pub use error::{AccessError, IotlbError, LayoutError, MapError, WindowError};
 pub use gather::Gather;
+pub use iotlb::{IOTLB_ENTRIES, Iotlb, Permission};
 pub use log::{DirtyLog, LOG_PAGE};
 pub use map::GuestMemory;
 pub use mapping::rounded;

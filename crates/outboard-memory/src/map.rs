@@ -1,7 +1,8 @@
 //! The table of regions: immutable, with a generation, always behind an `Arc`.
 //!
 //! A change makes a new table that shares the regions that stay; whoever still uses the old one keeps the old regions
-//! mapped. Regions overlap neither in guest-physical nor in front-end addresses.
+//! mapped. Regions overlap neither in guest-physical nor in front-end addresses. What a device behind an IOMMU may
+//! reach ([`Iotlb`](crate::Iotlb)) is such a table too, of parts of regions at I/O addresses.
 #![expect(
     unsafe_code,
     reason = "a table of raw pointers is Send and Sync because the regions are; one hint"
@@ -12,6 +13,7 @@ use std::hint;
 use std::sync::Arc;
 
 use crate::error::LayoutError;
+use crate::iotlb::Permission;
 use crate::num::{index, wide};
 use crate::region::{Region, RegionSpec};
 use crate::sigbus;
@@ -26,6 +28,8 @@ pub(crate) struct Entry {
     pub(crate) start: u64,
     pub(crate) size: u64,
     pub(crate) host: *mut u8,
+    /// What the device may do with it. Only the careful way asks, and only an IOMMU says anything but "all".
+    pub(crate) permission: Permission,
 }
 
 // SAFETY: a pointer into a shared mapping, which belongs to no thread; it is used only while the table, which holds
@@ -72,6 +76,8 @@ pub struct GuestMemory {
     shift: u32,
     /// Sorted by user address: (user address, size, guest address).
     by_user: Box<[(u64, u64, u64)]>,
+    /// Whether the addresses are those that a device behind an IOMMU uses.
+    io: bool,
     #[cfg(outboard_loom)]
     pub(crate) twin: crate::cells::twin::Store,
 }
@@ -92,7 +98,15 @@ impl GuestMemory {
         check_overlap("user", by_user.iter().map(|&(user, size, _)| (user, size)))?;
         let entries: Box<[_]> = regions
             .iter()
-            .map(|r| Entry { start: r.spec().guest_addr, size: r.spec().size, host: r.host() })
+            .map(|r| {
+                let permission = Permission::BOTH;
+                Entry {
+                    start: r.spec().guest_addr,
+                    size: r.spec().size,
+                    host: r.host(),
+                    permission,
+                }
+            })
             .collect();
         let (slots, shift) = slots(&entries);
         Ok(Self {
@@ -102,9 +116,31 @@ impl GuestMemory {
             slots,
             shift,
             by_user: by_user.into(),
+            io: false,
             #[cfg(outboard_loom)]
             twin: crate::cells::twin::Store::default(),
         })
+    }
+
+    /// What a device behind an IOMMU reaches: these parts of the regions of `self`, sorted by I/O address. There are no
+    /// slots, so that every request goes the careful way, which asks for permissions.
+    pub(crate) fn behind_iommu(&self, generation: u64, entries: Box<[Entry]>) -> Self {
+        Self {
+            generation,
+            regions: self.regions.clone(),
+            entries,
+            slots: Box::default(),
+            shift: 0,
+            by_user: Box::default(),
+            io: true,
+            #[cfg(outboard_loom)]
+            twin: crate::cells::twin::Store::default(),
+        }
+    }
+
+    /// Whether its addresses are those of a device behind an IOMMU.
+    pub fn is_behind_iommu(&self) -> bool {
+        self.io
     }
 
     /// Which of the tables of this guest it is; grows with every change.
@@ -144,8 +180,12 @@ impl GuestMemory {
         Self::new(self.generation.wrapping_add(1), regions)
     }
 
-    /// The guest-physical address of a range of front-end addresses, when the whole range lies in one region.
+    /// The address in this table of a range of front-end addresses, when the whole range lies in one region. Behind an
+    /// IOMMU the front-end speaks of I/O addresses, as the guest does: they are returned as they are.
     pub fn user_to_guest(&self, addr: u64, len: u64) -> Option<u64> {
+        if self.io {
+            return addr.checked_add(len).map(|_| addr);
+        }
         let after = self.by_user.partition_point(|&(user, _, _)| user <= addr);
         let &(user, size, guest) = self.by_user.get(after.checked_sub(1)?)?;
         let offset = addr - user;
@@ -159,6 +199,13 @@ impl GuestMemory {
             let offset = wide(host.addr().wrapping_sub(region.host().addr()));
             (offset < region.spec().size).then(|| region.spec().guest_addr + offset)
         })
+    }
+
+    /// The region that holds a whole range of front-end addresses, and where in it the range begins.
+    pub(crate) fn region_of_user(&self, addr: u64, len: u64) -> Option<(&Arc<Region>, u64)> {
+        let guest = if self.io { None } else { self.user_to_guest(addr, len) }?;
+        let (at, entry) = self.entry(guest)?;
+        Some((self.regions.get(at)?, guest - entry.start))
     }
 
     /// Whether the file of some region was cut short and an access hit the hole. What was read there is zeros, what
@@ -225,6 +272,7 @@ fn slots(entries: &[Entry]) -> (Box<[Entry]>, u32) {
             start: 0,
             size: 0,
             host: std::ptr::null_mut(),
+            permission: Permission::BOTH,
         })
     });
     (slots.collect(), shift)

@@ -13,6 +13,7 @@ use crate::cells::{Cells, Descriptors};
 use crate::copy;
 use crate::error::AccessError;
 use crate::gather::Gather;
+use crate::iotlb::Permission;
 use crate::map::{Entry, GuestMemory};
 use crate::num::{index, wide};
 use crate::sigbus;
@@ -36,12 +37,24 @@ impl View {
         &self.memory
     }
 
-    /// Ring memory: the range must lie in one region.
+    /// Ring memory, to read and to write: the range must lie in one region.
     ///
     /// # Errors
-    /// It does not.
+    /// It does not, or an IOMMU stands before it.
     pub fn cells(&self, guest: u64, len: u64) -> Result<Cells, AccessError> {
-        let host = self.find(guest, len).ok_or(AccessError::Outside { guest, len })?;
+        self.cells_to(Permission::BOTH, guest, len)
+    }
+
+    /// Ring memory, to read only: the range must lie in one region.
+    ///
+    /// # Errors
+    /// As [`View::cells`].
+    pub fn cells_to_read(&self, guest: u64, len: u64) -> Result<Cells, AccessError> {
+        self.cells_to(Permission::READ, guest, len)
+    }
+
+    fn cells_to(&self, access: Permission, guest: u64, len: u64) -> Result<Cells, AccessError> {
+        let host = self.find(guest, len, access)?;
         Ok(Cells::new(host, guest, len, Arc::clone(&self.memory)))
     }
 
@@ -56,7 +69,7 @@ impl View {
     /// Some byte is in no region; what was copied before it stays copied.
     pub fn read(&self, guest: u64, to: &mut [u8]) -> Result<(), AccessError> {
         let mut to_at = to.as_mut_ptr();
-        self.each_part(guest, wide(to.len()), |from, len| {
+        self.each_part(guest, wide(to.len()), Permission::READ, |from, len| {
             // SAFETY: `each_part` hands out parts of live mappings, `to.len()` bytes in all; `to_at` moves along.
             unsafe { copy::copy_in(from, to_at, len) };
             to_at = to_at.wrapping_add(len);
@@ -69,9 +82,9 @@ impl View {
     /// # Errors
     /// Some byte is in no region; nothing was written then.
     pub fn write(&self, guest: u64, from: &[u8]) -> Result<(), AccessError> {
-        self.each_part(guest, wide(from.len()), |_, _| Ok(()))?;
+        self.each_part(guest, wide(from.len()), Permission::WRITE, |_, _| Ok(()))?;
         let mut from_at = from.as_ptr();
-        self.each_part(guest, wide(from.len()), |to, len| {
+        self.each_part(guest, wide(from.len()), Permission::WRITE, |to, len| {
             // SAFETY: `each_part` hands out parts of live mappings, `from.len()` bytes in all; `from_at` moves along.
             unsafe { copy::copy_out(from_at, to, len) };
             from_at = from_at.wrapping_add(len);
@@ -79,9 +92,29 @@ impl View {
         })
     }
 
-    /// Where a range of one region lies in this process.
-    pub(crate) fn find(&self, guest: u64, len: u64) -> Option<*mut u8> {
-        self.region(guest)?.translate(guest, len)
+    /// Where a range of one region lies in this process. Behind an IOMMU it may be made of several entries, if they are
+    /// neighbours here too.
+    pub(crate) fn find(
+        &self,
+        guest: u64,
+        len: u64,
+        access: Permission,
+    ) -> Result<*mut u8, AccessError> {
+        if !self.memory.is_behind_iommu() {
+            let host = self.region(guest).and_then(|entry| entry.translate(guest, len));
+            return host.ok_or(AccessError::Outside { guest, len });
+        }
+        let mut first: Option<*mut u8> = None;
+        let mut next = std::ptr::null_mut::<u8>();
+        self.each_part(guest, len.max(1), access, |host, part| {
+            if first.is_some() && host != next {
+                return Err(AccessError::Scattered { iova: guest, len });
+            }
+            first = first.or(Some(host));
+            next = host.wrapping_add(part);
+            Ok(())
+        })?;
+        first.ok_or(AccessError::Outside { guest, len })
     }
 
     /// The region that holds `guest`.
@@ -111,13 +144,17 @@ impl View {
         &self,
         guest: u64,
         len: u64,
+        access: Permission,
         mut with: impl FnMut(*mut u8, usize) -> Result<(), AccessError>,
     ) -> Result<(), AccessError> {
         let outside = AccessError::Outside { guest, len };
         guest.checked_add(len).ok_or(outside)?;
         let (mut at, mut left) = (guest, len);
         while left > 0 {
-            let entry = self.region(at).ok_or(outside)?;
+            let Some(entry) = self.region(at).filter(|entry| entry.permission.allows(access))
+            else {
+                return Err(self.lacking(outside, at, left, access));
+            };
             let part = entry.rest(at).ok_or(outside)?.min(left);
             let host = entry.translate(at, part).ok_or(outside)?;
             with(host, index(part))?;
@@ -125,6 +162,22 @@ impl View {
             at += part;
         }
         Ok(())
+    }
+
+    /// Why `iova` cannot be used.
+    #[cold]
+    fn lacking(
+        &self,
+        outside: AccessError,
+        iova: u64,
+        len: u64,
+        access: Permission,
+    ) -> AccessError {
+        match (self.memory.is_behind_iommu(), self.region(iova)) {
+            (false, _) => outside,
+            (true, None) => AccessError::Miss { iova, len, access },
+            (true, Some(_)) => AccessError::Denied { iova, len, access },
+        }
     }
 }
 

@@ -33,7 +33,8 @@ use crate::violation::{Refusal, Violation};
 /// What a back-end offers on a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Offer {
-    /// Virtio and vhost feature bits. Bit 30 is added when there are protocol features.
+    /// Virtio and vhost feature bits. Bit 30 is added when there are protocol features;
+    /// ACCESS_PLATFORM is shown only to a front-end that has negotiated BACKEND_REQ and REPLY_ACK.
     pub features: u64,
     /// Protocol features. XEN_MMAP is taken out: its regions are not decoded.
     pub protocol_features: ProtocolFeatures,

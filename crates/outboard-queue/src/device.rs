@@ -45,7 +45,8 @@ impl DeviceQueue {
     /// The next chain, walked and translated whole.
     ///
     /// # Errors
-    /// The driver broke a rule, or guest memory is gone: the ring is retired. Said once; `Ok(None)` afterwards.
+    /// The driver broke a rule, or guest memory is gone: the ring is retired. Said once; `Ok(None)` afterwards. Or the
+    /// IOTLB cannot translate the chain ([`RingError::Untranslated`]): it stays in the ring.
     #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<Chain>, RingError> {
         let Ring::Split(ring) = &mut self.ring;

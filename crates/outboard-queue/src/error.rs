@@ -124,6 +124,16 @@ pub enum RingError {
         /// What is wrong.
         source: AccessError,
     },
+    /// A buffer or an indirect table for which the IOTLB has no entry ([`AccessError::Miss`]), or none that permits the
+    /// access ([`AccessError::Denied`]). No rule is broken yet: the chain was not taken and the ring goes on, in a
+    /// generation of guest memory that has the entry. Until then it is said again by every look at the ring.
+    #[error("chain of head {head}: {source}")]
+    Untranslated {
+        /// The head.
+        head: u16,
+        /// What is wanted.
+        source: AccessError,
+    },
     /// The file behind guest memory was cut short and an access met the hole.
     #[error("a file of guest memory was cut short")]
     MemoryLost,

@@ -33,6 +33,8 @@ fn negotiated() -> (Connection, Receiver<Seen>) {
     connection.get_features().expect("an answer");
     connection.get_protocol_features().expect("an answer");
     connection.set_protocol_features(all_protocol()).expect("accepted");
+    // ACCESS_PLATFORM is shown now only.
+    connection.get_features().expect("an answer");
     let all = virtio::VERSION_1 | virtio::ACCESS_PLATFORM | virtio::PROTOCOL_FEATURES;
     connection.set_features(all).expect("accepted");
     while seen.try_recv().is_ok() {}

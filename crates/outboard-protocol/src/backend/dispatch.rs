@@ -54,7 +54,7 @@ impl<Fd> Backend<Fd> {
 
     fn call(&mut self, code: C, m: Inbound<Fd>) -> Handled<Fd> {
         match code {
-            C::GetFeatures => self.reply_number(&m, self.offer.features),
+            C::GetFeatures => self.reply_number(&m, self.shown_features()),
             C::SetFeatures => self.set_features(&m),
             C::SetOwner => self.acknowledge(&m),
             C::ResetOwner => self.reset_owner(&m),

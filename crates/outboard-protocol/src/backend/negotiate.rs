@@ -2,6 +2,11 @@
 //!
 //! Invariant: what is acknowledged is a subset of what is offered and replaces what was
 //! acknowledged before; a refused set changes nothing.
+//!
+//! ACCESS_PLATFORM needs a channel for misses, and acknowledgements: GET_FEATURES shows it once the
+//! front-end has negotiated both. (A guest that is handed every bit of GET_FEATURES, as User-mode
+//! Linux does before it negotiates protocol features, would use an IOMMU that is not there; QEMU asks
+//! a second time afterwards.) A front-end that acknowledges it all the same does no harm.
 
 use super::rings::parse;
 use super::{Backend, Commit, Handled, Inbound};
@@ -13,6 +18,13 @@ use crate::violation::Violation;
 const LIVE_TOGGLES: u64 = virtio::LOG_ALL | virtio::PROTOCOL_FEATURES;
 
 impl<Fd> Backend<Fd> {
+    /// What GET_FEATURES answers now.
+    pub(super) const fn shown_features(&self) -> u64 {
+        let channel = P::BACKEND_REQ.union(P::REPLY_ACK);
+        let hidden = if self.now.protocol.contains(channel) { 0 } else { virtio::ACCESS_PLATFORM };
+        self.offer.features & !hidden
+    }
+
     pub(super) fn set_features(&mut self, m: &Inbound<Fd>) -> Handled<Fd> {
         let features: u64 = parse(m)?;
         let unoffered = features & !self.now.offered;

@@ -8,6 +8,7 @@ use outboard_protocol::{
     VringAddr,
 };
 
+use crate::common::channel_pair::IOMMU;
 use crate::common::host::Verdict;
 use crate::common::pair::Pair;
 use crate::common::valid::{ADDR, REGION};
@@ -20,12 +21,17 @@ fn connect(protocol: ProtocolFeatures) -> Pair {
     pair.succeed(Request::GetFeatures);
     pair.succeed(Request::GetProtocolFeatures);
     pair.succeed(Request::SetProtocolFeatures(protocol));
-    pair.succeed(Request::SetFeatures(FEATURES));
+    // Some features are shown now only.
+    pair.succeed(Request::GetFeatures);
+    let features = pair.front.negotiated().offered;
+    let hidden = if protocol.contains(ProtocolFeatures::BACKEND_REQ) { 0 } else { IOMMU };
+    assert_eq!(features, FEATURES & !hidden);
+    pair.succeed(Request::SetFeatures(features));
     pair
 }
 
 fn activate(pair: &mut Pair, rings: u32) {
-    pair.succeed(Request::SetFeatures(FEATURES));
+    pair.succeed(Request::SetFeatures(pair.front.negotiated().offered));
     pair.succeed(Request::SetMemTable(vec![(REGION, 10)]));
     for index in 0..rings {
         pair.succeed(Request::SetVringNum { index, size: 256 });

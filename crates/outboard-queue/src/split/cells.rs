@@ -45,16 +45,18 @@ impl SplitCells {
         }
         let count = u64::from(size);
         let event = if features.event_idx { 2 } else { 0 };
-        let desc = view.cells(layout.desc, 16 * count).and_then(|cells| cells.descriptors(0, size));
+        let desc = view
+            .cells_to_read(layout.desc, 16 * count)
+            .and_then(|cells| cells.descriptors(0, size));
         let desc =
             desc.map_err(|source| RingError::Placement { part: "descriptor table", source })?;
         let (avail_cells, [avail_flags, avail_idx]) =
-            area("available ring", view, layout.avail, 4 + 2 * count + event)?;
+            area("available ring", view.cells_to_read(layout.avail, 4 + 2 * count + event))?;
         let avail = avail_cells.ring16(4, size);
         let avail =
             avail.map_err(|source| RingError::Placement { part: "available ring", source })?;
         let (used_cells, [used_flags, used_idx]) =
-            area("used ring", view, layout.used, 4 + 8 * count + event)?;
+            area("used ring", view.cells(layout.used, 4 + 8 * count + event))?;
         let used = used_cells.pairs(4, size);
         let used = used.map_err(|source| RingError::Placement { part: "used ring", source })?;
         let events = if features.event_idx {
@@ -76,12 +78,10 @@ impl SplitCells {
 /// One of the two rings, with its flags and index.
 fn area(
     part: &'static str,
-    view: &View,
-    start: u64,
-    len: u64,
+    cells: Result<Cells, AccessError>,
 ) -> Result<(Cells, [Cell16; 2]), RingError> {
     let found = || -> Result<_, AccessError> {
-        let cells = view.cells(start, len)?;
+        let cells = cells?;
         let both = [cells.u16_at(0)?, cells.u16_at(2)?];
         Ok((cells, both))
     };

@@ -75,6 +75,15 @@ impl Chains {
         }
     }
 
+    /// Puts a chain back, wherever chains are, that was not taken after all.
+    #[cold]
+    pub(crate) fn leave(&mut self, head: u16, parts: Box<Parts>) {
+        let table = if self.idle.is_empty() { &mut self.aside } else { &mut self.idle };
+        if let Some(slot) = table.get_mut(usize::from(head)) {
+            *slot = Some(parts);
+        }
+    }
+
     /// The heads whose chains are in flight.
     pub(crate) fn in_flight(&self) -> impl Iterator<Item = u16> {
         let table = if self.idle.is_empty() { &self.aside } else { &self.idle };

@@ -165,22 +165,40 @@ impl SplitDevice {
         let head = self.cells.avail.load(self.next_avail);
         let mut parts = self.chains.take(head, &self.source.view)?;
         if self.source.walk_quickly(head, &mut parts.buffers).is_none() {
-            self.walk_carefully(head, &mut parts)?;
+            parts = self.walk_carefully(head, parts)?;
         }
         Ok(Chain(parts))
     }
 
-    /// Something rare or something wrong: from the start, with care.
+    /// Something rare or something wrong: from the start, with care. A chain that the IOTLB cannot translate yet stays
+    /// in the ring.
     #[cold]
-    pub(super) fn walk_carefully(&mut self, head: u16, parts: &mut Parts) -> Result<(), RingError> {
-        let pieces = self.source.walk_carefully(head, &mut parts.buffers)?;
-        self.chains.charge(parts, pieces)
+    #[inline(never)]
+    pub(super) fn walk_carefully(
+        &mut self,
+        head: u16,
+        parts: Box<Parts>,
+    ) -> Result<Box<Parts>, RingError> {
+        let mut parts = parts;
+        match self.source.walk_carefully(head, &mut parts.buffers) {
+            Ok(pieces) => self.chains.charge(&mut parts, pieces).map(|()| parts),
+            Err(error) => {
+                if matches!(error, RingError::Untranslated { .. }) {
+                    self.chains.leave(head, parts);
+                }
+                Err(error)
+            }
+        }
     }
 
     /// The driver broke a rule, or memory went: the ring takes nothing from now on, for it has no descriptors any more.
-    /// What `pop` says next is the cause. Only the first one counts.
+    /// What `pop` says next is the cause. Only the first one counts. A chain that was left does not retire the ring.
     #[cold]
     pub(super) fn retire(&mut self, error: RingError) {
+        if matches!(error, RingError::Untranslated { .. }) {
+            self.fault = Some(error);
+            return;
+        }
         if self.health != Health::Live {
             self.seen_avail = self.next_avail;
             return;

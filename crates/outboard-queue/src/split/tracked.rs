@@ -75,7 +75,7 @@ impl SplitDevice {
         let head = self.cells.avail.load(self.next_avail);
         let mut parts = self.chains.take_aside(head, &self.source.view)?;
         if self.source.walk_quickly(head, &mut parts.buffers).is_none() {
-            self.walk_carefully(head, &mut parts)?;
+            parts = self.walk_carefully(head, parts)?;
         }
         if let Some(log) = &mut self.log {
             log.taken(head, &parts.buffers);

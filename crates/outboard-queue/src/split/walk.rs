@@ -3,7 +3,7 @@
 //! Zero or more descriptors of the ring, then possibly one indirect table (§2.7.5.3.2). The walk is bounded by the size
 //! of the ring whatever the guest writes meanwhile.
 
-use outboard_memory::{Buffers, Descriptor, Descriptors, Rules, View};
+use outboard_memory::{AccessError, Buffers, Descriptor, Descriptors, Rules, View};
 
 use super::chains::FEW_PIECES;
 use crate::error::RingError;
@@ -48,9 +48,7 @@ impl Source {
             let flags = descriptor.flags;
             if flags & Descriptor::INDIRECT != 0 {
                 let count = self.table_size(index, &descriptor, inside)?;
-                gather
-                    .enter(descriptor.addr, count)
-                    .map_err(|source| RingError::Buffer { head, source })?;
+                gather.enter(descriptor.addr, count).map_err(|source| unreachable(head, source))?;
                 (inside, index) = (true, 0);
                 continue;
             }
@@ -67,7 +65,7 @@ impl Source {
                 .ok_or(RingError::ChainLength { head, size: self.rules.most })?;
             gather
                 .push(descriptor.addr, descriptor.len)
-                .map_err(|source| RingError::Buffer { head, source })?;
+                .map_err(|source| unreachable(head, source))?;
             if flags & Descriptor::NEXT == 0 {
                 break;
             }
@@ -96,6 +94,17 @@ impl Source {
         let (len, size) = (descriptor.len, self.rules.most);
         let count = u16::try_from(len / 16).ok().filter(|&count| count >= 1 && count <= size);
         count.filter(|_| len.is_multiple_of(16)).ok_or(RingError::IndirectLength { len, size })
+    }
+}
+
+/// What it means that a buffer or a table of a chain cannot be reached.
+#[cold]
+fn unreachable(head: u16, source: AccessError) -> RingError {
+    match source {
+        AccessError::Miss { .. } | AccessError::Denied { .. } => {
+            RingError::Untranslated { head, source }
+        }
+        source => RingError::Buffer { head, source },
     }
 }
 
