@@ -159,9 +159,10 @@ fn prepare<W>(
 impl<W: Worker> Thread<W> {
     fn serve(&mut self) {
         while !self.quit {
-            let busy = self.turns();
+            self.turns();
             self.settle();
-            if busy || self.spin() || self.arm() {
+            // A change that was settled may have made a lane ready that is not asked for kicks.
+            if self.lanes.iter().any(|lane| lane.ready) || self.spin() || self.arm() {
                 self.look();
             } else {
                 self.sleep();
@@ -170,17 +171,14 @@ impl<W: Worker> Thread<W> {
         }
     }
 
-    /// Gives every ready lane its turn; true when one of them has more.
-    fn turns(&mut self) -> bool {
-        let mut busy = false;
+    /// Gives every ready lane its turn; those that have more stay ready.
+    fn turns(&mut self) {
         for lane in &mut self.lanes {
             if lane.ready {
                 lane.ready = turn(&mut self.worker, lane, self.events.as_mut());
                 lane.armed = false;
-                busy |= lane.ready;
             }
         }
-        busy
     }
 
     /// Looks at the rings for as long as that pays; true when one of them had something. While the

@@ -5,14 +5,15 @@
 
 mod common;
 
-use std::sync::Mutex;
+use std::fs::File;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{FEATURES, Finished, PATIENCE, Rig, Ring, rang, serve};
 use outboard::{
-    AsyncWorker, Deferred, DeviceRequestHandler, Error, HandlerOptions, HostError, LoopKind,
-    QueueSpec, Request, Served, Worker, WorkerDevice,
+    AsyncWorker, Deferred, DeviceRequestHandler, Error, FileId, FileOp, HandlerOptions, HostError,
+    LoopKind, QueueSpec, Request, Served, Worker, WorkerDevice,
 };
 use outboard_frontend::{Connection, SharedMemory};
 
@@ -69,6 +70,72 @@ fn handed(deadline: Duration) -> Handed {
         Ok(Hand(sender.lock().unwrap().clone()))
     });
     (bench(device.unwrap(), deadline), requests)
+}
+
+/// Reads each request's bytes from a pipe, with the kernel's help.
+struct Reader(FileId, Sender<()>);
+
+impl Worker for Reader {
+    fn serve(&mut self, request: Request<'_>) -> Result<Served, Error> {
+        let submitted = request.submit(FileOp::Read { file: self.0, offset: 0 }, 0);
+        let _ = self.1.send(());
+        submitted.map_err(|_| Error::refused("no io_uring"))
+    }
+}
+
+/// D-7: while a change of memory waits for what the kernel works on, a kick comes; nobody kicks again.
+#[test]
+fn a_request_that_was_kicked_while_a_new_table_waited_is_served_after_it() {
+    let (pipe, writer) = rustix::pipe::pipe().unwrap();
+    let pipe = Arc::new(File::from(pipe));
+    let (sender, taken) = channel();
+    let sender = Mutex::new(sender);
+    let device = WorkerDevice::plain(&[QueueSpec::new("a", 64)], move |context| {
+        Ok(Reader(context.add_file(Arc::clone(&pipe)), sender.lock().unwrap().clone()))
+    });
+    let mut bench = bench(device.unwrap(), PATIENCE);
+    let mut ring = bench.started(0);
+    let (guest, used) = (ring.data.guest(), usize::from(common::SIZE) * 8 + 4);
+    let used = usize::try_from(ring.layout.used - ring.area.guest()).unwrap() + used;
+    let finish = |ring: &mut Ring| {
+        rustix::io::write(&writer, b"four").unwrap();
+        assert_eq!(ring.answered(), 4);
+    };
+    let offer = |ring: &mut Ring| {
+        ring.driver.add(&[], &[(guest, 4)], 7).unwrap();
+        ring.driver.publish();
+        ring.kick();
+    };
+    let mut offered = 0u16;
+    for _ in 0..10 {
+        offer(&mut ring);
+        offered = offered.wrapping_add(1);
+        taken.recv_timeout(PATIENCE).unwrap();
+        std::thread::scope(|scope| {
+            let (front, memory) = (&mut bench.front, &bench.memory);
+            let change = scope.spawn(move || front.set_mem_table(memory.regions()));
+            // One is in flight all the time. Another one is taken as long as the table has not come; then
+            // the ring is looked at, which takes the wish for kicks back, and it stays there.
+            loop {
+                offer(&mut ring);
+                offered = offered.wrapping_add(1);
+                let looked = || {
+                    let mut event = [0; 2];
+                    ring.area.read(used, &mut event).unwrap();
+                    u16::from_le_bytes(event) == offered.wrapping_sub(2)
+                };
+                while !looked() && taken.try_recv().is_err() {}
+                if taken.recv_timeout(Duration::from_millis(5)).is_err() && looked() {
+                    break;
+                }
+                finish(&mut ring);
+            }
+            finish(&mut ring);
+            taken.recv_timeout(PATIENCE).expect("it is served after the table");
+            change.join().unwrap().unwrap();
+        });
+        finish(&mut ring);
+    }
 }
 
 #[test]
