@@ -11,6 +11,7 @@ mod demo;
 mod manual;
 mod probe;
 mod report;
+mod soak;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -26,6 +27,7 @@ Examples:
   outboard bench /run/disk.sock          how fast is it? (random 4 KiB reads, harmless)
   outboard bench a.sock --vs b.sock      which of two is faster?
   outboard check -- COMMAND {socket}     does it keep to the protocol, whatever is thrown at it?
+  outboard soak calls -- COMMAND {socket}  ten thousand changes under load: is anything lost?
 
 Every command explains itself with examples: outboard COMMAND --help
 Exit code: 0 done, 1 it failed, 2 the command line was wrong.";
@@ -46,6 +48,7 @@ enum Command {
     Probe(probe::Args),
     Bench(bench::Args),
     Check(check::Args),
+    Soak(soak::Args),
     Manual(manual::Args),
 }
 
@@ -91,6 +94,7 @@ fn main() -> ExitCode {
         Command::Probe(args) => probe::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Check(args) => check::run(args),
+        Command::Soak(args) => soak::run(&args),
         Command::Manual(args) => manual::run(&args, Cli::command()),
     };
     match outcome {

@@ -99,6 +99,14 @@ pub enum Error {
         /// How long was waited.
         after: Duration,
     },
+    /// A completion was published and its call did not come.
+    #[error("queue {queue}: a completion lies there and its call did not come within {} ms", after.as_millis())]
+    NoCall {
+        /// Number of the queue.
+        queue: u16,
+        /// How long was waited after the completion was seen.
+        after: Duration,
+    },
     /// The block device finished a request with an error.
     #[error("{operation} at sector {sector} failed: {status}")]
     Request {

@@ -38,5 +38,5 @@ pub use connection::{Connection, DEFAULT_TIMEOUT};
 pub use error::Error;
 pub use memory::{Buffer, DEFAULT_GUEST_BASE, SharedMemory, USER_OFFSET};
 pub use socket::{MAX_RECEIVED_FDS, MAX_SENT_FDS, Received, Socket, SocketError};
-pub use virtqueue::{Virtqueue, wait_any};
+pub use virtqueue::{RingHandle, Virtqueue, wait_any};
 pub use vmm::{QueueSetup, Sharing, Vmm, Wanted};

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use outboard_protocol::features::virtio;
@@ -25,7 +25,8 @@ use crate::vmm::QueueSetup;
 pub(crate) struct RingShare {
     pub(crate) index: u16,
     pub(crate) layout: QueueLayout,
-    pub(crate) kick: OwnedFd,
+    /// Behind a lock because [`RingHandle`] changes it under a driver at work.
+    kick: Mutex<OwnedFd>,
     pub(crate) call: OwnedFd,
     /// Keeps the ring's memory from being handed out again.
     pub(crate) memory: Buffer,
@@ -55,7 +56,54 @@ impl RingShare {
             room => Some((memory.allocate(16 * room * entries, 4096)?, indirect)),
         };
         let (kick, call) = (eventfd()?, eventfd()?);
+        let kick = Mutex::new(kick);
         Ok(Arc::new(Self { index, layout, kick, call, memory: buffer, tables }))
+    }
+
+    pub(crate) fn kick(&self) -> MutexGuard<'_, OwnedFd> {
+        self.kick.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a VMM can do to a queue whose driver is at work elsewhere.
+#[derive(Clone, Debug)]
+pub struct RingHandle(Arc<RingShare>);
+
+impl RingHandle {
+    /// Number of the queue.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.0.index
+    }
+
+    /// Where the ring lies.
+    #[must_use]
+    pub fn layout(&self) -> QueueLayout {
+        self.0.layout
+    }
+
+    /// The descriptor that the driver is called through.
+    #[must_use]
+    pub fn call(&self) -> BorrowedFd<'_> {
+        self.0.call.as_fd()
+    }
+
+    /// Has the driver kick through `kick` from now on; the old descriptor, in which kicks may be left that
+    /// the back-end did not take.
+    #[must_use]
+    pub fn replace_kick(&self, kick: OwnedFd) -> OwnedFd {
+        std::mem::replace(&mut *self.0.kick(), kick)
+    }
+
+    /// How many requests the device has given back, modulo 2^16: the used index as it is in memory.
+    ///
+    /// # Errors
+    /// Never, as the ring lies in shared memory.
+    pub fn used_index(&self) -> Result<u16, Error> {
+        let mut bytes = [0; 2];
+        let at = self.0.layout.used.wrapping_add(2);
+        self.0.memory.memory().view().read(at, &mut bytes)?;
+        Ok(u16::from_le_bytes(bytes))
     }
 }
 
@@ -87,6 +135,12 @@ impl Virtqueue {
     #[must_use]
     pub fn index(&self) -> u16 {
         self.share.index
+    }
+
+    /// A handle for what is done to the ring while this is driven.
+    #[must_use]
+    pub fn handle(&self) -> RingHandle {
+        RingHandle(Arc::clone(&self.share))
     }
 
     /// Number of descriptors.
@@ -134,7 +188,7 @@ impl Virtqueue {
             return Ok(false);
         }
         self.kicks = self.kicks.wrapping_add(1);
-        signal(self.share.kick.as_fd()).map_err(|errno| Error::host("write to a kick", errno))?;
+        signal(self.share.kick().as_fd()).map_err(|errno| Error::host("write to a kick", errno))?;
         Ok(true)
     }
 
@@ -184,6 +238,47 @@ impl Virtqueue {
     /// [`Error::Host`] when the wait itself fails.
     pub fn wait(&mut self, timeout: Duration) -> Result<bool, Error> {
         wait_any(&mut [self], timeout)
+    }
+}
+
+impl Virtqueue {
+    /// As [`Self::wait`], and watches the calls: a completion that lies there after `timeout` must have
+    /// had its call, at the latest `patience` after it was seen.
+    ///
+    /// # Errors
+    /// [`Error::NoCall`] when it had none, [`Error::Host`] when the wait itself fails.
+    pub fn wait_called(&mut self, timeout: Duration, patience: Duration) -> Result<bool, Error> {
+        let deadline = Instant::now().checked_add(timeout);
+        loop {
+            if self.arm() {
+                self.disarm();
+                return Ok(true);
+            }
+            let left = deadline.map_or(timeout, |at| at.saturating_duration_since(Instant::now()));
+            if !self.called(left)? {
+                if !self.arm() {
+                    return Ok(false);
+                }
+                if !self.called(patience)? {
+                    return Err(Error::NoCall { queue: self.index(), after: patience });
+                }
+            }
+            self.drain_calls();
+        }
+    }
+
+    /// Whether a call comes within `timeout`.
+    fn called(&self, timeout: Duration) -> Result<bool, Error> {
+        let until = Instant::now() + timeout.min(Duration::from_secs(3600));
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let ready = wait_fd(self.call_fd(), PollFlags::IN, left)
+                .map_err(|errno| Error::host("poll", errno))?;
+            // An interrupted wait is early.
+            if ready || Instant::now() >= until {
+                return Ok(ready);
+            }
+        }
     }
 }
 

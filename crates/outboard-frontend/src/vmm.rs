@@ -349,7 +349,7 @@ impl Vmm {
             self.connection.set_vring_addr(index, &ring.layout)?;
             self.connection.set_vring_base(index, base)?;
             self.connection.set_vring_call(index, &ring.call)?;
-            self.connection.set_vring_kick(index, &ring.kick)?;
+            self.connection.set_vring_kick(index, &*ring.kick())?;
             if enables {
                 self.connection.set_vring_enable(index, true)?;
             }

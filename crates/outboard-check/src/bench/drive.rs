@@ -9,6 +9,7 @@ use hdrhistogram::Histogram;
 use outboard_frontend::block::{BlockQueue, Completion, Status};
 use outboard_frontend::{Buffer, Error, SharedMemory, Virtqueue, wait_any};
 
+use super::live::Live;
 use super::verify::{Ledger, fill};
 use super::workload::{Choice, Sequence, Workload};
 use super::{BenchError, Load, operation, sector_of};
@@ -20,6 +21,9 @@ pub enum Driving {
     Poll,
     /// Sleeps until called.
     Sleep,
+    /// As [`Self::Sleep`], and a completion whose call does not come is an error. One queue for each
+    /// thread.
+    Called,
 }
 
 /// Empty looks at the rings between two looks at the clock.
@@ -27,7 +31,9 @@ const SPINS: u32 = 4096;
 /// A request that takes longer is counted as this long.
 const LONGEST_NS: u64 = 60_000_000_000;
 /// How long nothing may come back before the device counts as stuck.
-const STUCK: Duration = Duration::from_secs(10);
+pub(super) const STUCK: Duration = Duration::from_secs(10);
+/// How long the call of a completion that lies there may take.
+const CALL: Duration = Duration::from_secs(3);
 
 /// What a thread counted.
 #[derive(Clone, Debug)]
@@ -36,6 +42,8 @@ pub(super) struct Counts {
     pub(super) writes: u64,
     pub(super) kicks: u64,
     pub(super) elapsed: Duration,
+    /// Longest time in which nothing came back to a thread.
+    pub(super) stall: Duration,
     pub(super) latency: Histogram<u64>,
 }
 
@@ -43,7 +51,8 @@ impl Counts {
     pub(super) fn new() -> Result<Self, BenchError> {
         let latency = Histogram::new_with_bounds(1, LONGEST_NS, 3)
             .map_err(|error| BenchError::Load(error.to_string()))?;
-        Ok(Self { reads: 0, writes: 0, kicks: 0, elapsed: Duration::ZERO, latency })
+        let (elapsed, stall) = (Duration::ZERO, Duration::ZERO);
+        Ok(Self { reads: 0, writes: 0, kicks: 0, elapsed, stall, latency })
     }
 
     pub(super) fn add(&mut self, other: &Self) {
@@ -51,6 +60,7 @@ impl Counts {
         self.writes += other.writes;
         self.kicks += other.kicks;
         self.elapsed = self.elapsed.max(other.elapsed);
+        self.stall = self.stall.max(other.stall);
         // Both were made with the same bounds, so that nothing can be out of range.
         let _ = self.latency.add(&other.latency);
     }
@@ -102,34 +112,30 @@ impl Source {
 #[derive(Debug)]
 pub(super) struct Lane {
     pub(super) queue: BlockQueue,
-    data: Data,
-    data_at: u64,
-    /// What each place does, and since when, in nanoseconds of the drive.
-    under_way: Vec<(Choice, u64)>,
+    /// One set of data buffers in each home.
+    homes: Vec<Data>,
+    /// What each place does, in which home, and since when, in nanoseconds of the drive.
+    under_way: Vec<(Choice, usize, u64)>,
 }
 
 impl Lane {
     pub(super) fn new(
         queue: BlockQueue,
         memory: &SharedMemory,
+        homes: &[SharedMemory],
         load: &Load,
     ) -> Result<Self, BenchError> {
-        let depth = usize::from(load.depth);
-        let size = usize::try_from(load.block_size).unwrap_or(usize::MAX);
-        let data = memory.allocate(depth.saturating_mul(size), 4096)?;
-        let mut pattern = vec![0; size];
-        for at in 0..depth {
-            fill(u64::try_from(at).unwrap_or(0), 0, &mut pattern);
-            data.write(at * size, &pattern).map_err(Error::from)?;
+        let mut data = vec![Data::new(memory, load)?];
+        for home in homes {
+            data.push(Data::new(home, load)?);
         }
-        let idle = (Choice { write: false, block: 0 }, 0);
-        let data_at = data.guest();
-        let data = Data { buffer: Some(data), in_use: false };
-        Ok(Self { queue, data, data_at, under_way: vec![idle; depth] })
+        let idle = (Choice { write: false, block: 0 }, 0, 0);
+        Ok(Self { queue, homes: data, under_way: vec![idle; usize::from(load.depth)] })
     }
 
-    fn data(&self) -> Result<&Buffer, Error> {
-        self.data.buffer.as_ref().ok_or(Error::State("the data buffers are gone"))
+    fn home(&self, home: usize) -> Result<&Buffer, Error> {
+        let data = self.homes.get(home).and_then(|data| data.buffer.as_ref());
+        data.ok_or(Error::State("the data buffers are gone"))
     }
 }
 
@@ -139,6 +145,20 @@ impl Lane {
 struct Data {
     buffer: Option<Buffer>,
     in_use: bool,
+}
+
+impl Data {
+    fn new(memory: &SharedMemory, load: &Load) -> Result<Self, BenchError> {
+        let depth = usize::from(load.depth);
+        let size = usize::try_from(load.block_size).unwrap_or(usize::MAX);
+        let buffer = memory.allocate(depth.saturating_mul(size), 4096)?;
+        let mut pattern = vec![0; size];
+        for at in 0..depth {
+            fill(u64::try_from(at).unwrap_or(0), 0, &mut pattern);
+            buffer.write(at * size, &pattern).map_err(Error::from)?;
+        }
+        Ok(Self { buffer: Some(buffer), in_use: false })
+    }
 }
 
 impl Drop for Data {
@@ -154,6 +174,7 @@ impl Drop for Data {
 /// A thread's work: its source, its ledger and the places to put bytes that are looked at.
 struct Work<'a> {
     load: &'a Load,
+    live: &'a Live,
     source: Source,
     ledger: Option<&'a mut Ledger>,
     staging: Vec<u8>,
@@ -161,24 +182,25 @@ struct Work<'a> {
     counts: Counts,
 }
 
-/// Drives `lanes` from `source` until it is empty or the load's time is over, then until nothing is
-/// under way.
+/// Drives `lanes` from `source` until it is empty, the load's time is over or `live` says stop, then until
+/// nothing is under way.
 pub(super) fn drive(
     lanes: &mut [Lane],
     source: Source,
     ledger: Option<&mut Ledger>,
     load: &Load,
+    live: &Live,
 ) -> Result<Counts, BenchError> {
     let size = usize::try_from(load.block_size).unwrap_or(0);
     let counts = Counts::new()?;
     let (staging, scratch) = (vec![0; size], Vec::with_capacity(size));
-    let mut work = Work { load, source, ledger, staging, scratch, counts };
+    let mut work = Work { load, live, source, ledger, staging, scratch, counts };
     let kicks = |lanes: &[Lane]| lanes.iter().map(|lane| lane.queue.as_virtqueue().kicks()).sum();
     let before: u64 = kicks(lanes);
     let start = Instant::now();
     let end = start.checked_add(load.duration);
     for lane in &mut *lanes {
-        lane.data.in_use = true;
+        lane.homes.iter_mut().for_each(|data| data.in_use = true);
         lane.queue.virtqueue().disarm();
         for place in 0..usize::from(load.depth) {
             work.submit(lane, place, 0)?;
@@ -186,7 +208,7 @@ pub(super) fn drive(
         lane.queue.kick()?;
     }
     let last = work.pump(lanes, start, end)?;
-    lanes.iter_mut().for_each(|lane| lane.data.in_use = false);
+    lanes.iter_mut().flat_map(|lane| &mut lane.homes).for_each(|data| data.in_use = false);
     work.counts.kicks = kicks(lanes).wrapping_sub(before);
     work.counts.elapsed = last.saturating_duration_since(start);
     Ok(work.counts)
@@ -207,15 +229,17 @@ impl Work<'_> {
             for lane in &mut *lanes {
                 let Some(done) = lane.queue.pop()? else { continue };
                 let now = Instant::now();
-                over = over || (endless && end.is_some_and(|end| now >= end));
+                over =
+                    over || (endless && (self.live.stopped() || end.is_some_and(|end| now >= end)));
                 self.batch(lane, done, nanos(now, start), over)?;
                 lane.queue.kick()?;
+                self.counts.stall = self.counts.stall.max(now.saturating_duration_since(last));
                 (came, last) = (true, now);
             }
             if came {
                 spins = 0;
-            } else if self.load.driving == Driving::Sleep {
-                sleep(lanes, last)?;
+            } else if self.load.driving != Driving::Poll {
+                sleep(lanes, last, self.load.driving)?;
             } else {
                 spins += 1;
                 std::hint::spin_loop();
@@ -235,35 +259,38 @@ impl Work<'_> {
         now: u64,
         over: bool,
     ) -> Result<(), BenchError> {
-        let mut next = Some(done);
+        let (mut next, mut count) = (Some(done), 0);
         while let Some(done) = next {
             let place = usize::try_from(done.token).unwrap_or(usize::MAX);
             self.finish(lane, place, done, now)?;
+            count += 1;
             if !over {
                 self.submit(lane, place, now)?;
             }
             next = lane.queue.pop()?;
         }
+        self.live.count(count);
         Ok(())
     }
 
     fn submit(&mut self, lane: &mut Lane, place: usize, now: u64) -> Result<(), BenchError> {
         let Some(choice) = self.source.choose(self.ledger.as_deref_mut()) else { return Ok(()) };
-        let size = self.load.block_size;
+        let (size, home) = (self.load.block_size, self.live.enter());
+        let buffer = lane.home(home)?;
         if choice.write
             && let Some(ledger) = &mut self.ledger
         {
             ledger.next_version(choice.block, &mut self.staging);
-            lane.data()?.write(place * self.staging.len(), &self.staging).map_err(Error::from)?;
+            buffer.write(place * self.staging.len(), &self.staging).map_err(Error::from)?;
         }
         let token = u64::try_from(place).unwrap_or(u64::MAX);
-        let data = [(lane.data_at + token * u64::from(size), size)];
+        let data = [(buffer.guest() + token * u64::from(size), size)];
         let sector = sector_of(choice.block, size);
         if !lane.queue.submit(operation(choice.write, sector, &data), token)? {
             return Err(BenchError::Load(format!("the ring is too small for {place} requests")));
         }
         if let Some(entry) = lane.under_way.get_mut(place) {
-            *entry = (choice, now);
+            *entry = (choice, home, now);
         }
         Ok(())
     }
@@ -275,7 +302,7 @@ impl Work<'_> {
         done: Completion,
         now: u64,
     ) -> Result<(), BenchError> {
-        let Some(&(choice, began)) = lane.under_way.get(place) else {
+        let Some(&(choice, home, began)) = lane.under_way.get(place) else {
             return Err(Error::State("a token came back that was never given out").into());
         };
         if done.status != Status::Ok {
@@ -294,10 +321,11 @@ impl Work<'_> {
                 ledger.written(choice.block);
             } else {
                 let at = place * self.staging.len();
-                lane.data()?.read(at, &mut self.staging).map_err(Error::from)?;
+                lane.home(home)?.read(at, &mut self.staging).map_err(Error::from)?;
                 ledger.read(choice.block, &self.staging, &mut self.scratch)?;
             }
         }
+        self.live.leave(home);
         Ok(())
     }
 }
@@ -309,9 +337,10 @@ fn nanos(now: Instant, start: Instant) -> u64 {
 }
 
 /// Sleeps until some lane has something.
-fn sleep(lanes: &mut [Lane], last: Instant) -> Result<(), BenchError> {
+fn sleep(lanes: &mut [Lane], last: Instant, driving: Driving) -> Result<(), BenchError> {
     let left = STUCK.saturating_sub(last.elapsed());
     let found = match &mut *lanes {
+        [lane] if driving == Driving::Called => lane.queue.virtqueue().wait_called(left, CALL)?,
         [lane] => lane.queue.virtqueue().wait(left)?,
         _ => {
             let mut queues: Vec<&mut Virtqueue> =

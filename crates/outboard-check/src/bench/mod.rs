@@ -8,17 +8,19 @@
 pub mod cpu;
 mod drive;
 mod figures;
+mod live;
 pub mod verify;
 pub mod workload;
 
 use std::path::Path;
 use std::time::Duration;
 
-use outboard_frontend::Connection;
 use outboard_frontend::block::{BlockDevice, BlockOptions, Operation, SECTOR};
+use outboard_frontend::{Connection, SharedMemory, Wanted};
 
 pub use drive::Driving;
 pub use figures::{Comparison, Latency, Round, Summary, compare, median, summary};
+pub use live::{Disturbed, Live};
 pub use verify::Mismatch;
 pub use workload::Workload;
 
@@ -128,6 +130,18 @@ impl Target {
     /// # Errors
     /// As [`BlockDevice::open`].
     pub fn over(connection: Connection, setup: Setup) -> Result<Self, BenchError> {
+        Self::negotiated(connection, setup, Wanted::default())
+    }
+
+    /// As [`Self::over`], with a say in what is negotiated.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::open`].
+    pub fn negotiated(
+        connection: Connection,
+        setup: Setup,
+        wanted: Wanted,
+    ) -> Result<Self, BenchError> {
         let cpu = connection.peer_pid().map(CpuMeter::new);
         let each = u64::from(setup.block_size).next_multiple_of(4096);
         let data = each * u64::from(setup.depth) * u64::from(setup.queues);
@@ -141,6 +155,7 @@ impl Target {
             indirect: setup.indirect,
             memory: data + (1 << 20),
             timeout: setup.timeout,
+            wanted,
             ..BlockOptions::default()
         };
         Ok(Self { device: BlockDevice::open(connection, options)?, setup, cpu })
@@ -160,24 +175,26 @@ impl Target {
     pub fn round(&mut self, load: &Load) -> Result<Round, BenchError> {
         let blocks = self.check(load)?;
         let threads = usize::from(load.threads.clamp(1, self.setup.queues));
-        let mut teams = self.deal(load, threads, blocks)?;
+        let mut teams = self.deal(load, threads, blocks, &[])?;
+        let live = Live::new(0);
         if load.verify {
-            run_teams(&mut teams, load, |team| Source::once(true, team.first, team.blocks))?;
+            run_teams(&mut teams, load, &live, filling)?;
         }
         let before = self.cpu.as_ref().and_then(CpuMeter::read);
-        let counts = run_teams(&mut teams, load, |team| {
-            let seed = load.seed ^ (team.first << 20);
-            Source::endless(load.workload, team.first, team.blocks, seed)
-        })?;
+        let counts = run_teams(&mut teams, load, &live, |team| team.endless(load))?;
         let after = self.cpu.as_ref().and_then(CpuMeter::read);
         if load.verify {
-            run_teams(&mut teams, load, |team| Source::once(false, team.first, team.blocks))?;
+            run_teams(&mut teams, load, &live, reading_back)?;
         }
         let spent = before.zip(after).map(|(before, after)| after.since(&before));
+        self.collect(teams);
+        Ok(Round::of(&counts, load.block_size, spent))
+    }
+
+    fn collect(&mut self, teams: Vec<Team>) {
         for team in teams {
             self.device.put_queues(team.lanes.into_iter().map(|lane| lane.queue).collect());
         }
-        Ok(Round::of(&counts, load.block_size, spent))
     }
 
     /// How many blocks the load goes over.
@@ -199,6 +216,9 @@ impl Target {
         if load.depth == 0 {
             return say("a depth of 0 does nothing".to_owned());
         }
+        if load.driving == Driving::Called && load.threads < self.setup.queues {
+            return say("watching each call takes a thread for each queue".to_owned());
+        }
         if config.read_only && (load.workload.writes() || load.verify) {
             return say("the device is read-only".to_owned());
         }
@@ -213,7 +233,13 @@ impl Target {
     }
 
     /// Deals the queues and the blocks out to `threads` teams.
-    fn deal(&mut self, load: &Load, threads: usize, blocks: u64) -> Result<Vec<Team>, BenchError> {
+    fn deal(
+        &mut self,
+        load: &Load,
+        threads: usize,
+        blocks: u64,
+        homes: &[SharedMemory],
+    ) -> Result<Vec<Team>, BenchError> {
         let share = blocks / u64::try_from(threads).unwrap_or(1);
         let mut teams: Vec<_> = (0..threads)
             .map(|at| {
@@ -232,7 +258,7 @@ impl Target {
             }
         }
         for (at, queue) in self.device.take_queues().into_iter().enumerate() {
-            let lane = Lane::new(queue, self.device.memory(), load)?;
+            let lane = Lane::new(queue, self.device.memory(), homes, load)?;
             if let Some(team) = teams.get_mut(at % threads) {
                 team.lanes.push(lane);
             }
@@ -251,33 +277,69 @@ struct Team {
     ledger: Option<Ledger>,
 }
 
+impl Team {
+    /// What the measured part does.
+    const fn endless(&self, load: &Load) -> Source {
+        let seed = load.seed ^ (self.first << 20);
+        Source::endless(load.workload, self.first, self.blocks, seed)
+    }
+}
+
+/// Writes every block once.
+const fn filling(team: &Team) -> Source {
+    Source::once(true, team.first, team.blocks)
+}
+
+/// Reads every block once.
+const fn reading_back(team: &Team) -> Source {
+    Source::once(false, team.first, team.blocks)
+}
+
 /// Runs each team on a thread of its own and adds their counts up.
 fn run_teams(
     teams: &mut [Team],
     load: &Load,
+    live: &Live,
     source: impl Fn(&Team) -> Source,
 ) -> Result<Counts, BenchError> {
-    let mut total = Counts::new()?;
+    run_beside(teams, load, live, source, || ()).0
+}
+
+/// The same, and `beside` on this thread at the same time.
+fn run_beside<T>(
+    teams: &mut [Team],
+    load: &Load,
+    live: &Live,
+    source: impl Fn(&Team) -> Source,
+    beside: impl FnOnce() -> T,
+) -> (Result<Counts, BenchError>, T) {
     std::thread::scope(|scope| {
         let mut running = Vec::with_capacity(teams.len());
         for team in teams {
             let source = source(team);
             let thread = std::thread::Builder::new().name("outboard-bench".to_owned());
-            let handle = thread
-                .spawn_scoped(scope, move || {
-                    drive::pin(team.cpu)?;
-                    drive::drive(&mut team.lanes, source, team.ledger.as_mut(), load)
-                })
-                .map_err(|source| BenchError::Host { call: "starting a thread", source })?;
-            running.push(handle);
+            let run = move || {
+                let _ended = live.running();
+                drive::pin(team.cpu)?;
+                drive::drive(&mut team.lanes, source, team.ledger.as_mut(), load, live)
+            };
+            let started = thread.spawn_scoped(scope, run);
+            running.push(started.map_err(|source| BenchError::Host { call: "a thread", source }));
         }
+        let done = beside();
+        let mut total = Counts::new();
         for handle in running {
-            match handle.join() {
-                Ok(counts) => total.add(&counts?),
+            let counts = handle.and_then(|handle| match handle.join() {
+                Ok(counts) => counts,
                 Err(panic) => std::panic::resume_unwind(panic),
+            });
+            match (&mut total, counts) {
+                (Ok(total), Ok(counts)) => total.add(&counts),
+                (Ok(_), Err(error)) => total = Err(error),
+                (Err(_), _) => {}
             }
         }
-        Ok(total)
+        (total, done)
     })
 }
 

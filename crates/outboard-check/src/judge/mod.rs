@@ -7,25 +7,25 @@
 //! protocol facts 3.6 and the cases A and B of hostile peers that an outside judge can play. Invariant:
 //! nothing here is built on `outboard`; what is judged is a process behind a socket, whoever wrote it.
 
-mod case;
+pub(crate) mod case;
 mod disk;
 mod expected;
-mod finding;
-mod message;
-mod peer;
+pub(crate) mod finding;
+pub(crate) mod message;
+pub(crate) mod peer;
 mod report;
-mod ring;
-mod runner;
+pub(crate) mod ring;
+pub(crate) mod runner;
 mod session;
 mod table;
-mod wire;
+pub(crate) mod wire;
 
 mod conformance;
 mod hostile;
 mod leaks;
 mod rings;
 mod semantics;
-mod storm;
+pub(crate) mod storm;
 
 pub use expected::{Expected, ExpectedError};
 pub use finding::Verdict;

@@ -98,6 +98,11 @@ impl Peer {
         Ok(peer)
     }
 
+    /// Where it listens.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// A new connection.
     pub(crate) fn connect(&mut self, limit: Duration) -> Outcome<Wire> {
         let until = Instant::now() + limit;
@@ -158,6 +163,11 @@ impl Peer {
         }
     }
 
+    /// The process behind the last connection, else the one that was started.
+    fn pid(&self) -> Option<u32> {
+        self.pid.or_else(|| self.process.as_ref().map(|process| process.child.id()))
+    }
+
     /// How much the program has written so far, in bytes.
     pub(crate) fn log_size(&self) -> u64 {
         let log = self.process.as_ref().map(|process| process.folder.join("log"));
@@ -166,26 +176,26 @@ impl Peer {
 
     /// Descriptors that the process has open.
     pub(crate) fn open_fds(&self) -> Option<usize> {
-        let pid = self.pid?;
+        let pid = self.pid()?;
         std::fs::read_dir(format!("/proc/{pid}/fd")).ok().map(Iterator::count)
     }
 
     /// Resident memory in KiB.
     pub(crate) fn resident(&self) -> Option<u64> {
-        let text = std::fs::read_to_string(format!("/proc/{}/status", self.pid?)).ok()?;
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.pid()?)).ok()?;
         let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
         line.split_whitespace().next()?.parse().ok()
     }
 
     /// Mappings of the judge's own memory that the process holds.
     pub(crate) fn shared_maps(&self) -> Option<usize> {
-        let text = std::fs::read_to_string(format!("/proc/{}/maps", self.pid?)).ok()?;
+        let text = std::fs::read_to_string(format!("/proc/{}/maps", self.pid()?)).ok()?;
         Some(text.lines().filter(|line| line.contains("outboard-frontend")).count())
     }
 
     /// Share of one processor that it uses, or would use if there was one free, during `time`.
     pub(crate) fn load(&self, time: Duration) -> Option<f64> {
-        let pid = self.pid?;
+        let pid = self.pid()?;
         let (start, before) = (Instant::now(), wanted_time(pid)?);
         std::thread::sleep(time);
         let after = wanted_time(pid)?;

@@ -134,7 +134,7 @@ fn gone() -> Finding {
 }
 
 /// Finds out what the checks must know beforehand.
-fn explore(peer: &mut Peer, options: &Options) -> Result<Traits, JudgeError> {
+pub(crate) fn explore(peer: &mut Peer, options: &Options) -> Result<Traits, JudgeError> {
     let first = peer.connect(START).map_err(|finding| JudgeError::NoBackend(finding.why))?;
     let deaf = |finding: Finding| JudgeError::Deaf(finding.why);
     let mut traits = ask_traits(first, options.limit).map_err(deaf)?;

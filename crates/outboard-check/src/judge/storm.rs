@@ -9,13 +9,13 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use outboard_protocol::FrontendCode as Code;
 use outboard_protocol::features::ProtocolFeatures as P;
 
-use super::case::Case;
+use super::case::{Case, Traits};
 use super::disk::{BASE, memory};
 use super::finding::{Finding, Outcome};
 use super::message::{self, Msg};
 use super::ring::{Ring, eventfd};
 use super::session::PLAIN;
-use super::wire::Came;
+use super::wire::{Came, Wire};
 
 /// Numbers that look random and are the same for the same seed (xorshift64*).
 pub(crate) struct Random(u64);
@@ -53,11 +53,11 @@ struct Conversation {
 }
 
 impl Conversation {
-    fn new(case: &Case<'_>) -> Outcome<Self> {
+    fn new(traits: &Traits) -> Outcome<Self> {
         let memory = memory()?;
         let ring = Ring::new(&memory, 0, 16, BASE)?;
-        let protocol = (case.traits.protocol - P::XEN_MMAP).bits();
-        let features = case.traits.features & PLAIN;
+        let protocol = (traits.protocol - P::XEN_MMAP).bits();
+        let features = traits.features & PLAIN;
         Ok(Self { memory, ring, spare: eventfd()?, protocol, features })
     }
 
@@ -177,18 +177,27 @@ pub(crate) fn mutated(case: &mut Case<'_>) -> Outcome {
 
 fn one_conversation(case: &mut Case<'_>, number: u64) -> Outcome {
     let mut random = Random::new(case.seed.wrapping_mul(1_000_003).wrapping_add(number));
-    let conversation = Conversation::new(case)?;
-    let mut messages = conversation.messages();
-    conversation.mutate(&mut messages, &mut random);
     let mut wire = case.wire()?;
+    converse(&mut wire, &case.traits, &mut random)?;
+    drop(wire);
+    case.lives()
+}
+
+/// A mutated conversation over `wire`; how many messages were sent before the back-end was seen to have
+/// closed it.
+pub(crate) fn converse(wire: &mut Wire, traits: &Traits, random: &mut Random) -> Outcome<u64> {
+    let conversation = Conversation::new(traits)?;
+    let mut messages = conversation.messages();
+    conversation.mutate(&mut messages, random);
+    let mut sent = 0;
     for msg in &messages {
         wire.send(msg)?;
+        sent += u64::from(!wire.closed());
     }
     conversation.ring.kick()?;
     // What it says to that is its own business; it must have been read, or the connection ended.
     while let Came::Reply(_) = wire.receive(std::time::Duration::from_millis(1))? {}
-    drop(wire);
-    case.lives()
+    Ok(sent)
 }
 
 pub(crate) fn reconnects(case: &mut Case<'_>) -> Outcome {

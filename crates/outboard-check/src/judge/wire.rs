@@ -94,6 +94,11 @@ impl Wire {
         })
     }
 
+    /// Whether the other end was seen to have closed it.
+    pub(crate) const fn closed(&self) -> bool {
+        self.closed
+    }
+
     /// The process that listens at the other end.
     pub(crate) fn peer_pid(&self) -> Option<u32> {
         let credentials = rustix::net::sockopt::socket_peercred(&self.fd).ok()?;
