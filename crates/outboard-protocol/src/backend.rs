@@ -57,6 +57,8 @@ pub struct Backend<Fd> {
     rings: Vec<Ring>,
     regions: Vec<MemRegion>,
     postcopy: Postcopy,
+    /// The table that waits while postcopy is `Mapped`.
+    mapped: Vec<MemRegion>,
     decoder: Decoder<Fd>,
     out: VecDeque<Frame<Fd>>,
     pending: Option<Pending>,
@@ -69,6 +71,8 @@ enum Postcopy {
     Off,
     Advised,
     Listening,
+    /// The next table is mapped and waits for the word that it may be registered.
+    Mapped,
 }
 
 /// What is remembered of a request between its effect and its answer.
@@ -97,6 +101,9 @@ enum Commit {
     DisableAll,
     ResetDevice,
     Table(Vec<MemRegion>),
+    /// The first half of a table in postcopy, and the second.
+    MapTable(Vec<MemRegion>),
+    RegisterTable,
     AddRegion(MemRegion),
     RemRegion(MemRegion),
     /// The change is in the record already: this is the old record, for a refusal.
@@ -174,6 +181,7 @@ impl<Fd> Backend<Fd> {
             features_set: false,
             regions: Vec::new(),
             postcopy: Postcopy::Off,
+            mapped: Vec::new(),
             decoder: Decoder::new(Expects::Requests),
             out: VecDeque::new(),
             pending: None,

@@ -8,7 +8,7 @@
 use crate::features::ProtocolFeatures;
 use crate::payload::{CryptoSession, Inflight, Iotlb, Log, MemRegion, Uuid};
 use crate::ticket::{
-    Ack, Base, ConfigBytes, InflightArea, SessionId, SharedObject, ShmemSizes, StateChannel,
+    Ack, Base, Bases, ConfigBytes, InflightArea, SessionId, SharedObject, ShmemSizes, StateChannel,
     Status, Ticket, UserFault,
 };
 use crate::violation::Violation;
@@ -244,6 +244,13 @@ effects! {
     PostcopyAdvise "POSTCOPY_ADVISE" {} -> UserFault;
     /// Postcopy: the next memory table is to be registered.
     PostcopyListen "POSTCOPY_LISTEN" {} -> Ack;
+    /// Postcopy: map these regions, touch nothing of them, and say where they are.
+    PostcopyMap "SET_MEM_TABLE" {
+        /// Regions and their files.
+        regions: Vec<(MemRegion, Fd)>,
+    } -> Bases;
+    /// Postcopy: faults in the mapped regions can be served now: register them, then use them.
+    PostcopyRegister "SET_MEM_TABLE" {} -> Ack;
     /// Postcopy is over.
     PostcopyEnd "POSTCOPY_END" {} -> Ack;
     /// The display channel.

@@ -20,7 +20,7 @@ use std::collections::VecDeque;
 use crate::decoder::{Decoder, Expects, Message};
 use crate::features::ProtocolFeatures;
 use crate::frame::Frame;
-use crate::table::{FrontendCode, MessageInfo, Negotiated, Side, info};
+use crate::table::{FrontendCode, MessageInfo, Negotiated, ReplyKind, Side, info};
 use crate::violation::{Refusal, Violation};
 
 /// Whether an answer to a request will come.
@@ -50,8 +50,8 @@ pub struct Frontend<Fd> {
 #[derive(Debug)]
 struct Waiting {
     code: FrontendCode,
-    /// Its answer is an acknowledgement, not its own reply.
-    ack: bool,
+    /// How it is answered.
+    kind: ReplyKind,
     /// Its payload, where the answer must match it.
     echo: Vec<u8>,
     /// What was negotiated before, if the request changed that and may be refused.
@@ -178,6 +178,8 @@ impl<Fd> Frontend<Fd> {
         self.adopt(&request);
         // Both sets must agree on REPLY_ACK while SET_PROTOCOL_FEATURES changes it.
         let protocol = before.protocol & self.now.protocol;
+        let ack = ack && !row.reply.is_own() && row.acknowledges(true, protocol);
+        let kind = request.answer_kind(row, ack);
         let (payload, fds) = match request.encode(row) {
             Ok(parts) => parts,
             Err(refusal) => {
@@ -185,16 +187,12 @@ impl<Fd> Frontend<Fd> {
                 return Err(refusal);
             }
         };
-        let ack = ack && !row.reply.is_own() && row.acknowledges(true, protocol);
-        self.out.push_back(Frame::request(row.id, ack, &payload, fds));
-        let expect = match (row.reply.is_own(), ack) {
-            (true, _) => Expect::Reply,
-            (false, true) => Expect::Ack,
-            (false, false) => return Ok(Expect::Nothing),
-        };
+        let asks = kind == Some(ReplyKind::Ack);
+        self.out.push_back(Frame::request(row.id, asks, &payload, fds));
+        let Some(kind) = kind else { return Ok(Expect::Nothing) };
         let before = (before != self.now).then_some(before);
-        self.waiting.push_back(Waiting { code, ack, echo: payload, before });
-        Ok(expect)
+        self.waiting.push_back(Waiting { code, kind, echo: payload, before });
+        Ok(if kind.is_own() { Expect::Reply } else { Expect::Ack })
     }
 
     fn check_offered(&self, request: &Request<Fd>, row: &MessageInfo) -> Result<(), Refusal> {
@@ -227,7 +225,7 @@ impl<Fd> Frontend<Fd> {
         if got != row.id {
             return Err(Violation::ReplyOrder { message: row.name, expected: row.id, got });
         }
-        let answer = Answer::decode(waiting.code, row, waiting.ack, &waiting.echo, message)?;
+        let answer = Answer::decode(waiting.code, row, waiting.kind, &waiting.echo, message)?;
         match &answer {
             Answer::Features(features) => self.now.offered = *features,
             Answer::ProtocolFeatures(features) => self.protocol_offered = *features,

@@ -180,6 +180,8 @@ pub enum ReplyKind {
     StatusAndFd,
     /// Ring index and base.
     VringState,
+    /// The memory table again, with the back-end's addresses: SET_MEM_TABLE in postcopy.
+    MemTable,
     /// The log description again.
     Log,
     /// The configuration bytes under the request's own head.

@@ -70,6 +70,8 @@ pub enum Outcome<Fd> {
     Session(i64),
     /// Shared-memory sizes.
     Shmem(Box<ShmemConfig>),
+    /// Where the regions of a table are mapped here.
+    Bases(Vec<u64>),
 }
 
 macro_rules! replies {
@@ -106,6 +108,8 @@ replies! {
     InflightArea: Option<(Inflight, Fd)> => |area| Outcome::Inflight(area);
     /// Our own descriptor for the transfer of device state; `None`: the front-end's is used.
     StateChannel: Option<Fd> => |fd| Outcome::Fd(fd);
+    /// The address of each region's first byte in this process, in the order of the table.
+    Bases: Vec<u64> => |bases| Outcome::Bases(bases);
     /// Sizes of the shared-memory regions.
     ShmemSizes: Box<ShmemConfig> => |sizes| Outcome::Shmem(sizes);
 }

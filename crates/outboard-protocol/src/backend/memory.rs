@@ -22,6 +22,9 @@ impl<Fd> Backend<Fd> {
     pub(super) fn set_mem_table(&mut self, m: Inbound<Fd>) -> Handled<Fd> {
         let message = m.name();
         let head: MemTableHead = parse(&m)?;
+        if self.postcopy == Postcopy::Mapped {
+            return self.postcopy_ready(&m);
+        }
         let count = u64::from(head.count);
         if count > wide(MAX_REGIONS) {
             return Err(Violation::Regions { message, count, max: wide(MAX_REGIONS) });
@@ -35,9 +38,23 @@ impl<Fd> Backend<Fd> {
             return Err(Violation::FdCount { message, got: m.fds.len() });
         }
         check_table(message, &regions)?;
+        if self.postcopy == Postcopy::Listening {
+            let ticket = self.ticket(&m, Commit::MapTable(regions.clone()));
+            let regions = regions.into_iter().zip(m.fds).collect();
+            return Ok(Some(Effect::PostcopyMap { regions, ticket }));
+        }
         let ticket = self.ticket(&m, Commit::Table(regions.clone()));
         let regions = regions.into_iter().zip(m.fds).collect();
         Ok(Some(Effect::SetMemTable { regions, ticket }))
+    }
+
+    /// Eight bytes of zeros: the front-end knows our addresses and can serve page faults now.
+    fn postcopy_ready(&mut self, m: &Inbound<Fd>) -> Handled<Fd> {
+        if m.payload != [0; 8] || !m.fds.is_empty() {
+            return Err(Violation::PostcopyOrder { message: m.name() });
+        }
+        let ticket = self.ticket(m, Commit::RegisterTable);
+        Ok(Some(Effect::PostcopyRegister { ticket }))
     }
 
     pub(super) fn add_mem_reg(&mut self, mut m: Inbound<Fd>) -> Handled<Fd> {
@@ -139,7 +156,7 @@ impl<Fd> Backend<Fd> {
     }
 
     pub(super) fn postcopy_advise(&mut self, m: &Inbound<Fd>) -> Handled<Fd> {
-        if self.postcopy == Postcopy::Listening {
+        if !matches!(self.postcopy, Postcopy::Off | Postcopy::Advised) {
             return Err(Violation::PostcopyOrder { message: m.name() });
         }
         let ticket = self.ticket(m, Commit::Postcopy(Postcopy::Advised));

@@ -10,7 +10,9 @@ use super::{Backend, Commit, Handled, Head, Inbound, Pending, Postcopy};
 use crate::features::virtio;
 use crate::frame::Frame;
 use crate::header::Header;
-use crate::payload::{ConfigHead, CryptoSession, Inflight, VRING_NO_FD, VringState, read};
+use crate::payload::{
+    ConfigHead, CryptoSession, Inflight, MemRegion, MemTableHead, VRING_NO_FD, VringState, read,
+};
 use crate::ring::{Ring, RingEvent};
 use crate::table::{ErrorForm, MessageInfo, ReplyKind};
 use crate::ticket::Outcome;
@@ -44,8 +46,13 @@ impl<Fd> Backend<Fd> {
                 self.succeed(head, &echo, outcome);
             }
             Err(refusal) => {
+                // Addresses are waited for, and there is no way to say that there are none.
+                let stranded = matches!(commit, Commit::MapTable(_));
                 self.roll_back(commit);
-                if let Err(fatal) = self.refuse(head, &refusal) {
+                if stranded {
+                    let (message, reason) = (head.info.name, refusal.to_string());
+                    self.close(Violation::NoErrorForm { message, reason });
+                } else if let Err(fatal) = self.refuse(head, &refusal) {
                     self.close(fatal);
                 }
             }
@@ -73,6 +80,13 @@ impl<Fd> Backend<Fd> {
                 });
             }
             Commit::Table(regions) => self.regions = regions,
+            Commit::MapTable(regions) => {
+                (self.mapped, self.postcopy) = (regions, Postcopy::Mapped);
+            }
+            Commit::RegisterTable => {
+                self.regions = std::mem::take(&mut self.mapped);
+                self.postcopy = Postcopy::Listening;
+            }
             Commit::AddRegion(region) => self.regions.push(region),
             Commit::RemRegion(region) => self.regions.retain(|old| !old.same_slot(&region)),
             Commit::Ring(index, change) => {
@@ -111,6 +125,10 @@ impl<Fd> Backend<Fd> {
     /// Queues the reply of a request that succeeded, if it has one.
     fn succeed(&mut self, head: Head, request: &[u8], outcome: Outcome<Fd>) {
         let Head { header, info } = head;
+        if let Outcome::Bases(bases) = outcome {
+            let reply = with_bases(request, &bases);
+            return self.push(header, &reply, None);
+        }
         if !info.reply.is_own() {
             if info.acknowledges(header.need_reply(), self.now.protocol) {
                 self.push(header, &0u64.to_ne_bytes(), None);
@@ -145,7 +163,7 @@ impl<Fd> Backend<Fd> {
             (_, Outcome::Shmem(config)) => self.push(header, config.as_bytes(), None),
             (ReplyKind::Log, _) => self.push(header, &echo, None),
             // The rest are status replies: success is 0.
-            (_, Outcome::Done | Outcome::Fd(_) | Outcome::Inflight(_)) => {
+            (_, Outcome::Done | Outcome::Fd(_) | Outcome::Inflight(_) | Outcome::Bases(_)) => {
                 self.push(header, &0u64.to_ne_bytes(), None);
             }
         }
@@ -208,6 +226,18 @@ impl<Fd> Backend<Fd> {
     fn push(&mut self, header: Header, payload: &[u8], fd: Option<Fd>) {
         self.out.push_back(Frame::reply(header.request, payload, fd.into_iter().collect()));
     }
+}
+
+/// The table of a request with our addresses in place of the front-end's; as long as it was.
+fn with_bases(table: &[u8], bases: &[u64]) -> Vec<u8> {
+    let mut table = table.to_vec();
+    let slots = table.get_mut(size_of::<MemTableHead>()..).unwrap_or_default();
+    for (slot, base) in slots.chunks_exact_mut(size_of::<MemRegion>()).zip(bases) {
+        if let Some(region) = read::<MemRegion>(slot) {
+            slot.copy_from_slice(MemRegion { user_addr: *base, ..region }.as_bytes());
+        }
+    }
+    table
 }
 
 /// Writes `bytes` over `message` from `at` on; what is too long is cut, what is missing is zero.

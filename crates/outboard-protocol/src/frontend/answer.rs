@@ -6,8 +6,8 @@
 use crate::decoder::Message;
 use crate::features::ProtocolFeatures;
 use crate::payload::{
-    ConfigHead, CryptoSession, Inflight, ShmemConfig, VRING_NO_FD, VringState, decode_inflight,
-    read, read_u64,
+    ConfigHead, CryptoSession, Inflight, MemRegion, ShmemConfig, VRING_NO_FD, VringState,
+    decode_inflight, decode_mem_table, read, read_u64,
 };
 use crate::table::{FrontendCode, MessageInfo, ReplyKind};
 use crate::violation::Violation;
@@ -53,6 +53,8 @@ pub enum Answer<Fd> {
     CryptoSession(i64),
     /// The userfaultfd of postcopy; `None`: refused.
     UserFault(Option<Fd>),
+    /// Where the back-end maps the regions of the table, as their user addresses.
+    PostcopyTable(Vec<MemRegion>),
     /// The in-flight region; without a descriptor (and with size 0) there is none.
     Inflight(Inflight, Option<Fd>),
     /// The shared object, if there is one.
@@ -82,7 +84,7 @@ impl<Fd> Answer<Fd> {
     pub(super) fn decode(
         code: FrontendCode,
         row: &'static MessageInfo,
-        ack: bool,
+        kind: ReplyKind,
         echo: &[u8],
         reply: Message<Fd>,
     ) -> Result<Self, Violation> {
@@ -90,17 +92,19 @@ impl<Fd> Answer<Fd> {
         let count = fds.len() + misplaced;
         let shape = Violation::ReplyShape { message: row.name, size: payload.len(), fds: count };
         let most = usize::from(matches!(
-            row.reply,
+            kind,
             ReplyKind::Fd | ReplyKind::MaybeFd | ReplyKind::Inflight | ReplyKind::DeviceState
         ));
         if misplaced > 0 || fds.len() > most {
             return Err(shape);
         }
         let fd = fds.pop();
-        let kind = if ack { ReplyKind::Ack } else { row.reply };
         match kind {
             ReplyKind::VringState => base(row, echo, &payload, shape),
             ReplyKind::Config => config(echo, &payload, shape),
+            ReplyKind::MemTable if payload.len() == echo.len() => {
+                Ok(Self::PostcopyTable(decode_mem_table(&payload).ok_or(shape)?))
+            }
             ReplyKind::Log if matches!(payload.len(), 0 | 8 | 16) => Ok(Self::LogBase),
             ReplyKind::Fd if payload.is_empty() => Ok(Self::UserFault(fd)),
             ReplyKind::MaybeFd if payload.is_empty() => Ok(Self::SharedObject(fd)),

@@ -10,7 +10,7 @@ use crate::payload::{
     CryptoSession, DeviceState, Inflight, Iotlb, Log, MemRegion, SingleRegion, Uuid, VringAddr,
     VringFd, VringState, encode_config, encode_mem_table,
 };
-use crate::table::{FrontendCode, MessageInfo};
+use crate::table::{FrontendCode, MessageInfo, ReplyKind};
 use crate::violation::Refusal;
 
 /// A request of the front-end.
@@ -130,6 +130,10 @@ pub enum Request<Fd> {
     PostcopyAdvise,
     /// Postcopy: the next table is to be registered.
     PostcopyListen,
+    /// Postcopy: the memory of the guest, of which the back-end says where it maps it.
+    PostcopyMemTable(Vec<(MemRegion, Fd)>),
+    /// Postcopy: faults in that memory can be served.
+    PostcopyReady,
     /// Postcopy is over.
     PostcopyEnd,
     /// A new in-flight region is asked for.
@@ -209,6 +213,7 @@ impl<Fd> Request<Fd> {
             Self::CloseCryptoSession(_) => C::CloseCryptoSession,
             Self::PostcopyAdvise => C::PostcopyAdvise,
             Self::PostcopyListen => C::PostcopyListen,
+            Self::PostcopyMemTable(_) | Self::PostcopyReady => C::SetMemTable,
             Self::PostcopyEnd => C::PostcopyEnd,
             Self::GetInflightFd { .. } => C::GetInflightFd,
             Self::SetInflightFd(..) => C::SetInflightFd,
@@ -227,6 +232,17 @@ impl<Fd> Request<Fd> {
         }
     }
 
+    /// How it is answered, with or without being asked for an acknowledgement.
+    pub(super) const fn answer_kind(&self, row: &MessageInfo, ack: bool) -> Option<ReplyKind> {
+        match self {
+            Self::PostcopyMemTable(_) => Some(ReplyKind::MemTable),
+            Self::PostcopyReady => None,
+            _ if row.reply.is_own() => Some(row.reply),
+            _ if ack => Some(ReplyKind::Ack),
+            _ => None,
+        }
+    }
+
     /// The payload and the descriptors; refused when the table does not know their lengths.
     pub(super) fn encode(self, row: &MessageInfo) -> Result<Parts<Fd>, Refusal> {
         let message = row.name;
@@ -234,7 +250,7 @@ impl<Fd> Request<Fd> {
             Self::SetVringKick { index, kick: notifier }
             | Self::SetVringCall { index, call: notifier }
             | Self::SetVringErr { index, err: notifier } => vring_fd(message, index, notifier)?,
-            Self::SetMemTable(regions) => {
+            Self::SetMemTable(regions) | Self::PostcopyMemTable(regions) => {
                 let (regions, fds): (Vec<_>, Vec<_>) = regions.into_iter().unzip();
                 (encode_mem_table(&regions), fds)
             }
@@ -286,6 +302,7 @@ impl<Fd> Request<Fd> {
             Self::SetConfig { offset, bytes, migration } => {
                 encode_config(offset, u32::from(migration), &bytes)
             }
+            Self::PostcopyReady => vec![0; 8],
             Self::CreateCryptoSession(session) => session.as_bytes().to_vec(),
             Self::GetInflightFd { num_queues, queue_size } => {
                 Inflight { num_queues, queue_size, ..Inflight::default() }.as_bytes().to_vec()

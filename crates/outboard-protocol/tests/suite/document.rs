@@ -101,6 +101,7 @@ const fn reply(kind: ReplyKind) -> &'static str {
         ReplyKind::Inflight => "Inflight and a descriptor",
         ReplyKind::DeviceState => "u64 0x100, or 0 and a descriptor",
         ReplyKind::ShmemConfig => "ShmemConfig",
+        ReplyKind::MemTable => "MemTable",
     }
 }
 

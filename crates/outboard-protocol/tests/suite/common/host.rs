@@ -96,6 +96,10 @@ pub(crate) fn settle(backend: &mut Backend<Fd>, effect: Effect<Fd>, verdict: &Ve
         Effect::SetDeviceStateFd { ticket, .. } => answer(backend, ticket, verdict, fd(verdict)),
         Effect::GetSharedObject { ticket, .. } => answer(backend, ticket, verdict, fd(verdict)),
         Effect::PostcopyAdvise { ticket } => answer_fd(backend, ticket, verdict),
+        Effect::PostcopyMap { regions, ticket } => {
+            let bases = (1..=regions.len() as u64).map(|at| at << 32).collect();
+            answer(backend, ticket, verdict, bases);
+        }
         Effect::CreateCryptoSession { ticket, .. } => answer(backend, ticket, verdict, 7),
         Effect::GetStatus { ticket } => answer(backend, ticket, verdict, 0x0f),
         Effect::GetShmemConfig { ticket } => {
@@ -161,6 +165,7 @@ pub(crate) fn ack_ticket(effect: Effect<Fd>) -> Option<Ticket<Ack>> {
         | Effect::SetVringEndian { ticket, .. }
         | Effect::CloseCryptoSession { ticket, .. }
         | Effect::PostcopyListen { ticket }
+        | Effect::PostcopyRegister { ticket }
         | Effect::PostcopyEnd { ticket }
         | Effect::GpuSetSocket { ticket, .. }
         | Effect::VringKick { ticket, .. } => ticket,
