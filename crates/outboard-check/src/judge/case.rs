@@ -110,13 +110,11 @@ impl Case<'_> {
         if self.traits.never_sleeps {
             return Ok(());
         }
-        // Twice: what it still had to finish is no spinning.
-        for time in [30, 150] {
-            match self.peer.load(Duration::from_millis(time)) {
-                // A fifth: it may have to share the processors with others.
-                Some(load) if load > 0.2 => {}
-                _ => return Ok(()),
-            }
+        // Again and again: what it still had to finish is no spinning. A fifth: it may have to share the
+        // processors with others.
+        match self.peer.settles(&[12, 40, 150, 150, 150, 150], 0.2) {
+            Some(Err(_)) => {}
+            Some(Ok(())) | None => return Ok(()),
         }
         Err(Finding::new(Verdict::Spins, format!("it burns processor time {when}")))
     }

@@ -15,15 +15,15 @@ const REST: f64 = 0.03;
 
 /// That the process uses next to nothing.
 fn idle(case: &Case<'_>, when: &str) -> Outcome {
-    let time = Duration::from_millis(if case.quick { 150 } else { 500 });
-    let Some(load) = case.peer.load(time) else {
-        return Err(Finding::not_offered("its processor time cannot be read"));
-    };
-    if load > REST {
-        let why = format!("it uses {:.0} % of a processor {when}", load * 100.0);
-        return Err(Finding::new(Verdict::Spins, why));
+    let windows = if case.quick { [50, 100, 200, 200] } else { [300, 500, 500, 500] };
+    match case.peer.settles(&windows, REST) {
+        None => Err(Finding::not_offered("its processor time cannot be read")),
+        Some(Ok(())) => Ok(()),
+        Some(Err(load)) => {
+            let why = format!("it uses {:.0} % of a processor {when}", load * 100.0);
+            Err(Finding::new(Verdict::Spins, why))
+        }
     }
-    Ok(())
 }
 
 pub(crate) fn idle_alone(case: &mut Case<'_>) -> Outcome {

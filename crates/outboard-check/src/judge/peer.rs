@@ -193,6 +193,31 @@ impl Peer {
         Some(text.lines().filter(|line| line.contains("outboard-frontend")).count())
     }
 
+    /// Whether it has nothing to do: within one of the windows it uses no more than `most` of a processor and
+    /// no thread of it waits for one at the end. A thread that spins is always ready to run, also where
+    /// it gets no processor. `None` when that cannot be seen.
+    pub(crate) fn settles(&self, windows: &[u64], most: f64) -> Option<Result<(), f64>> {
+        let mut least = f64::MAX;
+        for &window in windows {
+            let load = self.load(Duration::from_millis(window))?;
+            if load <= most && !self.ready_to_run() {
+                return Some(Ok(()));
+            }
+            least = least.min(load);
+        }
+        Some(Err(least))
+    }
+
+    /// Whether a thread of it runs or waits for a processor.
+    fn ready_to_run(&self) -> bool {
+        let tasks = self.pid.and_then(|pid| std::fs::read_dir(format!("/proc/{pid}/task")).ok());
+        let state = |path: PathBuf| std::fs::read_to_string(path.join("stat")).unwrap_or_default();
+        tasks.into_iter().flatten().flatten().any(|task| {
+            // The state stands behind the name, which may hold anything.
+            state(task.path()).rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('R'))
+        })
+    }
+
     /// Share of one processor that it uses, or would use if there was one free, during `time`.
     pub(crate) fn load(&self, time: Duration) -> Option<f64> {
         let pid = self.pid()?;

@@ -139,8 +139,8 @@ pub(crate) fn explore(peer: &mut Peer, options: &Options) -> Result<Traits, Judg
     let deaf = |finding: Finding| JudgeError::Deaf(finding.why);
     let mut traits = ask_traits(first, options.limit).map_err(deaf)?;
     traits.serves_again = answers(peer, options.limit).is_ok();
-    let load = peer.load(Duration::from_millis(200));
-    traits.never_sleeps = load.is_some_and(|load| load > 0.5);
+    // Again and again: what it does at its start is no polling.
+    traits.never_sleeps = matches!(peer.settles(&[20, 60, 300, 300], 0.5), Some(Err(_)));
     Ok(traits)
 }
 
@@ -259,11 +259,11 @@ fn dead(case: &mut Case<'_>) -> Outcome {
 fn settled_fds(peer: &Peer, wanted: Option<usize>) -> Option<usize> {
     let mut last = peer.open_fds()?;
     let mut same = 0;
-    for _ in 0..100 {
+    for _ in 0..200 {
         if wanted.is_some_and(|wanted| last <= wanted) || (wanted.is_none() && same >= 3) {
             break;
         }
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::sleep(Duration::from_millis(1));
         let now = peer.open_fds()?;
         same = if now == last { same + 1 } else { 0 };
         last = now;

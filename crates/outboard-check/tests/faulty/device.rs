@@ -1,21 +1,30 @@
 //! The device itself: a disk of 1 MiB in memory, on the protocol's state machine and the device side of
 //! the queues. It knows its fault and breaks the rule where the rule is kept.
 
+mod migration;
+mod notify;
 mod optional;
+mod raw;
 mod requests;
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::cell::Cell;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use notify::{add_one, descriptor};
 use outboard_memory::{GuestMemory, MapOptions, Region, RegionSpec, View};
 use outboard_protocol::features::{ProtocolFeatures as P, virtio};
 use outboard_protocol::payload::MemRegion;
 use outboard_protocol::{Backend, Effect, Notifier, Offer, Refusal, RingEvent};
 use outboard_queue::{DeviceQueue, QueueLayout};
-use rustix::io::Errno;
+
+/// A ring has run in this process.
+static RAN: AtomicBool = AtomicBool::new(false);
 
 const SECTORS: u64 = 2048;
 const SEG_MAX: u64 = 1 << 2;
+const READ_ONLY: u64 = 1 << 5;
 const FLUSH: u64 = 1 << 9;
 const DISCARD: u64 = 1 << 13;
 const WRITE_ZEROES: u64 = 1 << 14;
@@ -32,6 +41,10 @@ struct Ring {
     /// Its kick came early, and a fault has forgotten it.
     forgotten: bool,
     requests: u32,
+    /// The head that was taken last, of those that came together.
+    last_head: Option<u16>,
+    /// Kicks that had nothing to say.
+    idle_kicks: u64,
 }
 
 pub(crate) struct Device {
@@ -44,13 +57,24 @@ pub(crate) struct Device {
     channel: Option<OwnedFd>,
     transfer: Option<bool>,
     kept: Vec<OwnedFd>,
+    marks: Option<migration::Marks>,
+    log_fd: Option<OwnedFd>,
+    /// The next request's data lie at an odd address.
+    odd_data: bool,
+    /// It has run a ring.
+    ran: bool,
     /// SET_OWNER has come.
-    pub(crate) owned: std::cell::Cell<bool>,
+    pub(crate) owned: Cell<bool>,
+    /// A fault has been prepared, and shows later.
+    pub(crate) trap: Cell<bool>,
 }
 
-fn offer() -> Offer {
+fn offer(fault: &str) -> Offer {
+    let read_only = if fault == "writes-read-only" { READ_ONLY } else { 0 };
     Offer {
-        features: virtio::VERSION_1
+        features: read_only
+            | virtio::VERSION_1
+            | virtio::LOG_ALL
             | virtio::RING_INDIRECT_DESC
             | virtio::RING_EVENT_IDX
             | SEG_MAX
@@ -66,6 +90,8 @@ fn offer() -> Offer {
             | P::STATUS
             | P::BACKEND_REQ
             | P::INFLIGHT_SHMFD
+            | P::LOG_SHMFD
+            | P::PAGEFAULT
             | P::DEVICE_STATE
             | P::SHMEM
             | P::SHARED_OBJECT
@@ -94,7 +120,7 @@ impl Device {
         let disk = sector.repeat(usize::try_from(SECTORS).expect("small"));
         Self {
             fault: fault.to_owned(),
-            backend: Backend::new(offer()),
+            backend: Backend::new(offer(fault)),
             memory: no_memory(),
             rings: (0..2).map(|_| Ring::default()).collect(),
             disk,
@@ -102,7 +128,12 @@ impl Device {
             channel: None,
             transfer: None,
             kept: Vec::new(),
-            owned: std::cell::Cell::new(false),
+            marks: None,
+            log_fd: None,
+            odd_data: false,
+            ran: false,
+            owned: Cell::new(false),
+            trap: Cell::new(false),
         }
     }
 
@@ -130,20 +161,6 @@ impl Device {
 
     pub(crate) const fn state(&self) -> &Backend<OwnedFd> {
         &self.backend
-    }
-
-    /// Descriptors to sleep on.
-    pub(crate) fn kicks(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.rings.iter().filter(|ring| ring.queue.is_some()).filter_map(|ring| match &ring.kick {
-            Some(Notifier::Fd(fd)) => Some(fd.as_fd()),
-            _ => None,
-        })
-    }
-
-    /// Whether a ring has no kick descriptor.
-    pub(crate) fn polls(&self) -> bool {
-        !self.is("ignores-poll")
-            && self.rings.iter().any(|ring| matches!(ring.kick, Some(Notifier::Poll)))
     }
 
     pub(crate) fn carry_out(&mut self, effect: Effect<OwnedFd>) {
@@ -206,8 +223,11 @@ impl Device {
 
     fn table(&mut self, regions: Vec<(MemRegion, OwnedFd)>) -> Result<(), Refusal> {
         let mut mapped = Vec::new();
+        if self.is("minds-holes") {
+            self.kept.clear();
+        }
         for (region, fd) in regions {
-            if self.is("leaks-memory-files") {
+            if ["leaks-memory-files", "trusts-sizes", "minds-holes"].contains(&&*self.fault) {
                 self.kept.push(fd.try_clone().expect("a descriptor"));
             }
             let region = Region::map(
@@ -223,35 +243,14 @@ impl Device {
     }
 
     fn add(&mut self, region: MemRegion, fd: OwnedFd) -> Result<(), Refusal> {
+        if self.is("leaks-slot-files") {
+            self.kept.push(fd.try_clone().expect("a descriptor"));
+        }
         let region =
             Region::map(spec(&region), fd, MapOptions { dont_fork: true, ..MapOptions::default() });
         let region = region.map_err(|_| refused())?;
         self.memory = Arc::new(self.memory.with_region(region).map_err(|_| refused())?);
         Ok(())
-    }
-
-    fn set_kick(&mut self, index: u16, kick: Notifier<OwnedFd>) {
-        let early = !self.backend.ring(index).is_some_and(outboard_protocol::Ring::is_configured);
-        self.rings[usize::from(index)].forgotten = early && self.is("forgets-early-kicks");
-        let runs = self.rings[usize::from(index)].queue.is_some();
-        if runs && self.is("keeps-old-kick") {
-            return;
-        }
-        let old = self.rings[usize::from(index)].kick.replace(kick);
-        if let (true, Some(Notifier::Fd(old))) = (self.is("leaks-kicks"), old) {
-            self.kept.push(old);
-        }
-    }
-
-    fn set_call(&mut self, index: u16, call: Notifier<OwnedFd>) {
-        let ring = &mut self.rings[usize::from(index)];
-        let (runs, had) = (ring.queue.is_some(), ring.call.is_some());
-        let keeps = runs && had && self.fault == "keeps-old-call";
-        let never = runs && !had && self.fault == "takes-no-late-call";
-        let polls = matches!(call, Notifier::Poll) && self.fault == "calls-although-polled";
-        if !(keeps || never || polls) {
-            ring.call = descriptor(call);
-        }
     }
 
     /// Everything that may follow from a message: memory is looked at again, rings are started.
@@ -264,6 +263,7 @@ impl Device {
             self.try_start(index);
         }
         self.look(None);
+        self.look_for_holes();
     }
 
     /// Gives a running ring the memory of the moment.
@@ -295,6 +295,10 @@ impl Device {
             return;
         }
         let Some(layout) = self.layout(number) else { return };
+        if self.is("serves-one-disk") && !self.ran && RAN.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        self.ran = true;
         let base = state.base;
         let view = View::new(Arc::clone(&self.memory));
         if self.is("used-follows-base") {
@@ -335,7 +339,10 @@ impl Device {
     fn stop(&mut self, index: u16) -> u32 {
         let fallback = self.backend.ring(index).map_or(0, |ring| ring.base);
         let ring = &mut self.rings[usize::from(index)];
-        ring.kick = None;
+        let kick = ring.kick.take().and_then(descriptor);
+        if self.fault == "leaks-at-stops" {
+            self.kept.extend(kick);
+        }
         let mut base = fallback;
         if let Some(queue) = &ring.queue {
             base = queue.base();
@@ -357,28 +364,6 @@ impl Device {
         let ring = &mut self.rings[usize::from(index)];
         ring.queue = queue.ok();
         ring.kick = Some(Notifier::Poll);
-    }
-
-    /// Kicks that came in.
-    pub(crate) fn serve_rings(&mut self) {
-        for index in 0..self.rings.len() {
-            if let Some(Notifier::Fd(kick)) = &self.rings[index].kick
-                && readable(kick)
-            {
-                let mut count = [0; 8];
-                match rustix::io::read(kick, &mut count) {
-                    Ok(1..) if count != [0; 8] => self.look(Some(index)),
-                    Err(Errno::AGAIN) => {}
-                    // What is no eventfd kicks no more.
-                    _ if self.is("spins-on-bad-kicks") => {}
-                    _ if self.is("aborts-on-bad-kicks") => std::process::abort(),
-                    _ => self.rings[index].kick = None,
-                }
-            }
-            if matches!(self.rings[index].kick, Some(Notifier::Poll)) {
-                self.look(Some(index));
-            }
-        }
     }
 
     /// Serves one ring that was kicked, or all when something about them changed.
@@ -415,8 +400,17 @@ impl Device {
         index: usize,
         queue: &mut DeviceQueue,
     ) -> Result<(), outboard_queue::RingError> {
+        if self.is("reads-used-back") {
+            let (base, view) = (queue.base(), queue.view().clone());
+            *queue = DeviceQueue::new(*queue.layout(), queue.features().bits(), base, view)?;
+        }
         loop {
-            while let Some(mut chain) = queue.pop()? {
+            loop {
+                if !self.trips(index, queue) {
+                    return Ok(());
+                }
+                let raw = raw::next(queue).map(|(_, parts)| parts).unwrap_or_default();
+                let Some(mut chain) = queue.pop()? else { break };
                 self.rings[index].requests += 1;
                 if self.is("tires-of-requests") && self.rings[index].requests > 35 {
                     continue;
@@ -425,6 +419,7 @@ impl Device {
                 if self.is("used-length-0") {
                     written = 0;
                 }
+                self.mark(index, queue, &raw);
                 queue.complete(chain, written);
                 if self.is("one-per-kick") {
                     break;
@@ -437,15 +432,6 @@ impl Device {
             if self.is("never-asks-for-kicks") || self.is("one-per-kick") || !queue.arm() {
                 return Ok(());
             }
-        }
-    }
-
-    fn call(&self, index: usize) {
-        let Some(call) = &self.rings[index].call else { return };
-        if self.is("blocks-on-calls") {
-            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
-        } else if add_one(call).is_err() && self.is("aborts-on-bad-calls") {
-            std::process::abort();
         }
     }
 
@@ -474,19 +460,20 @@ impl Device {
     }
 }
 
+impl Drop for Device {
+    fn drop(&mut self) {
+        if self.is("leaks-mappings") {
+            std::mem::forget(Arc::clone(&self.memory));
+        }
+    }
+}
+
 const fn spec(region: &MemRegion) -> RegionSpec {
     RegionSpec {
         guest_addr: region.guest_addr,
         user_addr: region.user_addr,
         size: region.size,
         offset: region.offset,
-    }
-}
-
-fn descriptor(notifier: Notifier<OwnedFd>) -> Option<OwnedFd> {
-    match notifier {
-        Notifier::Fd(fd) => Some(fd),
-        Notifier::Poll => None,
     }
 }
 
@@ -497,18 +484,6 @@ pub(crate) fn memfd(size: u64) -> OwnedFd {
     file
 }
 
-fn readable(fd: &OwnedFd) -> bool {
-    let mut set = [rustix::event::PollFd::new(fd, rustix::event::PollFlags::IN)];
-    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-    matches!(rustix::event::poll(&mut set, Some(&now)), Ok(1..))
-}
-
-/// Signals without ever blocking.
-fn add_one(fd: &OwnedFd) -> Result<(), Errno> {
-    let mut set = [rustix::event::PollFd::new(fd, rustix::event::PollFlags::OUT)];
-    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-    match rustix::event::poll(&mut set, Some(&now)) {
-        Ok(1..) => rustix::io::write(fd, &1u64.to_ne_bytes()).map(|_| ()),
-        _ => Ok(()),
-    }
+pub(crate) fn size_of(file: &OwnedFd) -> u64 {
+    rustix::fs::fstat(file).map_or(0, |stat| stat.st_size.unsigned_abs())
 }

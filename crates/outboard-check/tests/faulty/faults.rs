@@ -12,7 +12,7 @@ use outboard_protocol::payload::{MemRegion, decode_mem_table, encode_mem_table, 
 use outboard_protocol::table::{FdRule, Side, info};
 use zerocopy::IntoBytes as _;
 
-use crate::device::{Device, memfd};
+use crate::device::{Device, memfd, size_of};
 
 /// A whole request, to be changed at will.
 pub(crate) struct Message {
@@ -104,6 +104,9 @@ pub(crate) fn before(fault: &str, m: &mut Message, device: &Device) -> Action {
         return index(name, m, device);
     }
     device.owned.set(device.owned.get() || m.id == 3);
+    if fault == "aborts-on-unknown-bodies" && info(Side::FrontEnd, m.id).is_none() {
+        return if m.payload.is_empty() { Action::Pass } else { Action::Abort };
+    }
     let first = negotiation(fault, m, device);
     if !matches!(first, Action::Pass) {
         return first;
@@ -141,6 +144,9 @@ fn negotiation(fault: &str, m: &mut Message, device: &Device) -> Action {
         ("owner-demanded", 1) if !device.owned.get() => return Action::Close,
         ("no-features-again", 1) if state.features_set() => {
             return Action::Answer(number(1, state.offer().features & !virtio::RING_EVENT_IDX));
+        }
+        ("log-once", 2) if m.number() & virtio::LOG_ALL != 0 && device.trap.replace(true) => {
+            return say(m, device, 1);
         }
         ("acks-unasked", 10) if !m.asks() && acked.contains(P::REPLY_ACK) => m.flags |= 8,
         ("acks-before-agreed", 10) if m.asks() && !acked.contains(P::REPLY_ACK) => {
@@ -180,6 +186,10 @@ fn rings(fault: &str, m: &mut Message, device: &Device) -> Action {
         }
         ("addr-flags", 9) => m.set(4, 0),
         ("addr-live", 9) if live => return say(m, device, 1),
+        ("addr-wants-base", 10) => device.trap.set(true),
+        ("addr-wants-base", 9) if !device.trap.get() => return say(m, device, 1),
+        ("aborts-on-live-sizes", 8) if live && m.word(4) == 32768 => return Action::Abort,
+        ("maps-before-it-looks", 12) if device.trap.get() => return Action::Abort,
         ("addr-early", 9) if device.state().regions().is_empty() => return say(m, device, 1),
         ("base-wide", 10) => m.set(4, m.word(4) & 0xffff),
         ("kick-needs-fd", 12) | ("call-needs-fd", 13) | ("err-needs-fd", 14)
@@ -244,6 +254,7 @@ fn table(fault: &str, m: &mut Message, device: &Device) -> Action {
     let mut all = decode_mem_table(&m.payload).unwrap_or_default();
     let touch = |pair: &[MemRegion]| pair[0].guest_addr + pair[0].size == pair[1].guest_addr;
     let refuse = match fault {
+        "table-64-pages" => all.len() == 1 && all[0].size == 64 * 4096,
         "table-one-region" => all.len() > 1,
         "table-four-regions" => all.len() > 4,
         "table-exact" => m.payload.len() != 8 + 32 * all.len(),
@@ -274,6 +285,13 @@ fn table(fault: &str, m: &mut Message, device: &Device) -> Action {
         () => {}
     }
     match fault {
+        "maps-before-it-looks" => {
+            let short = |(region, fd): (&MemRegion, &OwnedFd)| size_of(fd) < region.size;
+            device.trap.set(all.iter().zip(&m.fds).any(short));
+        }
+        "aborts-on-read-only-memory" if m.fds.iter().any(is_read_only_file) => {
+            return Action::Abort;
+        }
         "table-aborts-when-empty" if m.word(0) == 0 => return Action::Abort,
         "table-aborts-on-nine" if all.len() == 9 => return Action::Abort,
         "table-aborts-on-lies" if m.word(0) > 64 => return Action::Abort,
@@ -301,6 +319,13 @@ fn table(fault: &str, m: &mut Message, device: &Device) -> Action {
     Action::Pass
 }
 
+fn is_read_only_file(fd: &OwnedFd) -> bool {
+    use rustix::fs::{FileType, OFlags};
+    let kind = rustix::fs::fstat(fd).map(|stat| FileType::from_raw_mode(stat.st_mode));
+    let flags = rustix::fs::fcntl_getfl(fd).unwrap_or(OFlags::RDWR);
+    kind == Ok(FileType::RegularFile) && flags & OFlags::RWMODE == OFlags::RDONLY
+}
+
 fn other(fault: &str, m: &mut Message, device: &Device) -> Action {
     let legal = info(Side::FrontEnd, m.id).is_some_and(|row| row.payload.sizes().allows(m.size));
     let no_fds = info(Side::FrontEnd, m.id).is_none_or(|row| row.fds == FdRule::None);
@@ -321,6 +346,18 @@ fn other(fault: &str, m: &mut Message, device: &Device) -> Action {
         ("reset-refused", 34) => return say(m, device, 1),
         ("status-refused", 39) => m.set_number(0),
         ("channel-fd-missing", 21) if m.fds.is_empty() => return say(m, device, 0),
+        ("log-fd-refused", 7) => return say(m, device, 1),
+        ("listens-unadvised", 29) => return say(m, device, 0),
+        ("postcopy-despite-slots", 28) => {
+            let header = Header { request: 28, flags: REPLY_FLAGS, size: 0 };
+            let bytes = header.as_bytes().to_vec();
+            return Action::Answer(Frame { bytes, fds: vec![memfd(1)] });
+        }
+        ("inflight-any-number", 31) if m.word(16) == 0 || m.word(16) >> 16 == 0 => {
+            let header = Header { request: 31, flags: REPLY_FLAGS, size: 24 };
+            let bytes = [header.as_bytes(), &[1; 24]].concat();
+            return Action::Answer(Frame { bytes, fds: vec![memfd(1)] });
+        }
         ("inflight-any", 32) => return say(m, device, 0),
         ("inflight-too-much", 31) => {
             m.payload = m.payload[..16].to_vec();
@@ -369,7 +406,14 @@ pub(crate) fn after(
         ("flags-of-acks", _) if ack => set(&mut frame, 4, 0xd),
         ("ack-with-fd", 10) => frame.fds.push(memfd(1)),
         ("features-with-fd", 1) => frame.fds.push(memfd(1)),
-        ("features-twice", 1) if request.asks() => {
+        ("advice-with-bytes", 28) => {
+            frame.bytes.extend([0; 8]);
+            set(&mut frame, 8, 8);
+        }
+        ("features-twice" | "log-answered-twice", 1 | 6)
+            if request.asks() == (request.id == 1)
+                && fault.starts_with("log") == (request.id == 6) =>
+        {
             let again = Frame { bytes: frame.bytes.clone(), fds: Vec::new() };
             return vec![frame, again];
         }

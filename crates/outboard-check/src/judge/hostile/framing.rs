@@ -1,5 +1,7 @@
 //! Headers that lie, messages that never end (hostile cases A1 to A15 and A86).
 
+use std::time::{Duration, Instant};
+
 use outboard_protocol::FrontendCode as Code;
 use outboard_protocol::table::{ReplyKind, Side, front_end_table, info};
 
@@ -195,13 +197,14 @@ pub(crate) fn unread_replies(case: &mut Case<'_>) -> Outcome {
     let count = if case.quick { 10 } else { 40 };
     for _ in 0..count {
         let mut rest = burst.as_slice();
-        for _ in 0..20 {
+        let until = Instant::now() + case.quiet * 4;
+        while Instant::now() < until {
             let sent = session.wire.send_some(rest);
             rest = rest.get(sent..).unwrap_or_default();
             if rest.is_empty() {
                 break;
             }
-            std::thread::sleep(std::time::Duration::from_millis(1));
+            std::thread::sleep(Duration::from_millis(1));
         }
         if !rest.is_empty() {
             break;

@@ -1,12 +1,13 @@
 //! Descriptor tables and ring indices that break the rules (hostile cases B1 to B15 and B25 to B38).
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use super::{broken, recover, start, survived};
 use crate::judge::case::Case;
-use crate::judge::disk::{BASE, DATA, HEADER, MEMORY, STATUS};
+use crate::judge::disk::{BASE, DATA, Disk, HEADER, MEMORY, STATUS};
 use crate::judge::finding::{Finding, Outcome, ensure};
-use crate::judge::ring::{Desc, NEXT, WRITE};
+use crate::judge::ring::{Desc, NEXT, WRITE, signalled};
 use crate::judge::semantics::stopping::second;
 
 pub(crate) fn own_next(case: &mut Case<'_>) -> Outcome {
@@ -185,8 +186,8 @@ pub(crate) fn writable_first(case: &mut Case<'_>) -> Outcome {
 }
 
 pub(crate) fn flipped(case: &mut Case<'_>) -> Outcome {
-    let rounds = if case.quick { 50 } else { 1000 };
-    let disk = start(case, 0)?;
+    let (rounds, quiet) = (if case.quick { 20 } else { 1000 }, case.quiet);
+    let mut disk = start(case, 0)?;
     let over = AtomicBool::new(false);
     let memory = disk.memory.clone();
     std::thread::scope(|scope| {
@@ -200,22 +201,28 @@ pub(crate) fn flipped(case: &mut Case<'_>) -> Outcome {
                 let _ = view.write(BASE + 16, &good);
             }
         });
-        let mut disk = disk;
-        let outcome = (|| {
-            for _ in 0..rounds {
-                disk.header(crate::judge::disk::IN, 0)?;
-                disk.ring.set(0, Desc::new(HEADER, 16, NEXT, 1))?;
-                disk.ring.set(2, Desc::new(STATUS, 1, WRITE, 0))?;
-                disk.ring.offer(0)?;
-                if disk.ring.next_used(case.quiet / 4)?.is_none() {
-                    break;
-                }
-            }
-            Ok(())
-        })();
+        let outcome = (0..rounds).try_for_each(|_| flipped_once(&mut disk, quiet));
         over.store(true, Ordering::Relaxed);
-        outcome.and_then(|()| recover(case, disk))
-    })
+        outcome
+    })?;
+    recover(case, disk)
+}
+
+/// One request whose data descriptor changes all the time: served, failed, or the end of the ring.
+fn flipped_once(disk: &mut Disk, quiet: Duration) -> Outcome {
+    disk.header(crate::judge::disk::IN, 0)?;
+    disk.ring.set(0, Desc::new(HEADER, 16, NEXT, 1))?;
+    disk.ring.set(2, Desc::new(STATUS, 1, WRITE, 0))?;
+    disk.ring.offer(0)?;
+    let until = Instant::now() + quiet;
+    while disk.ring.next_used(Duration::from_millis(1))?.is_none() {
+        if signalled(&disk.ring.err, Duration::ZERO) || Instant::now() > until {
+            disk.stop()?;
+            disk.ring.clear()?;
+            return disk.ring.run(&mut disk.session);
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn used_rewritten(case: &mut Case<'_>) -> Outcome {
@@ -224,12 +231,12 @@ pub(crate) fn used_rewritten(case: &mut Case<'_>) -> Outcome {
     disk.header(crate::judge::disk::IN, 0)?;
     disk.ring.chain(0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)])?;
     disk.ring.offer(0)?;
-    let until = std::time::Instant::now() + disk.limit;
+    let until = Instant::now() + disk.limit;
     while disk.ring.used_index()? == 1000 {
-        if std::time::Instant::now() > until {
+        if Instant::now() > until {
             return Err(Finding::hangs("a guest that writes to the used ring stops the device"));
         }
-        std::thread::sleep(std::time::Duration::from_millis(1));
+        std::thread::sleep(Duration::from_millis(1));
     }
     let used = disk.ring.used_index()?;
     ensure!(used == 2, "it reads its own used index back from the guest: {used} instead of 2");

@@ -2,13 +2,14 @@
 
 use std::os::fd::OwnedFd;
 
-use outboard_protocol::payload::{Inflight, ShmemConfig};
-use outboard_protocol::{Effect, StateDirection};
+use outboard_protocol::Effect;
+use outboard_protocol::payload::ShmemConfig;
 
 use super::{Device, SECTORS, memfd, refused};
 
 impl Device {
     pub(super) fn carry_out_optional(&mut self, effect: Effect<OwnedFd>) {
+        let Some(effect) = self.carry_out_migration(effect) else { return };
         match effect {
             Effect::ResetOwner { ticket } => self.backend.answer(ticket, Ok(())),
             Effect::ResetDevice { ticket } => {
@@ -28,28 +29,11 @@ impl Device {
                 let good = self.set_channel(channel);
                 self.backend.answer(ticket, if good { Ok(()) } else { Err(refused()) });
             }
-            Effect::GetInflightFd { num_queues, queue_size, ticket } => {
-                let area = self.inflight(num_queues, queue_size);
-                self.backend.answer(ticket, Ok(Some(area)));
-            }
-            Effect::SetInflightFd { inflight, fd, ticket } => {
-                let end = inflight.mmap_offset.saturating_add(inflight.mmap_size);
-                let size = rustix::fs::fstat(&fd).map_or(0, |stat| stat.st_size.unsigned_abs());
-                self.backend.answer(ticket, if end <= size { Ok(()) } else { Err(refused()) });
-            }
             Effect::SetStatus { status, ticket } => {
                 self.status = status;
                 self.backend.answer(ticket, Ok(()));
             }
             Effect::GetStatus { ticket } => self.backend.answer(ticket, Ok(self.status)),
-            Effect::SetDeviceStateFd { direction, fd, ticket } => {
-                self.transfer = Some(self.transferred(direction, fd));
-                self.backend.answer(ticket, Ok(None));
-            }
-            Effect::CheckDeviceState { ticket } => {
-                let good = self.transfer.take() == Some(true) || self.is("state-always-good");
-                self.backend.answer(ticket, if good { Ok(()) } else { Err(refused()) });
-            }
             Effect::GetSharedObject { ticket, .. } => {
                 let any = self.is("gives-any-object").then(|| memfd(4096));
                 self.backend.answer(ticket, Ok(any));
@@ -74,36 +58,6 @@ impl Device {
         }
         self.channel = Some(channel);
         (socket && first) || self.is("channel-unchecked")
-    }
-
-    fn inflight(&mut self, queues: u16, size: u16) -> (Inflight, OwnedFd) {
-        let bytes = Inflight::area_size(size, false) * u64::from(queues);
-        let file = memfd(if self.is("inflight-short-file") { 16 } else { bytes });
-        if self.is("leaks-inflight") {
-            self.kept.push(file.try_clone().expect("a descriptor"));
-        }
-        let area = Inflight {
-            mmap_size: bytes,
-            num_queues: queues,
-            queue_size: size,
-            ..Inflight::default()
-        };
-        (area, file)
-    }
-
-    /// Saves or loads the state; whether that worked.
-    fn transferred(&mut self, direction: StateDirection, fd: OwnedFd) -> bool {
-        match direction {
-            StateDirection::Save => {
-                let _ = rustix::io::write(&fd, b"outboard");
-                if self.is("state-never-ends") {
-                    self.kept.push(fd);
-                }
-                true
-            }
-            // The test's peer sends what no save has made.
-            StateDirection::Load => self.is("loads-anything"),
-        }
     }
 }
 

@@ -33,6 +33,9 @@ impl Device {
     }
 
     fn perform(&mut self, chain: &mut Chain) -> (u8, u32) {
+        if self.odd_data && self.is("wants-aligned-data") {
+            return (IOERR, 0);
+        }
         let mut header = [0; 16];
         if chain.readable().read_exact(&mut header).is_err() && !self.is("takes-short-headers") {
             return (IOERR, 0);

@@ -1,0 +1,149 @@
+//! The dirty log, the in-flight region, the device's state, postcopy.
+
+use std::os::fd::OwnedFd;
+
+use outboard_memory::DirtyLog;
+use outboard_protocol::features::virtio;
+use outboard_protocol::payload::{Inflight, Log};
+use outboard_protocol::{Effect, StateDirection};
+use outboard_queue::DeviceQueue;
+
+use super::raw::{Raw, WRITE, flat};
+use super::{Device, memfd, refused, size_of};
+
+/// The log of the moment.
+pub(super) struct Marks {
+    log: Option<DirtyLog>,
+    file: OwnedFd,
+    size: u64,
+}
+
+impl Device {
+    /// The messages of migration; the effect, if it is none of them.
+    pub(super) fn carry_out_migration(
+        &mut self,
+        effect: Effect<OwnedFd>,
+    ) -> Option<Effect<OwnedFd>> {
+        match effect {
+            Effect::SetLogBase { log, fd, ticket } => {
+                let good = self.set_log(log, fd);
+                self.backend.answer(ticket, if good { Ok(()) } else { Err(refused()) });
+            }
+            Effect::SetLogFd { fd, ticket } => {
+                self.log_fd = Some(fd);
+                self.backend.answer(ticket, Ok(()));
+            }
+            Effect::GetInflightFd { num_queues, queue_size, ticket } => {
+                let area = self.inflight(num_queues, queue_size);
+                self.backend.answer(ticket, Ok(Some(area)));
+            }
+            Effect::SetInflightFd { inflight, fd, ticket } => {
+                let end = inflight.mmap_offset.saturating_add(inflight.mmap_size);
+                let mut first = [0; 8];
+                let _ = rustix::io::pread(&fd, &mut first, inflight.mmap_offset);
+                if self.is("follows-inflight-noise") && first != [0; 8] {
+                    std::process::abort();
+                }
+                let good = end <= size_of(&fd);
+                self.backend.answer(ticket, if good { Ok(()) } else { Err(refused()) });
+            }
+            Effect::SetDeviceStateFd { direction, fd, ticket } => {
+                self.transfer = Some(self.transferred(direction, fd));
+                self.backend.answer(ticket, Ok(None));
+            }
+            Effect::CheckDeviceState { ticket } => {
+                let good = self.transfer.take() == Some(true) || self.is("state-always-good");
+                self.backend.answer(ticket, if good { Ok(()) } else { Err(refused()) });
+            }
+            Effect::PostcopyAdvise { ticket } => {
+                // A userfaultfd needs rights; any descriptor stands for it here.
+                let fd = memfd(1);
+                if self.is("leaks-userfaults") {
+                    std::mem::forget(fd.try_clone().expect("a descriptor"));
+                }
+                self.backend.answer(ticket, Ok(fd));
+            }
+            Effect::PostcopyListen { ticket } | Effect::PostcopyEnd { ticket } => {
+                self.backend.answer(ticket, Ok(()));
+            }
+            other => return Some(other),
+        }
+        None
+    }
+
+    fn set_log(&mut self, log: Log, fd: OwnedFd) -> bool {
+        let file = fd.try_clone().expect("a descriptor");
+        if self.is("aborts-on-huge-logs") && log.mmap_size > 1 << 40 {
+            std::process::abort();
+        }
+        let mapped = DirtyLog::map(fd, log.mmap_offset, log.mmap_size).ok();
+        let good = mapped.is_some() || self.is("trusts-log-sizes");
+        if good {
+            let size = log.mmap_offset.saturating_add(log.mmap_size);
+            self.marks = Some(Marks { log: mapped, file, size });
+        }
+        good
+    }
+
+    /// Marks what a request has written: its buffers, and the used ring where the front-end wants that.
+    pub(super) fn mark(&self, index: usize, queue: &DeviceQueue, parts: &[Raw]) {
+        let on = self.backend.acked_features() & virtio::LOG_ALL != 0;
+        let Some(marks) = &self.marks else { return };
+        if self.is("marks-nothing") || !(on || self.is("marks-too-early")) {
+            return;
+        }
+        for part in flat(queue, parts).iter().filter(|part| part.flags & WRITE != 0) {
+            self.mark_range(marks, part.addr, u64::from(part.len));
+        }
+        let ring = self.backend.ring(u16::try_from(index).expect("small"));
+        let addresses = ring.and_then(|ring| ring.addresses).filter(|addr| addr.flags & 1 != 0);
+        if let Some(addresses) = addresses {
+            let size = 6 + 8 * u64::from(queue.size());
+            self.mark_range(marks, addresses.log_guest_addr, size);
+        }
+    }
+
+    fn mark_range(&self, marks: &Marks, guest: u64, len: u64) {
+        let short = size_of(&marks.file) < marks.size;
+        let outside = marks.log.as_ref().is_some_and(|log| !log.covers(guest, len));
+        match self.fault.as_str() {
+            "trusts-log-sizes" if marks.log.is_none() => std::process::abort(),
+            "writes-into-cut-logs" if short => std::process::abort(),
+            "marks-outside-the-log" if outside => std::process::abort(),
+            _ => {}
+        }
+        if let Some(log) = &marks.log {
+            log.mark(guest, len);
+        }
+    }
+
+    fn inflight(&mut self, queues: u16, size: u16) -> (Inflight, OwnedFd) {
+        let bytes = Inflight::area_size(size, false) * u64::from(queues);
+        let file = memfd(if self.is("inflight-short-file") { 16 } else { bytes });
+        if self.is("leaks-inflight") {
+            self.kept.push(file.try_clone().expect("a descriptor"));
+        }
+        let area = Inflight {
+            mmap_size: bytes,
+            num_queues: queues,
+            queue_size: size,
+            ..Inflight::default()
+        };
+        (area, file)
+    }
+
+    /// Saves or loads the state; whether that worked.
+    fn transferred(&mut self, direction: StateDirection, fd: OwnedFd) -> bool {
+        match direction {
+            StateDirection::Save => {
+                let _ = rustix::io::write(&fd, b"outboard");
+                if self.is("state-never-ends") {
+                    self.kept.push(fd);
+                }
+                true
+            }
+            // The test's peer sends what no save has made.
+            StateDirection::Load => self.is("loads-anything"),
+        }
+    }
+}

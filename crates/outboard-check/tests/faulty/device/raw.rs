@@ -1,0 +1,121 @@
+//! A look at the ring before the queue takes a request from it: descriptors as they lie there, without a
+//! rule kept. What faults about descriptors trip over, and what the dirty log has to mark.
+
+use std::time::{Duration, Instant};
+
+use outboard_queue::DeviceQueue;
+
+use super::Device;
+
+/// One descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Raw {
+    pub(super) addr: u64,
+    pub(super) len: u32,
+    pub(super) flags: u16,
+    pub(super) next: u16,
+}
+
+pub(super) const NEXT: u16 = 1;
+pub(super) const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+fn word(queue: &DeviceQueue, at: u64) -> u16 {
+    let mut bytes = [0; 2];
+    let _ = queue.view().read(at, &mut bytes);
+    u16::from_le_bytes(bytes)
+}
+
+fn descriptor(queue: &DeviceQueue, at: u64) -> Option<Raw> {
+    let mut bytes = [0; 16];
+    queue.view().read(at, &mut bytes).ok()?;
+    let part = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+    Some(Raw {
+        addr: u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")),
+        len: u32::from_le_bytes(bytes[8..12].try_into().expect("four bytes")),
+        flags: part(12),
+        next: part(14),
+    })
+}
+
+/// The chain that is available next: its head, and its descriptors as far as they can be followed. None
+/// when there is none.
+pub(super) fn next(queue: &DeviceQueue) -> Option<(u16, Vec<Raw>)> {
+    let layout = *queue.layout();
+    let at = u16::try_from(queue.base()).expect("a split ring's");
+    if word(queue, layout.avail + 2) == at {
+        return None;
+    }
+    let head = word(queue, layout.avail + 4 + 2 * u64::from(at % layout.size));
+    let mut parts = Vec::new();
+    let mut next = head;
+    while parts.len() < usize::from(layout.size) && next < layout.size {
+        let Some(part) = descriptor(queue, layout.desc + 16 * u64::from(next)) else { break };
+        parts.push(part);
+        if part.flags & NEXT == 0 {
+            break;
+        }
+        next = part.next;
+    }
+    Some((head, parts))
+}
+
+/// The descriptors of a table, where the chain is one.
+pub(super) fn flat(queue: &DeviceQueue, parts: &[Raw]) -> Vec<Raw> {
+    match parts {
+        [table] if table.flags & INDIRECT != 0 => {
+            let count = u64::from(table.len / 16).min(64);
+            (0..count).filter_map(|at| descriptor(queue, table.addr + 16 * at)).collect()
+        }
+        parts => parts.to_vec(),
+    }
+}
+
+impl Device {
+    /// What a fault does at the sight of the ring; false when the ring is served no more.
+    pub(super) fn trips(&mut self, index: usize, queue: &DeviceQueue) -> bool {
+        let layout = *queue.layout();
+        if self.is("minds-reserved-flags") && word(queue, layout.avail) > 1 {
+            return false;
+        }
+        let Some((head, parts)) = next(queue) else {
+            self.rings[index].last_head = None;
+            return true;
+        };
+        let last = self.rings[index].last_head.replace(head);
+        let aborts = match self.fault.as_str() {
+            "aborts-on-heads-twice" => last == Some(head),
+            "aborts-on-heads-in-the-middle" => {
+                parts.len() == 2 && parts[0].flags & WRITE != 0 && parts[0].len == 512
+            }
+            "aborts-on-aliases" => {
+                parts.len() > 14 && parts.windows(2).any(|pair| pair[0].addr == pair[1].addr)
+            }
+            "aborts-on-empty-parts" => parts.len() == 4 && parts.iter().any(|part| part.len == 0),
+            "reads-descriptors-twice" => {
+                self.rings[index].requests > 0 && changes(queue, layout.desc + 16)
+            }
+            "aborts-on-late-tables" => {
+                parts.len() > 1 && parts.iter().any(|part| part.flags & INDIRECT != 0)
+            }
+            "aborts-without-status" => parts.len() == 1 && parts[0].flags & (WRITE | INDIRECT) == 0,
+            _ => false,
+        };
+        if aborts {
+            std::process::abort();
+        }
+        self.odd_data = matches!(parts[..], [_, Raw { addr, len: 512, .. }, _] if addr % 4 != 0);
+        true
+    }
+}
+
+/// Whether a descriptor changes while it is looked at for a while.
+fn changes(queue: &DeviceQueue, at: u64) -> bool {
+    let (first, until) = (descriptor(queue, at), Instant::now() + Duration::from_millis(5));
+    while Instant::now() < until {
+        if (0..50).any(|_| descriptor(queue, at) != first) {
+            return true;
+        }
+    }
+    false
+}
