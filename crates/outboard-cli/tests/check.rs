@@ -1,8 +1,9 @@
 //! `outboard check` as a user meets it: exit codes, lists, JSON, JUnit, expected failures; against our
 //! own block device and qemu-storage-daemon.
-#![expect(clippy::expect_used, reason = "a failed step of a test is its end")]
+#![expect(clippy::expect_used, clippy::panic, reason = "a failed step of a test is its end")]
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::Value;
@@ -26,20 +27,58 @@ fn ours(folder: &Path, options: &[&str]) -> Output {
     outboard(&[&["check", "--quick"], options, &["--"], &device].concat())
 }
 
-#[test]
-fn our_block_device_holds_every_check_that_it_offers() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let output = ours(folder.path(), &["--json", "--seconds", "10"]);
+/// That every check holds, or is not offered for a reason, which is printed.
+fn holds_or_is_not_offered(output: &Output) {
     let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     let all = report["judgements"].as_array().expect("a list");
     assert!(all.len() > 300, "{} checks", all.len());
-    let bad: Vec<_> = all
-        .iter()
-        .filter(|one| one["verdict"] != "holds" && one["verdict"] != "not-offered")
-        .map(|one| format!("{}: {} {}", one["id"], one["verdict"], one["why"]))
-        .collect();
+    let line = |one: &Value| format!("{}: {} {}", one["id"], one["verdict"], one["why"]);
+    let is = |one: &Value, verdict: &str| one["verdict"] == verdict;
+    let bad: Vec<_> =
+        all.iter().filter(|one| !is(one, "holds") && !is(one, "not-offered")).map(line).collect();
     assert!(bad.is_empty(), "{bad:#?}");
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let mut reasons = BTreeMap::<&str, Vec<&str>>::new();
+    for one in all.iter().filter(|one| is(one, "not-offered")) {
+        let why = one["why"].as_str().filter(|why| !why.is_empty());
+        let why = why.unwrap_or_else(|| panic!("{} is not offered for no reason", one["id"]));
+        reasons.entry(why).or_default().push(one["id"].as_str().expect("a name"));
+    }
+    let held = all.iter().filter(|one| is(one, "holds")).count();
+    println!("{held} of {} checks hold", all.len());
+    reasons
+        .iter()
+        .for_each(|(why, ids)| println!("{} because {why}: {}", ids.len(), ids.join(" ")));
+}
+
+#[test]
+fn our_block_device_holds_every_check_that_it_offers() {
+    let folder = tempfile::tempdir().expect("a folder");
+    holds_or_is_not_offered(&ours(folder.path(), &["--json", "--seconds", "10"]));
+}
+
+/// The example's program, built if it is not there yet: tests of one package build the examples of that
+/// package only.
+fn everything() -> PathBuf {
+    let deps = std::env::current_exe().expect("our own path");
+    let profile = deps.parent().and_then(Path::parent).expect("target/PROFILE/deps");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut build = Command::new(cargo);
+    build.args(["build", "--quiet", "--package", "outboard", "--example", "everything"]);
+    build.arg("--target-dir").arg(profile.parent().expect("target/PROFILE"));
+    if profile.ends_with("release") {
+        build.arg("--release");
+    }
+    assert!(build.status().expect("cargo").success(), "the example is not built");
+    profile.join("examples/everything")
+}
+
+#[test]
+fn the_example_everything_holds_every_check_that_it_offers() {
+    let program = everything();
+    let program = program.to_str().expect("text");
+    let args = ["check", "--quick", "--json", "--seconds", "10", "--", program, "{socket}"];
+    holds_or_is_not_offered(&outboard(&args));
 }
 
 #[test]

@@ -210,11 +210,13 @@ pub(crate) fn unread_replies(case: &mut Case<'_>) -> Outcome {
             break;
         }
     }
+    // Only when it has read all that it is going to read.
+    case.rests("while nobody reads its replies")?;
     if let (Some(before), Some(after)) = (before, case.peer.resident()) {
         let grown = after.saturating_sub(before);
         ensure!(grown < 8 << 10, "it keeps {grown} KiB of replies that nobody reads");
     }
-    case.rests("while nobody reads its replies")
+    Ok(())
 }
 
 pub(crate) fn noise(case: &mut Case<'_>) -> Outcome {
