@@ -7,6 +7,7 @@
 
 mod device;
 mod objects;
+mod postcopy;
 mod rings;
 
 use std::fmt;

@@ -74,6 +74,24 @@ impl Mapping {
             .map_err(|errno| MapError::host(call, errno))
     }
 
+    /// No transparent huge pages; a kernel without them has nothing to be told.
+    pub(crate) fn small_pages(&self) -> Result<(), MapError> {
+        match self.advise(Advice::LinuxNoHugepage, "madvise(MADV_NOHUGEPAGE)") {
+            Err(MapError::Host { errno, .. }) if errno == libc::EINVAL => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// As if an access had met a hole.
+    pub(crate) fn poison(&self) {
+        self.slot.poison();
+    }
+
     /// The first byte.
     pub(crate) fn base(&self) -> *mut u8 {
         self.base.as_ptr()

@@ -97,6 +97,21 @@ impl Region {
         self.file.as_ref().map(AsFd::as_fd)
     }
 
+    /// The whole mapping, which begins at a page: address and bytes.
+    pub(crate) fn mapped(&self) -> (usize, usize) {
+        (self.mapping.base().addr(), self.mapping.len())
+    }
+
+    /// No huge pages: what comes page by page is mapped page by page.
+    pub(crate) fn small_pages(&self) -> Result<(), MapError> {
+        self.mapping.small_pages()
+    }
+
+    /// As if an access had met a hole.
+    pub(crate) fn poison(&self) {
+        self.mapping.poison();
+    }
+
     /// Whether an access met a hole in the file.
     pub fn is_poisoned(&self) -> bool {
         self.mapping.is_poisoned()

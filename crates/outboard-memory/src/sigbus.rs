@@ -110,7 +110,7 @@ impl Slot {
         Some((address & !(page - 1), page))
     }
 
-    fn poison(&self) {
+    pub(crate) fn poison(&self) {
         if !self.poisoned.swap(true, Ordering::Relaxed) {
             POISONED.fetch_add(1, Ordering::Relaxed);
         }

@@ -28,7 +28,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         }
     }
 
-    fn map(&mut self, region: &MemRegion, fd: OwnedFd) -> Result<Region, Refusal> {
+    pub(super) fn map(&mut self, region: &MemRegion, fd: OwnedFd) -> Result<Region, Refusal> {
         let hooks = self.device.hooks();
         let dont_fork = hooks.is_some_and(|hooks| hooks.unmap_guest_memory_on_fork());
         let options = MapOptions { dont_fork, keep_file: self.options.hand_over };
@@ -66,7 +66,11 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     }
 
     /// Has every running queue take `memory`, then starts the rings that waited for it.
-    async fn install(&mut self, memory: GuestMemory, drain: bool) -> Result<(), Refusal> {
+    pub(super) async fn install(
+        &mut self,
+        memory: GuestMemory,
+        drain: bool,
+    ) -> Result<(), Refusal> {
         let memory = Arc::new(memory);
         let answers = self.post_all(|| Change::Memory { memory: Arc::clone(&memory), drain });
         self.memory = memory;

@@ -14,6 +14,7 @@ mod channel;
 mod extras;
 mod hand_over;
 mod memory;
+mod postcopy;
 mod rings;
 mod session;
 
@@ -21,6 +22,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use outboard_memory::UserFault;
 use outboard_protocol::{Offer, ProtocolFeatures, virtio};
 
 use crate::device::VhostUserDevice;
@@ -185,6 +187,9 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
             if !hooks.shared_memory().is_empty() {
                 protocol_features |= ProtocolFeatures::SHMEM | ProtocolFeatures::BACKEND_SEND_FD;
             }
+        }
+        if UserFault::is_available() {
+            protocol_features |= ProtocolFeatures::PAGEFAULT;
         }
         let device = &self.device;
         if device.config_size() > 0 {

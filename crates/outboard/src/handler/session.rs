@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, info, warn};
 
 use super::channel::{Plug, drive};
+use super::postcopy::Postcopy;
 use super::rings::HostRing;
 use super::{Ended, HandlerOptions, RING_FEATURES};
 use crate::channel::BackendChannel;
@@ -107,6 +108,7 @@ pub(crate) struct Session<'h, D: VhostUserDevice, R: Reactor> {
     pub(super) backend: Backend<OwnedFd>,
     pub(super) memory: Arc<GuestMemory>,
     pub(super) rings: Vec<HostRing>,
+    pub(super) postcopy: Option<Postcopy>,
     /// How long a queue may take to stop or to take a change.
     pub(super) bound: Duration,
     closed: bool,
@@ -139,6 +141,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             backend: Backend::new(offer),
             memory: Arc::new(GuestMemory::new(0, Vec::new())?),
             rings,
+            postcopy: None,
             bound: options.drain_deadline,
             closed: false,
         })
@@ -340,7 +343,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
                 let object = self.hook(|hooks| hooks.shared_object(uuid.bytes));
                 self.backend.answer(ticket, object);
             }
-            other => debug!("{} is not offered", other.name()),
+            other => self.carry_out_postcopy(other).await,
         }
         Ok(())
     }
@@ -356,7 +359,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
     }
 
     /// Answers a message that has no reply of its own; a refusal is worth a line in the log.
-    fn acknowledge(&mut self, ticket: Ticket<Ack>, done: Result<(), Refusal>) {
+    pub(super) fn acknowledge(&mut self, ticket: Ticket<Ack>, done: Result<(), Refusal>) {
         if let Err(refusal) = &done {
             warn!("refused: {refusal}");
         }
@@ -411,6 +414,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
 
     /// Stops what runs and closes what was received.
     pub(crate) async fn close(&mut self) -> Result<(), HostError> {
+        self.postcopy_abandon();
         let stopped = self.stop_all().await;
         self.channel.close();
         self.closed = true;
@@ -424,6 +428,7 @@ impl<D: VhostUserDevice, R: Reactor> Drop for Session<'_, D, R> {
         if self.closed {
             return;
         }
+        self.postcopy_abandon();
         match block_on(self.stop_all()) {
             Ok(Ok(())) => {}
             Ok(Err(error)) => warn!("session dropped: {error}"),
