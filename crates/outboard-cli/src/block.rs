@@ -21,7 +21,7 @@ use outboard_devices::block::{
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tracing::info;
 
-use crate::Failure;
+use crate::{Failure, service};
 
 /// For management programs: what this one understands of vhost-user.json.
 const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
@@ -41,6 +41,7 @@ cloud-hypervisor:
 A live upgrade, with a device that was started with --control /run/disk.ctl:
   outboard-new block --take-over /run/disk.ctl disk.img
 
+Under systemd (Type=notify, FileDescriptorStoreMax=1, Restart=always) the socket outlives a restart.
 Without --socket-path, --fd, --connect and --take-over, a socket passed by systemd (LISTEN_FDS) is served.
 SIGTERM and SIGINT finish what the guest has asked for and remove the socket; a second one ends at once.
 OUTBOARD_LOG=debug (or outboard=trace, ...) says more, OUTBOARD_LOG=warn less.";
@@ -187,6 +188,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     let server = args.socket.server()?.with_options(args.socket.handler_options());
     stop_on_signals(&server).map_err(Failure::failed)?;
     info!("serving {described}");
+    service::ready(&server);
     server.serve(device).map_err(Failure::failed)
 }
 
@@ -241,7 +243,11 @@ impl From<Loop> for LoopKind {
 impl SocketArgs {
     fn server(&self) -> Result<Server, Failure> {
         let server = if let Some(path) = &self.socket_path {
-            Server::listen(path).map(Some)
+            match service::kept_socket() {
+                Some(fd) => Server::inherited(fd).and_then(|server| server.with_socket_file(path)),
+                None => Server::listen(path),
+            }
+            .map(Some)
         } else if let Some(fd) = self.fd {
             Server::inherited(fd).map(Some)
         } else if let Some(path) = &self.connect {

@@ -11,6 +11,7 @@ mod demo;
 mod manual;
 mod probe;
 mod report;
+mod service;
 mod soak;
 
 use std::io::IsTerminal;

@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,13 +14,18 @@ use std::time::{Duration, Instant};
 
 use outboard_frontend::block::{BlockDevice, BlockOptions};
 use outboard_frontend::{Connection, Error};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{Pid, Signal, kill_process};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_outboard"));
-    command.arg("block").env("OUTBOARD_LOG", "info").env_remove("LISTEN_FDS");
+    command
+        .arg("block")
+        .env("OUTBOARD_LOG", "info")
+        .env_remove("LISTEN_FDS")
+        .env_remove("NOTIFY_SOCKET");
     command
 }
 
@@ -325,6 +330,57 @@ fn a_socket_passed_by_activation_is_served() {
     write_and_read(&mut connect(&socket), 4);
     device.signal(Signal::INT);
     assert_eq!(device.end().0, Some(0));
+}
+
+/// What a service manager gets: its text, and its descriptor.
+fn notice(socket: &UnixDatagram) -> (String, Option<OwnedFd>) {
+    let mut text = [0; 1024];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let got = recvmsg(socket, &mut [std::io::IoSliceMut::new(&mut text)], &mut control, flags)
+        .expect("a notice");
+    let fd = control.drain().find_map(|part| match part {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    (String::from_utf8_lossy(&text[..got.bytes]).into_owned(), fd)
+}
+
+// The socket outlives the process: who connects in between is served by the next one.
+#[test]
+fn a_service_manager_keeps_the_socket_of_a_device_that_is_killed() {
+    let folder = folder();
+    let manager = UnixDatagram::bind(folder.path().join("notify")).expect("a socket");
+    let args = ["--socket-path", "s", "disk.img"];
+    let mut device = Running::spawn(
+        program()
+            .args(args)
+            .current_dir(folder.path())
+            .env("NOTIFY_SOCKET", folder.path().join("notify"))
+            .stdin(Stdio::null()),
+    );
+    let (text, kept) = notice(&manager);
+    assert_eq!(text, "FDSTORE=1\nFDNAME=outboard.socket\nREADY=1\n");
+    let kept = kept.expect("the listening socket");
+    write_and_read(&mut connect(&folder.path().join("s")), 1);
+    device.child.kill().expect("it lives");
+    device.child.wait().expect("it ends");
+    // Nobody serves now; the connection waits in the queue of the socket that is kept.
+    let early = Connection::connect(folder.path().join("s"), PATIENCE).expect("kept");
+    let mut shell = Command::new("sh");
+    let passed = "LISTEN_FDS=1 LISTEN_FDNAMES=outboard.socket LISTEN_PID=$$";
+    let line = format!("exec 3<&0 </dev/null; {passed} exec \"$0\" block --socket-path s disk.img");
+    shell
+        .args(["-c", &line])
+        .arg(env!("CARGO_BIN_EXE_outboard"))
+        .current_dir(folder.path())
+        .stdin(kept);
+    let next = Running::spawn(&mut shell);
+    write_and_read(&mut BlockDevice::open(early, BlockOptions::default()).expect("served"), 2);
+    next.signal(Signal::TERM);
+    assert_eq!(next.end().0, Some(0));
+    assert!(!folder.path().join("s").exists(), "its socket file goes with it");
 }
 
 #[test]

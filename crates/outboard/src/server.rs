@@ -7,7 +7,7 @@
 //! and ours is removed at the end.
 
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -173,6 +173,27 @@ impl Server {
     pub fn with_options(mut self, options: HandlerOptions) -> Self {
         self.options = options;
         self
+    }
+
+    /// The socket that it listens on, if it does.
+    #[must_use]
+    pub fn listener(&self) -> Option<BorrowedFd<'_>> {
+        match &self.source {
+            Source::Listening(listener) => Some(listener.as_fd()),
+            Source::Connected(_) | Source::Predecessor(_) => None,
+        }
+    }
+
+    /// The socket file at `path` belongs to the inherited socket: it is removed at the end.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn with_socket_file(mut self, path: impl AsRef<Path>) -> Result<Self, HostError> {
+        let path = path.as_ref();
+        let failed =
+            |why: io::Error| HostError::Socket { path: path.to_owned(), why: why.to_string() };
+        self.file = Some(SocketFile::of(path).map_err(failed)?);
+        Ok(self)
     }
 
     /// A way to stop the server.
