@@ -16,5 +16,6 @@ pub mod packages;
 pub mod paths;
 pub mod process;
 pub mod skips;
+pub mod soak;
 pub mod suite;
 pub mod summary;

@@ -5,7 +5,7 @@ mod guest_command;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 use xtask::packages::Root;
-use xtask::{cases, counts, fuzz, guards, lint, suite};
+use xtask::{cases, counts, fuzz, guards, lint, soak, suite};
 
 /// Outboard's own chores.
 #[derive(Parser)]
@@ -49,6 +49,8 @@ enum Chore {
         #[arg(long)]
         bless: bool,
     },
+    /// The big counts: one thing done thousands of times to our disk under verified load
+    Soak(soak::Options),
     /// Write docs/cases.md: which test holds which hostile case of xtask/cases.txt
     Cases {
         /// Write nothing; fail when the table is not up to date or a case is missing
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
         Chore::Lint => lint::run(),
         Chore::Fuzz { seconds, target } => fuzz::run(seconds, target.as_deref()).and_then(closing),
         Chore::Counts { bless } => counts::run(bless).and_then(closing),
+        Chore::Soak(options) => soak::run(&options),
         Chore::Cases { check } => cases::run(check),
         Chore::Guards { check: true, .. } => guards::check().map(|note| println!("guards: {note}")),
         Chore::Guards { ids, json, .. } => guards::run(&ids, json),

@@ -143,8 +143,10 @@ fn whole_conversation(stream: UnixStream) {
     front.reset_device().unwrap();
 }
 
+/// Real workers, whose answers may be there at once: which waits there are is not always the same. Each of
+/// them, one by one: `awaits.rs`.
 #[test]
-fn run_dropped_at_each_of_its_awaits_leaves_nothing_running_or_open() {
+fn run_dropped_where_it_waits_for_workers_leaves_no_thread_and_nothing_open() {
     let _alone = alone();
     std::panic::set_hook(Box::new(|_| {}));
     // The first round starts what stays for good (async-io's own thread).
@@ -157,8 +159,6 @@ fn run_dropped_at_each_of_its_awaits_leaves_nothing_running_or_open() {
         at += 1;
     }
     let _ = std::panic::take_hook();
-    // How many there are depends on how fast the workers answer: some find their answer there.
-    assert!(at > 4, "the conversation has more awaits than {at}");
     assert_eq!(open_descriptors(), before, "descriptors after {at} drops");
     let until = Instant::now() + PATIENCE;
     while threads() > threads_before {
