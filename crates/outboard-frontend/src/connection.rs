@@ -9,6 +9,7 @@ mod device;
 mod objects;
 mod postcopy;
 mod rings;
+mod state;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

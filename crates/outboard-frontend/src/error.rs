@@ -123,6 +123,9 @@ pub enum Error {
     /// The configuration space makes no sense.
     #[error("bad configuration: {0}")]
     Config(#[from] ConfigError),
+    /// A snapshot that cannot be made, or taken up.
+    #[error("{0}")]
+    Snapshot(String),
     /// Memory to share could not be had.
     #[error("shared memory: {0}")]
     Memory(String),

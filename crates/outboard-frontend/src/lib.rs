@@ -26,6 +26,7 @@ pub mod channel;
 mod connection;
 mod error;
 mod memory;
+mod snapshot;
 mod socket;
 pub mod transcript;
 mod virtqueue;
@@ -37,6 +38,7 @@ pub use channel::{
 pub use connection::{Connection, DEFAULT_TIMEOUT};
 pub use error::Error;
 pub use memory::{Buffer, DEFAULT_GUEST_BASE, SharedMemory, USER_OFFSET};
+pub use snapshot::VmmSnapshot;
 pub use socket::{MAX_RECEIVED_FDS, MAX_SENT_FDS, Received, Socket, SocketError};
 pub use virtqueue::{RingHandle, Virtqueue, wait_any};
 pub use vmm::{QueueSetup, Sharing, Vmm, Wanted};

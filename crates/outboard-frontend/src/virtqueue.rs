@@ -60,6 +60,12 @@ impl RingShare {
         Ok(Arc::new(Self { index, layout, kick, call, memory: buffer, tables }))
     }
 
+    /// What it was made of.
+    pub(crate) fn setup(&self) -> QueueSetup {
+        let indirect = self.tables.as_ref().map_or(0, |(_, room)| *room);
+        QueueSetup { index: self.index, size: self.layout.size, indirect }
+    }
+
     pub(crate) fn kick(&self) -> MutexGuard<'_, OwnedFd> {
         self.kick.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -118,8 +124,17 @@ pub struct Virtqueue {
 
 impl Virtqueue {
     pub(crate) fn new(share: Arc<RingShare>, features: u64) -> Result<Self, Error> {
+        Self::starting_at(share, features, 0)
+    }
+
+    /// As if `index` requests had been made and finished already.
+    pub(crate) fn starting_at(
+        share: Arc<RingShare>,
+        features: u64,
+        index: u16,
+    ) -> Result<Self, Error> {
         let view = share.memory.memory().view();
-        let mut driver = DriverQueue::new(share.layout, features, view)
+        let mut driver = DriverQueue::starting_at(share.layout, features, view, index)
             .map_err(|error| Error::Ring { queue: share.index, reason: error.to_string() })?;
         let mut table_room = 0;
         if let Some((tables, room)) = &share.tables

@@ -8,6 +8,7 @@
 //!  reset     per queue ENABLE 0, GET_VRING_BASE; the rings are gone
 //!  sleep     per queue ENABLE 0, GET_VRING_BASE; rings and bases are kept
 //!  wake      as activate, with the kept bases
+//!  (snapshot and restore: `snapshot.rs`)
 //! ```
 //! Invariant: a queue is either stopped, and then the back-end has confirmed it, or it is in `active`;
 //! `sleep` and `reset` without an active queue send nothing.
@@ -52,7 +53,8 @@ impl Default for Wanted {
             protocol: ProtocolFeatures::MQ
                 | ProtocolFeatures::REPLY_ACK
                 | ProtocolFeatures::CONFIG
-                | ProtocolFeatures::CONFIGURE_MEM_SLOTS,
+                | ProtocolFeatures::CONFIGURE_MEM_SLOTS
+                | ProtocolFeatures::DEVICE_STATE,
             sharing: Sharing::Table,
         }
     }
@@ -337,6 +339,27 @@ impl Vmm {
             Some(rings) => self.start(rings),
             None => Ok(()),
         }
+    }
+
+    /// Whether queues are active.
+    pub(crate) fn is_active(&self) -> bool {
+        !self.active.is_empty()
+    }
+
+    /// The queues that sleep, each with its base.
+    pub(crate) fn sleeping(&self) -> &[(Arc<RingShare>, u32)] {
+        self.asleep.as_deref().unwrap_or_default()
+    }
+
+    /// The memory that was given.
+    pub(crate) const fn memory(&self) -> Option<&SharedMemory> {
+        self.memory.as_ref()
+    }
+
+    /// These queues sleep from now on, with these features.
+    pub(crate) fn take_up(&mut self, features: u64, rings: Vec<(Arc<RingShare>, u32)>) {
+        self.acked = features;
+        self.asleep = Some(rings);
     }
 
     fn start(&mut self, rings: Vec<(Arc<RingShare>, u32)>) -> Result<(), Error> {

@@ -4,11 +4,12 @@
 //! [`crate::WorkerDevice`]. Calls that may have to wait are `async`: they never block the
 //! executor, other connections or running rings.
 
-use std::future::Future;
+use std::future::{Future, ready};
 
 use crate::error::{Error, HostError};
 use crate::hooks::Hooks;
 use crate::queue::{Queue, QueueSpec};
+use crate::snapshot::{Saved, Snapshot, named_by};
 
 /// Who writes the configuration space (vhost-user, VhostUserConfig flags).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +77,30 @@ pub trait VhostUserDevice: Send {
     /// # Errors
     /// At construction the handler's `new` returns it; later the request that caused it is refused.
     fn enter_suspended_state(&mut self) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Kind of the device, up to 32 bytes: a state that was saved by another kind is refused. The
+    /// names of its queues by itself.
+    fn device_type(&self) -> String {
+        named_by(self.queues())
+    }
+
+    /// The device's own state, of which it is the power-on state that has none. No queue is
+    /// started; what takes its time belongs into [`Snapshot::later`].
+    ///
+    /// # Errors
+    /// CHECK_DEVICE_STATE says no; the device can go on.
+    fn snapshot(&mut self) -> impl Future<Output = Result<Snapshot, Error>> + Send {
+        ready(Ok(Snapshot::none()))
+    }
+
+    /// Takes a state that [`VhostUserDevice::snapshot`] made, perhaps in an older or a newer
+    /// program. No queue is started; kind, queues and features of the device were compared.
+    ///
+    /// # Errors
+    /// CHECK_DEVICE_STATE says no; nothing has changed, and the device can run or load again.
+    fn restore(&mut self, saved: Saved<'_>) -> impl Future<Output = Result<(), Error>> + Send {
+        ready(saved.nothing())
+    }
 
     /// What only some devices have; the same answer for as long as the device lives.
     fn hooks(&mut self) -> Option<&mut dyn Hooks> {

@@ -49,6 +49,7 @@ mod request;
 mod server;
 mod serving;
 mod shared_memory;
+mod snapshot;
 mod take_over;
 mod thread;
 mod worker;
@@ -70,6 +71,9 @@ pub use request::{Deferred, Outcome, Request, Served};
 pub use server::{Server, StopHandle};
 pub use shared_memory::{
     Access, MappingError, MappingSource, SharedMemoryMapper, SharedMemoryRegion,
+};
+pub use snapshot::{
+    DeviceState, STATE_FORMAT, STATE_HEADER, STATE_MAGIC, Saved, Snapshot, StateError,
 };
 pub use worker::{MakeWorker, Model, Plain, Worker, WorkerContext};
 pub use worker_device::{WorkerDevice, WorkerOptions};

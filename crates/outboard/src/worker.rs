@@ -16,6 +16,7 @@ use crate::events::{EventLoop, FileId};
 use crate::hooks::Hooks;
 use crate::queue::QueueSpec;
 use crate::request::{Outcome, Request, Served};
+use crate::snapshot::{Saved, Snapshot, named_by};
 
 /// Serves the requests of one or many queues.
 pub trait Worker {
@@ -181,6 +182,29 @@ pub trait Model: Send + 'static {
     /// The connection ends.
     fn reset(&mut self) -> Result<(), Error> {
         Ok(())
+    }
+
+    /// Kind of the device, up to 32 bytes: a state that was saved by another kind is refused. The
+    /// names of its queues by itself.
+    fn device_type(&self) -> String {
+        named_by(&self.queues())
+    }
+
+    /// What the device has to tell its next process, beside what was negotiated; no ring runs. What
+    /// takes its time belongs into [`Snapshot::later`].
+    ///
+    /// # Errors
+    /// The state is not saved; the device goes on.
+    fn snapshot(&mut self) -> Result<Snapshot, Error> {
+        Ok(Snapshot::none())
+    }
+
+    /// Takes what [`Model::snapshot`] made, perhaps in an older or a newer program; no ring runs.
+    ///
+    /// # Errors
+    /// The state is refused; nothing has changed.
+    fn restore(&mut self, saved: Saved<'_>) -> Result<(), Error> {
+        saved.nothing()
     }
 
     /// What only some devices have; the same answer for as long as the device lives.

@@ -15,6 +15,7 @@ use crate::error::{Error, HostError};
 use crate::events::{LoopKind, event_loop};
 use crate::hooks::Hooks;
 use crate::queue::{Queue, QueueSpec};
+use crate::snapshot::{Saved, Snapshot};
 use crate::thread::{self, Order, Port};
 use crate::worker::{MakeWorker, Model, Plain, Worker, WorkerContext};
 
@@ -207,15 +208,17 @@ impl<M: Model> VhostUserDevice for WorkerDevice<M> {
             }
             Some(_) => {}
         }
-        if self.suspended {
-            self.model.resume()?;
-            self.suspended = false;
-        }
         let thread = self.thread_of(index).ok_or_else(|| self.no_such(index))?;
         if thread.join.as_ref().is_none_or(JoinHandle::is_finished) {
             return Err(HostError::WorkerGone(index).into());
         }
-        thread.port.send(Order::Start(Box::new(queue)));
+        let port = Arc::clone(&thread.port);
+        // Last: nothing fails once the doors are open.
+        if self.suspended {
+            self.model.resume()?;
+            self.suspended = false;
+        }
+        port.send(Order::Start(Box::new(queue)));
         if let Some(run) = self.runs.get_mut(usize::from(index)) {
             *run = Run::Started;
         }
@@ -246,6 +249,18 @@ impl<M: Model> VhostUserDevice for WorkerDevice<M> {
     async fn enter_suspended_state(&mut self) -> Result<(), Error> {
         self.suspended = true;
         self.model.suspend()
+    }
+
+    fn device_type(&self) -> String {
+        self.model.device_type()
+    }
+
+    async fn snapshot(&mut self) -> Result<Snapshot, Error> {
+        self.model.snapshot()
+    }
+
+    async fn restore(&mut self, saved: Saved<'_>) -> Result<(), Error> {
+        self.model.restore(saved)
     }
 
     fn hooks(&mut self) -> Option<&mut dyn Hooks> {

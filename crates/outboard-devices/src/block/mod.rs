@@ -24,17 +24,20 @@ mod engine;
 mod image;
 mod job;
 mod request;
+mod state;
 mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use outboard::{ConfigWrite, Error, MakeWorker, Model, QueueSpec, WorkerContext};
+use outboard::{ConfigWrite, Error, MakeWorker, Model, QueueSpec, Saved, Snapshot, WorkerContext};
 
 use config::Config;
 pub use config::{CONFIG_SIZE, SECTOR, feature};
 pub use engine::{Engine, EngineKind, How, Op, SyncEngine};
 pub use image::{Geometry, Image, ImageError, ImageOptions};
+pub use state::STATE_VERSION;
+use state::State;
 pub use worker::BlockWorker;
 
 /// Bytes of the answer to GET_ID.
@@ -130,6 +133,8 @@ pub struct Block {
     config: Config,
     options: BlockOptions,
     make_engine: Arc<MakeEngine>,
+    /// What the driver had acknowledged before its state came here, until it does so again.
+    restored: Option<u64>,
 }
 
 impl Block {
@@ -165,7 +170,7 @@ impl Block {
             writeback: AtomicBool::new(options.cache == CacheMode::Writeback),
             flush_failed: AtomicBool::new(false),
         });
-        Ok(Self { disk, config, options, make_engine })
+        Ok(Self { disk, config, options, make_engine, restored: None })
     }
 
     /// The image.
@@ -235,8 +240,10 @@ impl Model for Block {
     }
 
     fn ack_features(&mut self, features: u64) -> Result<(), Error> {
-        // §5.2.5.2: a driver that chooses the mode but cannot flush starts with write-through.
-        if features & feature::CONFIG_WCE != 0 && features & feature::FLUSH == 0 {
+        // §5.2.5.2: a driver that chooses the mode but cannot flush starts with write-through. A
+        // driver whose state was restored has started long ago.
+        let moved = self.restored.take() == Some(features);
+        if !moved && features & feature::CONFIG_WCE != 0 && features & feature::FLUSH == 0 {
             self.set_writeback(false);
         }
         Ok(())
@@ -280,6 +287,23 @@ impl Model for Block {
     fn reset(&mut self) -> Result<(), Error> {
         self.set_writeback(self.disk.cache == CacheMode::Writeback);
         self.disk.flush_failed.store(false, Ordering::Release);
+        self.restored = None;
+        Ok(())
+    }
+
+    fn device_type(&self) -> String {
+        "block".to_owned()
+    }
+
+    fn snapshot(&mut self) -> Result<Snapshot, Error> {
+        Ok(State::new(self.image(), self.writeback(), self.disk.flush_failed()).save())
+    }
+
+    fn restore(&mut self, saved: Saved<'_>) -> Result<(), Error> {
+        let state = State::read(saved, self.image())?;
+        self.set_writeback(state.writeback);
+        self.disk.flush_failed.store(state.flush_failed, Ordering::Release);
+        self.restored = saved.features().map(|features| features & self.features());
         Ok(())
     }
 }
@@ -327,6 +351,22 @@ mod tests {
         let mut field = [9];
         block.read_config(32, &mut field).expect("readable");
         assert_eq!(field, [0], "a driver that cannot flush starts with write-through");
+    }
+
+    #[test]
+    fn a_state_that_is_restored_is_not_undone_by_the_features_that_come_again() {
+        let (mut source, wce) = (block(CacheMode::Writeback), feature::CONFIG_WCE);
+        source.ack_features(wce).expect("taken");
+        source.write_config(32, &[1], ConfigWrite::Guest).expect("writable");
+        source.disk.set_flush_failed();
+        let (version, bytes) = source.snapshot().expect("a state").into_bytes().expect("bytes");
+        let mut target = block(CacheMode::Writethrough);
+        target.restore(Saved::new(version, &bytes, Some(wce))).expect("fits");
+        target.ack_features(wce).expect("taken");
+        assert!(target.writeback(), "chosen before it moved");
+        assert!(target.disk.flush_failed(), "what was lost stays lost");
+        target.ack_features(wce).expect("taken");
+        assert!(!target.writeback(), "another driver");
     }
 
     #[test]

@@ -6,3 +6,4 @@ mod disk;
 mod faults;
 mod model;
 mod requests;
+mod state;

@@ -21,6 +21,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     pub(super) async fn set_status(&mut self, status: u8) -> Result<(), HostError> {
         if status == 0 {
             self.stop_all().await?;
+            self.forget_state().await;
             self.device.reset().await?;
             self.channel.forget_mappings();
         }

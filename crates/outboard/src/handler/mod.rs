@@ -17,9 +17,12 @@ mod memory;
 mod postcopy;
 mod rings;
 mod session;
+mod state;
+mod transfer;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use outboard_memory::UserFault;
@@ -30,6 +33,7 @@ use crate::error::{Error, HostError};
 use crate::reactor::{Parker, Reactor, block_on};
 use crate::take_over::{FrontEnd, Heir};
 pub(crate) use session::{Attention, Session};
+use state::StateDesk;
 
 /// Regions of guest memory that fit the table (GET_MAX_MEM_SLOTS).
 pub(crate) const MEM_SLOTS: u64 = 509;
@@ -46,7 +50,8 @@ const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::INBAND_NOTIFICATIONS)
     .union(ProtocolFeatures::STATUS)
     .union(ProtocolFeatures::GPA_ADDRESSES)
-    .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS);
+    .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(ProtocolFeatures::DEVICE_STATE);
 
 /// What an operator can set about the handler.
 #[derive(Clone, Debug)]
@@ -61,6 +66,12 @@ pub struct HandlerOptions {
     pub stop_deadline: Duration,
     /// Keep what a new process needs to take over: the descriptors of guest memory.
     pub hand_over: bool,
+    /// Bytes that a device's own state may have, saved or loaded.
+    pub state_limit: u64,
+    /// How long a transfer of device state may take.
+    pub state_deadline: Duration,
+    /// Device state goes over pipes of ours, whatever descriptor the front-end sends.
+    pub own_state_channel: bool,
 }
 
 impl Default for HandlerOptions {
@@ -71,6 +82,9 @@ impl Default for HandlerOptions {
             drain_deadline: Duration::from_secs(30),
             stop_deadline: Duration::from_secs(2),
             hand_over: false,
+            state_limit: 64 << 20,
+            state_deadline: Duration::from_secs(60),
+            own_state_channel: false,
         }
     }
 }
@@ -101,6 +115,8 @@ pub enum Ended {
 pub struct DeviceRequestHandler<D> {
     device: D,
     options: HandlerOptions,
+    /// Held by each thread that moves device state: one at a time, however many front-ends come.
+    transfers: Arc<()>,
 }
 
 impl<D: VhostUserDevice> DeviceRequestHandler<D> {
@@ -110,7 +126,7 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
     /// The device cannot enter its suspended state, or its queues are more than 256 or of a size
     /// that no split ring has.
     pub fn new(device: D, options: HandlerOptions) -> Result<Self, HostError> {
-        let mut handler = Self { device, options };
+        let mut handler = Self { device, options, transfers: Arc::default() };
         check_queues(&handler.device)?;
         let suspended = block_on(handler.device.enter_suspended_state());
         suspended.map_err(HostError::io("poll"))??;
@@ -145,6 +161,7 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
     ) -> Result<Ended, HostError> {
         let offer = self.offer();
         let mut session = Session::new(&mut self.device, &self.options, offer, reactor, socket)?;
+        session.state = StateDesk::new(Arc::clone(&self.transfers));
         let ended = session.serve(&attention).await;
         let closed = session.close().await;
         // Why it ended matters more than what went wrong afterwards.
@@ -164,6 +181,7 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
             inheritance;
         let offer = self.offer();
         let mut session = Session::new(&mut self.device, &self.options, offer, reactor, play)?;
+        session.state = StateDesk::new(Arc::clone(&self.transfers));
         let mut ended = session.serve(&attention.stop_only()).await;
         if matches!(ended, Ok(Ended::Left)) {
             ended = match session.inherit(&heir, socket, mappings, stopped).await {

@@ -234,7 +234,11 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             Err(error) => return Err(Refusal::because(error)),
         };
         self.channel.set_suspended(false);
-        self.device.start_queue(index, queue).map_err(Refusal::because)?;
+        if let Err(error) = self.device.start_queue(index, queue) {
+            self.channel.set_suspended(self.running().is_empty());
+            return Err(Refusal::because(error));
+        }
+        self.state.ring_started();
         self.ring(index)?.control = Some(control);
         self.backend.ring_event(index, RingEvent::Started);
         info!(queue = index, "ring started");
@@ -246,7 +250,11 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         let ring = self.backend.ring(index)?;
         let host = self.rings.get(usize::from(index))?;
         let spec = self.device.queues().get(usize::from(index))?;
-        if !self.backend.features_set() || self.memory.regions().is_empty() || host.is_running() {
+        if !self.backend.features_set()
+            || self.memory.regions().is_empty()
+            || host.is_running()
+            || self.state.holds_rings()
+        {
             return None;
         }
         let addresses = ring.addresses?;

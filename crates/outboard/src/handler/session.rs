@@ -19,6 +19,7 @@ use tracing::{debug, info, warn};
 use super::channel::{Plug, drive};
 use super::postcopy::Postcopy;
 use super::rings::HostRing;
+use super::state::StateDesk;
 use super::{Ended, HandlerOptions, RING_FEATURES};
 use crate::channel::BackendChannel;
 use crate::connection::{Connection, Received};
@@ -109,6 +110,7 @@ pub(crate) struct Session<'h, D: VhostUserDevice, R: Reactor> {
     pub(super) memory: Arc<GuestMemory>,
     pub(super) rings: Vec<HostRing>,
     pub(super) postcopy: Option<Postcopy>,
+    pub(super) state: StateDesk,
     /// How long a queue may take to stop or to take a change.
     pub(super) bound: Duration,
     closed: bool,
@@ -142,6 +144,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             memory: Arc::new(GuestMemory::new(0, Vec::new())?),
             rings,
             postcopy: None,
+            state: StateDesk::default(),
             bound: options.drain_deadline,
             closed: false,
         })
@@ -315,6 +318,14 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
                 let done = self.kick_in_band(index).await;
                 self.acknowledge(ticket, done);
             }
+            Effect::SetDeviceStateFd { direction, fd, ticket } => {
+                let way = self.set_state_fd(direction, fd).await;
+                self.backend.answer(ticket, way);
+            }
+            Effect::CheckDeviceState { ticket } => {
+                let done = self.check_state().await;
+                self.acknowledge(ticket, done);
+            }
             Effect::GetShmemConfig { ticket } => {
                 let config = self.shmem_config();
                 self.backend.answer(ticket, Ok(config));
@@ -372,6 +383,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         if running && changed & !(virtio::PROTOCOL_FEATURES | virtio::LOG_ALL) != 0 {
             return Err(Refusal::because("features cannot change while a ring runs"));
         }
+        self.state.agrees(features).map_err(Refusal::because)?;
         let own = features & self.device.features() & !RING_FEATURES;
         self.device.ack_features(own).map_err(Refusal::because)?;
         if enable_all {
@@ -407,6 +419,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
     /// RESET_DEVICE: memory, protocol features and channel stay.
     async fn reset_device(&mut self) -> Result<(), HostError> {
         self.stop_all().await?;
+        self.forget_state().await;
         self.device.reset().await?;
         self.channel.forget_mappings();
         Ok(())
@@ -416,6 +429,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
     pub(crate) async fn close(&mut self) -> Result<(), HostError> {
         self.postcopy_abandon();
         let stopped = self.stop_all().await;
+        self.end_transfer().await;
         self.channel.close();
         self.closed = true;
         info!("front-end left");
@@ -433,6 +447,9 @@ impl<D: VhostUserDevice, R: Reactor> Drop for Session<'_, D, R> {
             Ok(Ok(())) => {}
             Ok(Err(error)) => warn!("session dropped: {error}"),
             Err(error) => warn!("session dropped: {error}"),
+        }
+        if let Err(error) = block_on(self.end_transfer()) {
+            warn!("session dropped: {error}");
         }
         self.channel.close();
     }
