@@ -6,6 +6,7 @@
 //! refusal does not; acknowledgements are asked for whenever the back-end can give them.
 
 mod device;
+mod inflight;
 mod objects;
 mod postcopy;
 mod rings;

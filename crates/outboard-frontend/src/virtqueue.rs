@@ -66,6 +66,12 @@ impl RingShare {
         QueueSetup { index: self.index, size: self.layout.size, indirect }
     }
 
+    pub(crate) fn used_index(&self) -> Result<u16, Error> {
+        let mut bytes = [0; 2];
+        self.memory.memory().view().read(self.layout.used.wrapping_add(2), &mut bytes)?;
+        Ok(u16::from_le_bytes(bytes))
+    }
+
     pub(crate) fn kick(&self) -> MutexGuard<'_, OwnedFd> {
         self.kick.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -106,10 +112,7 @@ impl RingHandle {
     /// # Errors
     /// Never, as the ring lies in shared memory.
     pub fn used_index(&self) -> Result<u16, Error> {
-        let mut bytes = [0; 2];
-        let at = self.0.layout.used.wrapping_add(2);
-        self.0.memory.memory().view().read(at, &mut bytes)?;
-        Ok(u16::from_le_bytes(bytes))
+        self.0.used_index()
     }
 }
 

@@ -13,6 +13,8 @@
 //! Invariant: a queue is either stopped, and then the back-end has confirmed it, or it is in `active`;
 //! `sleep` and `reset` without an active queue send nothing.
 
+mod inflight;
+
 use std::sync::Arc;
 
 use outboard_protocol::features::{ProtocolFeatures, virtio};
@@ -109,6 +111,8 @@ pub struct Vmm {
     asleep: Option<Vec<(Arc<RingShare>, u32)>>,
     /// Asked for when the first channel is opened. What is mapped goes with a reset and with this.
     regions: Option<SharedRegions>,
+    /// As the first back-end made it; it goes with a reset.
+    inflight: Option<inflight::InflightRegion>,
 }
 
 impl Vmm {
@@ -143,6 +147,7 @@ impl Vmm {
             active: Vec::new(),
             asleep: None,
             regions: None,
+            inflight: None,
         })
     }
 
@@ -311,6 +316,7 @@ impl Vmm {
         self.asleep = None;
         self.stop()?;
         self.forget_mappings();
+        self.inflight = None;
         drop(queues);
         Ok(())
     }
@@ -365,6 +371,7 @@ impl Vmm {
     fn start(&mut self, rings: Vec<(Arc<RingShare>, u32)>) -> Result<(), Error> {
         self.connection.set_features(self.acked)?;
         self.send_memory()?;
+        self.send_inflight(&rings)?;
         let enables = self.acked & virtio::PROTOCOL_FEATURES != 0;
         for (ring, base) in rings {
             let index = ring.index;

@@ -192,6 +192,14 @@ impl BlockDevice {
         self.vmm.wake()
     }
 
+    /// Goes on with a new back-end where the last one left everything; see [`Vmm::reconnect`].
+    ///
+    /// # Errors
+    /// As [`Vmm::reconnect`].
+    pub fn reconnect(&mut self, connection: Connection) -> Result<(), Error> {
+        self.vmm.reconnect(connection)
+    }
+
     /// Reads from `sector` on; the length must be whole sectors.
     ///
     /// # Errors
