@@ -7,14 +7,17 @@
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use common::{EchoModel, FEATURES, PATIENCE, Ring, Seen};
+use common::{Echo, EchoModel, FEATURES, PATIENCE, Ring, Seen};
 use outboard::protocol::{ProtocolFeatures, virtio};
-use outboard::{Error, HandlerOptions, Server, StopHandle, WorkerDevice};
+use outboard::{
+    Error, HandlerOptions, MakeWorker, Model, QueueSpec, Saved, Server, Snapshot, StopHandle,
+    WorkerDevice,
+};
 use outboard_frontend::{Connection, SharedMemory};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, recv, send, socket_with,
@@ -223,6 +226,74 @@ fn an_idle_device_hands_its_sockets_over() {
     ring.round(b"served");
     drop(front);
     new.stop();
+}
+
+/// A device that keeps a word, in one of two versions of its state.
+struct Keeper {
+    version: u32,
+    word: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Model for Keeper {
+    type Worker = Echo;
+
+    fn queues(&self) -> Vec<QueueSpec> {
+        vec![QueueSpec::new("words", 256)]
+    }
+
+    fn make_worker(&self) -> MakeWorker<Echo> {
+        Arc::new(|_| Ok(Echo))
+    }
+
+    fn device_type(&self) -> String {
+        "keeper".to_owned()
+    }
+
+    fn snapshot(&mut self) -> Result<Snapshot, Error> {
+        Ok(Snapshot::new(self.version, self.word.lock().unwrap().clone()))
+    }
+
+    fn restore(&mut self, saved: Saved<'_>) -> Result<(), Error> {
+        if saved.version() > self.version {
+            let (theirs, ours) = (saved.version(), self.version);
+            return Err(Error::refused(format!("state of version {theirs}, ours is {ours}")));
+        }
+        saved.bytes().clone_into(&mut self.word.lock().unwrap());
+        Ok(())
+    }
+}
+
+type Word = Arc<Mutex<Vec<u8>>>;
+
+fn keeper(server: Server, version: u32, word: &[u8]) -> (JoinHandle<Result<(), Error>>, Word) {
+    let word = Arc::new(Mutex::new(word.to_vec()));
+    let model = Keeper { version, word: Arc::clone(&word) };
+    let thread = std::thread::spawn(move || server.serve(WorkerDevice::new(model).unwrap()));
+    (thread, word)
+}
+
+#[test]
+fn the_devices_own_state_goes_along_to_a_newer_version_and_is_refused_by_an_older_one() {
+    let place = Place::new();
+    let server = Server::listen(&place.socket).unwrap().with_control(&place.control).unwrap();
+    let (old, _) = keeper(server, 1, b"remember me");
+    let (front, _memory, mut ring) = guest(&place.socket, ALL - ProtocolFeatures::CONFIG);
+    ring.round(b"before");
+    let (new, word) = keeper(Server::take_over(&place.control).unwrap(), 2, b"nothing");
+    old.join().unwrap().unwrap();
+    ring.round(b"after");
+    assert_eq!(*word.lock().unwrap(), b"remember me");
+    // Back to version 1: the new one goes on, with what it knows.
+    let (older, _) = keeper(Server::take_over(&place.control).unwrap(), 1, b"nothing");
+    let error = older.join().unwrap().unwrap_err().to_string();
+    assert!(error.contains("refused CHECK_DEVICE_STATE"), "{error}");
+    ring.round(b"after a refusal");
+    // Another kind of device is refused for what it is.
+    let other = place.next(HandlerOptions::default()).thread.join().unwrap();
+    assert!(other.is_err());
+    ring.round(b"still here");
+    drop(front);
+    drop(new);
 }
 
 /// Somebody on the control socket who is no Outboard.

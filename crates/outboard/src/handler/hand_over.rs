@@ -6,9 +6,10 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use outboard_protocol::{
-    Given, MemRegion, Notifier, ProtocolFeatures, Refusal, Request, Ring, RingEvent, VringAddr,
-    virtio,
+    Given, MemRegion, Notifier, ProtocolFeatures, Refusal, Request, Ring, RingEvent,
+    StateDirection, VringAddr, virtio,
 };
+use rustix::pipe::{PipeFlags, pipe_with};
 use tracing::{info, warn};
 
 use super::session::Session;
@@ -42,6 +43,11 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         heir: Heir<R>,
         estate: Result<Estate, HostError>,
     ) -> Result<bool, HostError> {
+        if self.is_transferring() {
+            let why = "device state is being transferred".to_owned();
+            let _ = heir.send(Letter::Refused(why)).await;
+            return Ok(false);
+        }
         info!("handing over to a new process");
         let stopped = now();
         let mut rings = Vec::new();
@@ -146,7 +152,22 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         if let Some(channel) = channel {
             play.ask(Request::SetBackendReqFd(channel.descriptor()?)).await?;
         }
-        self.play_memory(play, protocol).await
+        self.play_memory(play, protocol).await?;
+        self.play_state(play).await
+    }
+
+    /// The device's own state, the way that a migration takes.
+    async fn play_state(&mut self, play: &mut Play<R>) -> Result<(), HandOverError> {
+        let pipe = pipe_with(PipeFlags::CLOEXEC);
+        let (theirs, ours) = pipe.map_err(|errno| HostError::io("pipe")(errno.into()))?;
+        self.save_into(ours).await.map_err(HandOverError::unable)?;
+        let load = Request::SetDeviceStateFd(StateDirection::Load, theirs);
+        let loaded = match play.ask(load).await {
+            Ok(_) => play.ask(Request::CheckDeviceState).await,
+            Err(error) => Err(error),
+        };
+        self.end_transfer().await;
+        loaded.map(|_| ())
     }
 
     async fn play_memory(

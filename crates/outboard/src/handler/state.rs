@@ -126,6 +126,21 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         Ok(Job::Save(snapshot, state))
     }
 
+    /// Whether a transfer is under way, or was not asked about yet.
+    pub(super) fn is_transferring(&self) -> bool {
+        self.state.transfer.is_some()
+    }
+
+    /// Saves the state into `to`; CHECK_DEVICE_STATE's part is [`Session::saved`].
+    pub(super) async fn save_into(&mut self, to: OwnedFd) -> Result<(), StateError> {
+        let job = self.take_state().await?;
+        let bounds = Bounds { limit: self.options.state_limit, time: self.options.state_deadline };
+        let transfer = Transfer::start(job, to, bounds, Arc::clone(&self.state.threads))?;
+        self.state.transfer = Some(transfer);
+        self.state.outdated = false;
+        Ok(())
+    }
+
     /// CHECK_DEVICE_STATE: joins the transfer; a state that came in whole is applied.
     pub(super) async fn check_state(&mut self) -> Result<(), Refusal> {
         let Some(transfer) = &mut self.state.transfer else {

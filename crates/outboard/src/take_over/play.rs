@@ -48,7 +48,7 @@ impl<R: Reactor> Play<R> {
         else {
             return Err(HandOverError::Refused { message: "GET_PROTOCOL_FEATURES" });
         };
-        let wanted = protocol | ProtocolFeatures::REPLY_ACK;
+        let wanted = protocol | ProtocolFeatures::REPLY_ACK | ProtocolFeatures::DEVICE_STATE;
         let lacks = (wanted - offered).bits();
         if lacks != 0 {
             return Err(HandOverError::Lacks { what: "protocol features", bits: lacks });
