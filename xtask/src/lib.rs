@@ -11,6 +11,7 @@ pub mod counts;
 pub mod fuzz;
 pub mod guards;
 pub mod guest;
+pub mod judged;
 pub mod lint;
 pub mod packages;
 pub mod paths;

@@ -5,7 +5,7 @@ mod guest_command;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 use xtask::packages::Root;
-use xtask::{cases, counts, fuzz, guards, lint, soak, suite};
+use xtask::{cases, counts, fuzz, guards, judged, lint, soak, suite};
 
 /// Outboard's own chores.
 #[derive(Parser)]
@@ -51,6 +51,17 @@ enum Chore {
     },
     /// The big counts: one thing done thousands of times to our disk under verified load
     Soak(soak::Options),
+    /// Judge our devices and other people's, and write docs/judged.md
+    ///
+    /// Fetches DPDK's packages and builds virtiofsd the first time; takes minutes for each program.
+    Judged {
+        /// Only these programs (repeat or separate by commas)
+        #[arg(long, value_delimiter = ',')]
+        only: Vec<String>,
+        /// Shorter silences, smaller storms
+        #[arg(long)]
+        quick: bool,
+    },
     /// Write docs/cases.md: which test holds which hostile case of xtask/cases.txt
     Cases {
         /// Write nothing; fail when the table is not up to date or a case is missing
@@ -79,6 +90,7 @@ fn main() -> ExitCode {
         Chore::Fuzz { seconds, target } => fuzz::run(seconds, target.as_deref()).and_then(closing),
         Chore::Counts { bless } => counts::run(bless).and_then(closing),
         Chore::Soak(options) => soak::run(&options),
+        Chore::Judged { only, quick } => judged::run(&only, quick),
         Chore::Cases { check } => cases::run(check),
         Chore::Guards { check: true, .. } => guards::check().map(|note| println!("guards: {note}")),
         Chore::Guards { ids, json, .. } => guards::run(&ids, json),

@@ -75,13 +75,12 @@ impl Apt {
     }
 
     /// Downloads `wanted` with all that they depend on, and the one kernel package that
-    /// `kernel` stands for. Files that are there already, whole, are not fetched again.
+    /// `kernel` stands for, if it is asked for. Files that are there already, whole, are not fetched again.
     ///
     /// # Errors
     /// When a package is not known or does not arrive.
-    pub fn fetch(&self, wanted: &[&str], kernel: &str) -> Result<Vec<PathBuf>> {
-        let image = self.newest_image(kernel)?;
-        println!("packages: fetching {} and {image}", wanted.join(" "));
+    pub fn fetch(&self, wanted: &[&str], kernel: Option<&str>) -> Result<Vec<PathBuf>> {
+        println!("packages: fetching {}", wanted.join(" "));
         // Files that are there already are not listed, hence the folder that has none.
         let none = format!("Dir::Cache::archives={}", self.none.display());
         let mut list = self.command("apt-get");
@@ -90,12 +89,16 @@ impl Apt {
         let mut install = self.command("apt-get");
         install.args(["install", "--download-only", "-qq", "-y"]).args(wanted);
         process::output(&mut install)?;
-        let mut list = self.command("apt-get");
-        list.args(["download", "--print-uris", "-qq", &image]);
-        names.extend(file_names(&process::output(&mut list)?));
-        let mut download = self.command("apt-get");
-        download.args(["download", "-qq", &image]).current_dir(&self.archives);
-        process::output(&mut download)?;
+        if let Some(kernel) = kernel {
+            let image = self.newest_image(kernel)?;
+            println!("packages: fetching {image}");
+            let mut list = self.command("apt-get");
+            list.args(["download", "--print-uris", "-qq", &image]);
+            names.extend(file_names(&process::output(&mut list)?));
+            let mut download = self.command("apt-get");
+            download.args(["download", "-qq", &image]).current_dir(&self.archives);
+            process::output(&mut download)?;
+        }
         for name in wanted {
             let found = names.iter().any(|file| file.split('_').next() == Some(*name));
             ensure!(found, "apt leaves out {name}");

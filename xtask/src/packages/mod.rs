@@ -31,6 +31,37 @@ const KERNEL: &str = "linux-image-amd64";
 /// The layout of [`Root`]; a root with another stamp is made again.
 const FORMAT: u32 = 3;
 
+/// What a root is made of.
+struct Recipe {
+    /// Below `target/xtask`.
+    folder: &'static str,
+    wanted: &'static [&'static str],
+    kernel: Option<&'static str>,
+    wrappers: fn(&Root) -> Result<()>,
+}
+
+/// Guests, and the programs of the tests.
+const GUESTS: Recipe = Recipe {
+    folder: "root",
+    wanted: WITH_DEPENDENCIES,
+    kernel: Some(KERNEL),
+    wrappers: programs::wrappers,
+};
+
+/// Other people's back-ends that the judge judges, and what one of them is linked with.
+const PEERS: Recipe = Recipe {
+    folder: "peers",
+    wanted: &[
+        "dpdk-dev",
+        "librte-net-vhost23",
+        "librte-mempool-ring23",
+        "libcap-ng-dev",
+        "libseccomp-dev",
+    ],
+    kernel: None,
+    wrappers: programs::peers,
+};
+
 /// Packages unpacked, ready to use.
 #[derive(Clone, Debug)]
 pub struct Root(PathBuf);
@@ -41,9 +72,13 @@ impl Root {
     /// # Errors
     /// When there is none: the text says what to do.
     pub fn open() -> Result<Self> {
-        let dir = paths::xtask()?.join("root");
+        Self::found(&GUESTS)
+    }
+
+    fn found(recipe: &Recipe) -> Result<Self> {
+        let dir = paths::xtask()?.join(recipe.folder);
         let text = std::fs::read_to_string(stamp(&dir)).unwrap_or_default();
-        let whole = text.lines().next() == Some(format_line().as_str());
+        let whole = text.lines().next() == Some(format_line(recipe).as_str());
         anyhow::ensure!(whole, "the guest's packages are not there: run `cargo xtask packages`");
         Ok(Self(dir))
     }
@@ -53,28 +88,41 @@ impl Root {
     /// # Errors
     /// When the archive cannot be reached or a package does not unpack.
     pub fn prepare(refresh: bool) -> Result<Self> {
-        if !refresh && let Ok(root) = Self::open() {
+        Self::made(&GUESTS, refresh)
+    }
+
+    /// The same for other people's back-ends: 75 MB, 380 MB unpacked.
+    ///
+    /// # Errors
+    /// When the archive cannot be reached or a package does not unpack.
+    pub fn peers() -> Result<Self> {
+        Self::made(&PEERS, false)
+    }
+
+    fn made(recipe: &Recipe, refresh: bool) -> Result<Self> {
+        if !refresh && let Ok(root) = Self::found(recipe) {
             return Ok(root);
         }
         let xtask = paths::xtask()?;
         std::fs::create_dir_all(&xtask)?;
         let lock = std::fs::File::create(xtask.join("packages.lock"))?;
         lock.lock()?;
-        if !refresh && let Ok(root) = Self::open() {
+        if !refresh && let Ok(root) = Self::found(recipe) {
             return Ok(root); // another process made it while we waited
         }
-        let dir = xtask.join("root");
+        let dir = xtask.join(recipe.folder);
         if dir.exists() {
             std::fs::remove_dir_all(&dir).context("cannot remove the old root")?;
         }
         let apt = apt::Apt::set_up(&xtask.join("apt"), &paths::cache()?.join("packages"))?;
         apt.update()?;
-        let files = apt.fetch(WITH_DEPENDENCIES, KERNEL)?;
+        let files = apt.fetch(recipe.wanted, recipe.kernel)?;
         unpack::packages(&files, &dir)?;
         let root = Self(dir);
-        programs::wrappers(&root)?;
+        (recipe.wrappers)(&root)?;
         let names = files.iter().filter_map(|file| file.file_name()?.to_str());
-        let lines: Vec<_> = std::iter::once(format_line()).chain(names.map(String::from)).collect();
+        let first = std::iter::once(format_line(recipe));
+        let lines: Vec<_> = first.chain(names.map(String::from)).collect();
         std::fs::write(stamp(&root.0), lines.join("\n") + "\n")?;
         Ok(root)
     }
@@ -138,8 +186,9 @@ fn stamp(root: &Path) -> PathBuf {
     root.join(".xtask-stamp")
 }
 
-fn format_line() -> String {
-    format!("format {FORMAT} {} {KERNEL}", WITH_DEPENDENCIES.join(" "))
+fn format_line(recipe: &Recipe) -> String {
+    let kernel = recipe.kernel.map(|kernel| format!(" {kernel}")).unwrap_or_default();
+    format!("format {FORMAT} {}{kernel}", recipe.wanted.join(" "))
 }
 
 fn only_entry(dir: &Path) -> Result<String> {

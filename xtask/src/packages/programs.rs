@@ -44,6 +44,29 @@ pub fn wrappers(root: &Root) -> Result<()> {
     write(&dir, "valgrind", &format!("VALGRIND_LIB={valgrind} exec {binary} \"$@\""))
 }
 
+/// Plug-ins of DPDK that its own folder does not find when it lies elsewhere.
+const PLUGINS: &[&str] = &["librte_net_vhost.so", "librte_mempool_ring.so"];
+
+/// Writes the wrappers of other people's back-ends.
+///
+/// # Errors
+/// When they cannot be written.
+pub fn peers(root: &Root) -> Result<()> {
+    let dir = root.wrappers();
+    std::fs::create_dir_all(&dir)?;
+    let program = "usr/bin/dpdk-testpmd";
+    let command = root.command(program);
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let words: Vec<_> = words.map(|word| quoted(&word.to_string_lossy())).collect();
+    let [_, usr] = root.library_dirs();
+    let plugin = |name: &&str| {
+        let path = usr.join("dpdk/pmds-23.0").join(name);
+        format!(" -d {}", quoted(&path.to_string_lossy()))
+    };
+    let plugins: String = PLUGINS.iter().map(plugin).collect();
+    write(&dir, program, &format!("exec {}{plugins} \"$@\"", words.join(" ")))
+}
+
 fn write(dir: &Path, program: &str, line: &str) -> Result<()> {
     let file = dir.join(program.rsplit('/').next().unwrap_or(program));
     std::fs::write(&file, format!("#!/bin/sh\n{line}\n"))?;

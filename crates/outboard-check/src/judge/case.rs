@@ -40,11 +40,16 @@ pub(crate) struct Case<'p> {
     pub(crate) seed: u64,
     /// Smaller counts.
     pub(crate) quick: bool,
+    /// The check has ended the process: nothing is left to look at.
+    pub(crate) ended: bool,
 }
 
 impl Case<'_> {
     /// A connection on which nothing was said.
     pub(crate) fn wire(&mut self) -> Outcome<Wire> {
+        if !self.traits.serves_again {
+            self.peer.renew()?;
+        }
         self.peer.connect(self.limit)
     }
 
@@ -85,6 +90,23 @@ impl Case<'_> {
         self.traits.capacity.ok_or_else(|| {
             Finding::not_offered("no request is known for this device; it is no block device")
         })
+    }
+
+    /// That one process serves one front-end after another; the specification leaves that to the program.
+    pub(crate) fn needs_another_turn(&self) -> Outcome {
+        match self.traits.serves_again {
+            true => Ok(()),
+            false => Err(Finding::not_offered("it serves one front-end and ends")),
+        }
+    }
+
+    /// Rings that the device may have at most. GET_QUEUE_NUM counts "queues" ("Multiple queue support"), which of
+    /// a network device are pairs for some (DPDK), and one more controls them.
+    pub(crate) const fn most_rings(&self) -> u64 {
+        match self.traits.capacity {
+            Some(_) => self.traits.queues,
+            None => self.traits.queues.saturating_mul(2).saturating_add(1),
+        }
     }
 
     /// A block device with ring 0 running.

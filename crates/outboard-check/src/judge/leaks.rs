@@ -6,7 +6,7 @@ use std::time::Duration;
 use outboard_protocol::FrontendCode as Code;
 
 use super::case::Case;
-use super::finding::{Finding, Outcome, Verdict, ensure};
+use super::finding::{Finding, Outcome, Verdict};
 use super::message;
 use super::ring::eventfd;
 
@@ -160,7 +160,7 @@ pub(crate) fn mappings_at_disconnect(case: &mut Case<'_>) -> Outcome {
 }
 
 pub(crate) fn sessions(case: &mut Case<'_>) -> Outcome {
-    ensure!(case.traits.serves_again, "it serves one front-end and ends");
+    case.needs_another_turn()?;
     for _ in 0..3 {
         one_session(case)?;
     }

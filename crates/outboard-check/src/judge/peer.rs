@@ -3,7 +3,7 @@
 //! Invariant: a process that was started here is killed here, with everything it started, and its
 //! socket and log are gone with it; a back-end that was found running is never killed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
@@ -13,9 +13,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, Resource, Rlimit, Signal};
 
-use super::finding::{Finding, Outcome};
+use super::finding::{Finding, Outcome, Verdict};
 use super::wire::Wire;
 
 /// What is judged.
@@ -43,10 +43,13 @@ pub(crate) struct Peer {
     socket: PathBuf,
     process: Option<Process>,
     pid: Option<u32>,
+    /// Somebody has been connected to it.
+    met: bool,
 }
 
 #[derive(Debug)]
 struct Process {
+    words: Vec<OsString>,
     child: Child,
     folder: PathBuf,
     ended: Option<ExitStatus>,
@@ -58,7 +61,9 @@ impl Peer {
     /// Starts the program, or takes the socket; waits until somebody listens there.
     pub(crate) fn start(target: &Target, patience: Duration) -> Result<Self, String> {
         match target {
-            Target::Socket(path) => Ok(Self { socket: path.clone(), process: None, pid: None }),
+            Target::Socket(path) => {
+                Ok(Self { socket: path.clone(), process: None, pid: None, met: false })
+            }
             Target::Command(words) => Self::spawn(words, patience),
         }
     }
@@ -82,8 +87,8 @@ impl Peer {
             .process_group(0)
             .spawn()
             .map_err(|error| format!("{}: {error}", program.display()))?;
-        let process = Process { child, folder, ended: None };
-        let mut peer = Self { socket, process: Some(process), pid: None };
+        let process = Process { words: words.to_vec(), child, folder, ended: None };
+        let mut peer = Self { socket, process: Some(process), pid: None, met: false };
         let until = Instant::now() + patience;
         while !peer.socket.exists() {
             if let Life::Left | Life::Died(_) = peer.life() {
@@ -103,12 +108,25 @@ impl Peer {
         &self.socket
     }
 
+    /// A new process in place of one that serves one front-end and has met it.
+    pub(crate) fn renew(&mut self) -> Outcome {
+        let Some(process) = self.process.as_ref().filter(|_| self.met) else { return Ok(()) };
+        let words = process.words.clone();
+        if let Life::Died(how) = self.life() {
+            return Err(Finding::new(Verdict::Crashes, how));
+        }
+        let new = Self::spawn(&words, Duration::from_secs(10));
+        *self = new.map_err(|why| Finding::new(Verdict::NotJudged, why))?;
+        Ok(())
+    }
+
     /// A new connection.
     pub(crate) fn connect(&mut self, limit: Duration) -> Outcome<Wire> {
         let until = Instant::now() + limit;
         loop {
             match Wire::connect(&self.socket, limit) {
                 Ok(wire) => {
+                    self.met = true;
                     self.pid = wire.peer_pid().or(self.pid);
                     return Ok(wire);
                 }
@@ -150,6 +168,31 @@ impl Peer {
                 Life::Died(format!("{how}{}", self.last_words()))
             }
         }
+    }
+
+    /// Sends SIGTERM to a process that was started here; false where there is none.
+    pub(crate) fn terminate(&self) -> bool {
+        let child = self.process.as_ref().map(|process| Pid::from_child(&process.child));
+        child.is_some_and(|pid| rustix::process::kill_process(pid, Signal::TERM).is_ok())
+    }
+
+    /// Sets how many descriptors the process may have; what it was before. `None` when that cannot be done.
+    pub(crate) fn limit_fds(&self, most: Option<u64>) -> Option<Option<u64>> {
+        let pid = Pid::from_raw(i32::try_from(self.pid?).ok()?)?;
+        let now = read_limit(self.pid?)?;
+        let new = Rlimit { current: most, maximum: now.maximum };
+        let old = rustix::process::prlimit(Some(pid), Resource::Nofile, new).ok()?;
+        Some(old.current)
+    }
+
+    /// The lowest number that no descriptor of the process has.
+    pub(crate) fn free_fd(&self) -> Option<u64> {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid?)).ok()?;
+        let taken: BTreeSet<u64> = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect();
+        (0..).find(|number| !taken.contains(number))
     }
 
     /// The last line that the program wrote.
@@ -231,6 +274,14 @@ impl Peer {
     }
 }
 
+/// The limit of descriptors of a process.
+fn read_limit(pid: u32) -> Option<Rlimit> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    let mut words = line.split_whitespace().map(|word| word.parse().ok());
+    Some(Rlimit { current: words.next()?, maximum: words.next()? })
+}
+
 /// For each thread, the nanoseconds in which it ran or waited for a processor: on a busy machine a thread
 /// that spins is told from one that rests by its waiting.
 fn wanted_time(pid: u32) -> Option<BTreeMap<OsString, u64>> {
@@ -275,6 +326,7 @@ fn signal_name(signal: i32) -> String {
         9 => "SIGKILL".to_owned(),
         11 => "SIGSEGV".to_owned(),
         13 => "SIGPIPE".to_owned(),
+        15 => "SIGTERM".to_owned(),
         31 => "SIGSYS".to_owned(),
         other => format!("signal {other}"),
     }

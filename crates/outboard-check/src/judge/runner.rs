@@ -205,8 +205,12 @@ fn play(check: &Check, peer: &mut Peer, traits: Traits, options: &Options) -> Ou
         quiet,
         seed: options.seed,
         quick: options.quick,
+        ended: false,
     };
     let outcome = (check.run)(&mut case);
+    if case.ended {
+        return outcome;
+    }
     match aftermath(&mut case, check, before, log) {
         Err(finding) if finding.verdict == Verdict::Crashes => Err(finding),
         later => outcome.and(later),
@@ -259,7 +263,7 @@ fn dead(case: &mut Case<'_>) -> Outcome {
 fn settled_fds(peer: &Peer, wanted: Option<usize>) -> Option<usize> {
     let mut last = peer.open_fds()?;
     let mut same = 0;
-    for _ in 0..200 {
+    for _ in 0..1000 {
         if wanted.is_some_and(|wanted| last <= wanted) || (wanted.is_none() && same >= 3) {
             break;
         }

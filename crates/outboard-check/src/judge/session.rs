@@ -123,13 +123,24 @@ impl Session {
         }
     }
 
-    /// Sends a well-formed request that must be refused with a NAK, the connection living on.
-    pub(crate) fn nak(&mut self, msg: &Msg<'_>, what: &str) -> Outcome {
-        match self.refused(msg, what)? {
-            Refused::Nak => self.alive(),
-            Refused::Close => Err(Finding::breaks(format!(
-                "it closed the connection where {what} had to be refused by an acknowledgement"
-            ))),
+    /// Sends a well-formed request that must be refused. "If back-end detects some error such as incompatible
+    /// features, it may also close the connection" (Starting and stopping rings): whether it lives on.
+    pub(crate) fn turned_down(&mut self, msg: &Msg<'_>, what: &str) -> Outcome<bool> {
+        if self.refused(msg, what)? == Refused::Close {
+            return Ok(false);
+        }
+        self.wire.send(&message::get_features())?;
+        match self.wire.receive(self.wire.limit)? {
+            Came::Closed => Ok(false),
+            Came::Nothing => Err(Finding::hangs(format!("it is silent after {what}"))),
+            Came::Reply(reply) => {
+                let id = reply.header.request;
+                let name = message::name_of(id);
+                ensure!(id == 1, "it answered {name} where GET_FEATURES was to be answered");
+                let (now, before) = (reply.number()?, self.offered);
+                ensure!(now == before, "GET_FEATURES changed from {before:#x} to {now:#x}");
+                Ok(true)
+            }
         }
     }
 

@@ -202,9 +202,7 @@ pub(crate) fn converse(wire: &mut Wire, traits: &Traits, random: &mut Random) ->
 
 pub(crate) fn reconnects(case: &mut Case<'_>) -> Outcome {
     let count = if case.quick { 100 } else { 2000 };
-    if !case.traits.serves_again {
-        return Err(Finding::not_offered("it serves one front-end and ends"));
-    }
+    case.needs_another_turn()?;
     for _ in 0..count {
         let mut wire = case.wire()?;
         wire.ask(&message::get_features())?;
@@ -213,9 +211,7 @@ pub(crate) fn reconnects(case: &mut Case<'_>) -> Outcome {
 }
 
 pub(crate) fn silent_connects(case: &mut Case<'_>) -> Outcome {
-    if !case.traits.serves_again {
-        return Err(Finding::not_offered("it serves one front-end and ends"));
-    }
+    case.needs_another_turn()?;
     for number in 0..200 {
         let mut wire = case.wire()?;
         if number % 2 == 0 {
@@ -227,9 +223,7 @@ pub(crate) fn silent_connects(case: &mut Case<'_>) -> Outcome {
 
 /// A backlog of front-ends that all want to talk at once.
 pub(crate) fn crowd(case: &mut Case<'_>) -> Outcome {
-    if !case.traits.serves_again {
-        return Err(Finding::not_offered("it serves one front-end and ends"));
-    }
+    case.needs_another_turn()?;
     let mut wires = Vec::new();
     for _ in 0..50 {
         match case.wire() {

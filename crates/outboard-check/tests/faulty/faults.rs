@@ -156,7 +156,6 @@ fn negotiation(fault: &str, m: &mut Message, device: &Device) -> Action {
             return Action::Swallow;
         }
         ("unknown-is-fine", id) if info(Side::FrontEnd, id).is_none() => return say(m, device, 0),
-        ("unknown-closes", id) if info(Side::FrontEnd, id).is_none() => return Action::Close,
         ("unknown-is-answered", id) if info(Side::FrontEnd, id).is_none() => {
             return Action::Answer(number(id, 1));
         }
@@ -190,6 +189,7 @@ fn rings(fault: &str, m: &mut Message, device: &Device) -> Action {
         ("addr-wants-base", 9) if !device.trap.get() => return say(m, device, 1),
         ("aborts-on-live-sizes", 8) if live && m.word(4) == 32768 => return Action::Abort,
         ("maps-before-it-looks", 12) if device.trap.get() => return Action::Abort,
+        ("logs-rings-anywhere", 9) if m.word(4) == 1 && m.word(36) > 0 => return Action::Abort,
         ("addr-early", 9) if device.state().regions().is_empty() => return say(m, device, 1),
         ("base-wide", 10) => m.set(4, m.word(4) & 0xffff),
         ("kick-needs-fd", 12) | ("call-needs-fd", 13) | ("err-needs-fd", 14)
@@ -289,6 +289,7 @@ fn table(fault: &str, m: &mut Message, device: &Device) -> Action {
             let short = |(region, fd): (&MemRegion, &OwnedFd)| size_of(fd) < region.size;
             device.trap.set(all.iter().zip(&m.fds).any(short));
         }
+        "aborts-on-huge-files" if m.fds.iter().any(is_of_huge_pages) => return Action::Abort,
         "aborts-on-read-only-memory" if m.fds.iter().any(is_read_only_file) => {
             return Action::Abort;
         }
@@ -317,6 +318,10 @@ fn table(fault: &str, m: &mut Message, device: &Device) -> Action {
         _ => {}
     }
     Action::Pass
+}
+
+fn is_of_huge_pages(fd: &OwnedFd) -> bool {
+    rustix::fs::fstatfs(fd).is_ok_and(|stat| stat.f_type == 0x9584_58f6)
 }
 
 fn is_read_only_file(fd: &OwnedFd) -> bool {

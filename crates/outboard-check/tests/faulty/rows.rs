@@ -291,7 +291,6 @@ pub(super) const PROTOCOL: &[Row] = &[
     ("table-sorted", &["memory-unsorted"]),
     ("table-user-overlap", &["memory-user-overlap"]),
     ("takes-no-late-call", &["call-late", "call-taken-away"]),
-    ("unknown-closes", &["unknown-passed-over", "unknown-refused"]),
     ("unknown-is-answered", &["unknown-passed-over"]),
     ("unknown-is-fine", &["unknown-refused"]),
     ("used-follows-base", &["used-from-memory"]),
@@ -335,4 +334,5 @@ pub(super) const PROTOCOL: &[Row] = &[
     ("postcopy-despite-slots", &["postcopy-with-slots"]),
     ("serves-one-disk", &["served-again"]),
     ("finishes-nothing", &["kick-with-nothing"]),
+    ("hears-no-sigterm", &["sigterm"]),
 ];

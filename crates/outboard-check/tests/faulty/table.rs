@@ -29,8 +29,14 @@ const WITHOUT_FAULT: [(&str, &str); 0] = [];
 /// Judges the back-end with this fault.
 fn judged(fault: &str, groups: &[&str]) -> Report {
     let program = std::env::current_exe().expect("our own path");
+    // What is ignored here stays so in the program.
+    let ears = if fault == "hears-no-sigterm" { "trap '' TERM; " } else { "" };
     let words = [
-        OsString::from("env"),
+        OsString::from("sh"),
+        "-c".into(),
+        format!("{ears}exec \"$@\"").into(),
+        "sh".into(),
+        "env".into(),
         format!("OUTBOARD_FAULT={fault}").into(),
         "OUTBOARD_FAULTY_SOCKET={socket}".into(),
         program.into(),
@@ -123,6 +129,12 @@ fn every_check_has_a_fault_that_breaks_it() {
 #[test]
 fn the_sound_back_end_holds_every_check() {
     play(&[("", &[])], &[]);
+}
+
+/// Not a fault: many programs end with their front-end.
+#[test]
+fn a_back_end_that_serves_one_front_end_and_ends_holds_every_check() {
+    play(&[("serves-once", &[])], &[]);
 }
 
 #[test]

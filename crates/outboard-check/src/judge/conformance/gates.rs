@@ -13,7 +13,7 @@ use crate::judge::message::{self, Msg};
 use crate::judge::ring::eventfd;
 use crate::judge::session::PLAIN;
 
-/// A request whose protocol feature was not acknowledged is refused, and the connection lives.
+/// A request whose protocol feature was not acknowledged is refused.
 pub(crate) fn gate(case: &mut Case<'_>, code: Code) -> Outcome {
     let mut session = case.session_with(PLAIN, ProtocolFeatures::REPLY_ACK)?;
     session.needs_acks()?;
@@ -31,7 +31,7 @@ pub(crate) fn gate(case: &mut Case<'_>, code: Code) -> Outcome {
     if row.fds == FdRule::One {
         msg = msg.fd(&file);
     }
-    session.nak(&msg, &format!("{} without its feature", row.name))
+    session.turned_down(&msg, &format!("{} without its feature", row.name)).map(drop)
 }
 
 /// ENABLE needs bit 30 acknowledged in SET_FEATURES.
@@ -41,13 +41,14 @@ pub(crate) fn enable_gate(case: &mut Case<'_>) -> Outcome {
         ProtocolFeatures::REPLY_ACK,
     )?;
     session.needs_acks()?;
-    session.nak(&message::enable(0, 1), "SET_VRING_ENABLE without PROTOCOL_FEATURES acknowledged")
+    let what = "SET_VRING_ENABLE without PROTOCOL_FEATURES acknowledged";
+    session.turned_down(&message::enable(0, 1), what).map(drop)
 }
 
 /// Ring numbers that no back-end has, at wire width.
 const NO_RINGS: [u32; 3] = [u32::MAX, 0x1_0000, 1000];
 
-/// A ring that does not exist is refused, and the connection lives.
+/// A ring that does not exist is refused.
 pub(crate) fn index(case: &mut Case<'_>, code: Code) -> Outcome {
     let mut session = case.acking()?;
     for ring in NO_RINGS {
@@ -63,7 +64,9 @@ pub(crate) fn index(case: &mut Case<'_>, code: Code) -> Outcome {
             }),
             other => Msg::state(other, ring, 0),
         };
-        session.nak(&msg, &what)?;
+        if !session.turned_down(&msg, &what)? {
+            session = case.acking()?;
+        }
     }
     Ok(())
 }
@@ -87,13 +90,15 @@ pub(crate) fn index_of_base(case: &mut Case<'_>) -> Outcome {
 
 /// KICK, CALL and ERR have eight bits for the ring: one past the last is refused.
 pub(crate) fn index_of_notifier(case: &mut Case<'_>, code: Code) -> Outcome {
-    let mut session = case.acking()?;
-    let Ok(ring) = u8::try_from(case.traits.queues.min(255)) else { return Ok(()) };
-    if u64::from(ring) < case.traits.queues {
-        return Err(Finding::not_offered("it has 256 rings or more: every number is one"));
-    }
+    let rings = case.most_rings();
+    let Ok(ring) = u8::try_from(rings) else {
+        return Err(Finding::not_offered("it may have 256 rings or more: every number is one"));
+    };
     let fd = eventfd()?;
-    let what = format!("{} for ring {ring}", message::name_of(code.id()));
-    session.nak(&message::notifier(code, ring, &fd), &what)?;
-    session.nak(&message::notifier(code, 255, &fd), &what)
+    for ring in [ring, 255] {
+        let mut session = case.acking()?;
+        let what = format!("{} for ring {ring}", message::name_of(code.id()));
+        session.turned_down(&message::notifier(code, ring, &fd), &what)?;
+    }
+    Ok(())
 }

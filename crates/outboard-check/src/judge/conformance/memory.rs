@@ -161,31 +161,33 @@ pub(crate) fn slot_added_and_removed(case: &mut Case<'_>) -> Outcome {
 }
 
 pub(crate) fn slot_twice(case: &mut Case<'_>) -> Outcome {
-    let (mut session, memory) = (slots(case)?, files(1)?);
-    add(&mut session, &memory, &region(0, 8))?;
-    let Some((_, file)) = memory.regions().next() else { return Ok(()) };
-    session.nak(
-        &message::slot(Code::AddMemReg, &region(0, 8)).fd(&file),
-        "ADD_MEM_REG of a region that is there already",
-    )?;
-    session.nak(
-        &message::slot(Code::AddMemReg, &region(4, 8)).fd(&file),
-        "ADD_MEM_REG of a region that overlaps another",
-    )
+    for (what, other) in [
+        ("ADD_MEM_REG of a region that is there already", region(0, 8)),
+        ("ADD_MEM_REG of a region that overlaps another", region(4, 8)),
+    ] {
+        let (mut session, memory) = (slots(case)?, files(1)?);
+        add(&mut session, &memory, &region(0, 8))?;
+        let Some((_, file)) = memory.regions().next() else { return Ok(()) };
+        session.turned_down(&message::slot(Code::AddMemReg, &other).fd(&file), what)?;
+    }
+    Ok(())
 }
 
 pub(crate) fn slot_unknown(case: &mut Case<'_>) -> Outcome {
-    let (mut session, memory) = (slots(case)?, files(1)?);
-    add(&mut session, &memory, &region(0, 8))?;
     let wrong = [
         ("of a region that was never added", region(1024, 8)),
         ("with another size", region(0, 7)),
         ("with another user address", MemRegion { user_addr: USER + (1 << 32), ..region(0, 8) }),
     ];
-    for (what, region) in wrong {
-        session.nak(&message::slot(Code::RemMemReg, &region), &format!("REM_MEM_REG {what}"))?;
+    for (what, other) in wrong {
+        let (mut session, memory) = (slots(case)?, files(1)?);
+        add(&mut session, &memory, &region(0, 8))?;
+        let msg = message::slot(Code::RemMemReg, &other);
+        if session.turned_down(&msg, &format!("REM_MEM_REG {what}"))? {
+            session.done(&message::slot(Code::RemMemReg, &region(0, 8)))?;
+        }
     }
-    session.done(&message::slot(Code::RemMemReg, &region(0, 8)))
+    Ok(())
 }
 
 pub(crate) fn slot_removed_with_fd(case: &mut Case<'_>) -> Outcome {

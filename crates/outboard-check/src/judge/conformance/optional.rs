@@ -187,15 +187,23 @@ pub(crate) fn state_without_transfer(case: &mut Case<'_>) -> Outcome {
 }
 
 pub(crate) fn state_impossible(case: &mut Case<'_>) -> Outcome {
-    let mut session = case.session_for(P::DEVICE_STATE, "DEVICE_STATE")?;
     let file = file(4096)?;
     let mut late = transfer(0, &file);
     late.payload = DeviceState { direction: 0, phase: 1 }.as_bytes().to_vec();
     for (what, msg) in [("direction 7", transfer(7, &file)), ("phase 1", late)] {
-        let code = session.ask(&msg)?.number()?;
+        let mut session = case.session_for(P::DEVICE_STATE, "DEVICE_STATE")?;
+        session.wire.send(&msg)?;
+        let reply = match session.wire.receive(case.limit)? {
+            Came::Reply(reply) => reply,
+            Came::Closed => continue,
+            Came::Nothing => return Err(Finding::hangs(format!("it is silent after {what}"))),
+        };
+        let code = reply.number()?;
         ensure!(code & 0xff != 0, "SET_DEVICE_STATE_FD with {what} says {code:#x}");
+        ensure!(reply.fds.is_empty(), "SET_DEVICE_STATE_FD with {what} fails and has a descriptor");
+        session.alive()?;
     }
-    session.alive()
+    Ok(())
 }
 
 pub(crate) fn postcopy(case: &mut Case<'_>) -> Outcome {

@@ -1,11 +1,14 @@
 //! The start of a connection: owner, features, protocol features, number of queues.
 
+use std::time::{Duration, Instant};
+
 use outboard_protocol::FrontendCode as Code;
 use outboard_protocol::features::{ProtocolFeatures, virtio};
 
 use crate::judge::case::Case;
-use crate::judge::finding::{Finding, Outcome, ensure};
+use crate::judge::finding::{Finding, Outcome, Verdict, ensure};
 use crate::judge::message::{self, Msg};
+use crate::judge::peer::Life;
 use crate::judge::session::{PLAIN, Session, USUAL};
 
 pub(crate) fn features_answered(case: &mut Case<'_>) -> Outcome {
@@ -65,8 +68,10 @@ pub(crate) fn features_unoffered(case: &mut Case<'_>) -> Outcome {
     let mut session = Session::hello(case.wire()?, USUAL)?;
     session.needs_acks()?;
     let bad = session.offered & PLAIN | unoffered(session.offered)?;
-    session.nak(&message::set_features(bad), "a feature bit that was not offered")?;
-    session.done(&message::set_features(session.offered & PLAIN))
+    match session.turned_down(&message::set_features(bad), "a feature bit that was not offered")? {
+        true => session.done(&message::set_features(session.offered & PLAIN)),
+        false => Ok(()),
+    }
 }
 
 pub(crate) fn features_replaced(case: &mut Case<'_>) -> Outcome {
@@ -104,4 +109,27 @@ pub(crate) fn queue_count(case: &mut Case<'_>) -> Outcome {
     let count = session.ask(&Msg::bare(Code::GetQueueNum))?.number()?;
     ensure!(count > 0, "it says it has 0 queues");
     Ok(())
+}
+
+/// SIGTERM ends a back-end program, soon and in an orderly way.
+pub(crate) fn ends_at_sigterm(case: &mut Case<'_>) -> Outcome {
+    let _session = case.session()?;
+    if !case.peer.terminate() {
+        return Err(Finding::not_offered("it was found running and is left so"));
+    }
+    case.ended = true;
+    let until = Instant::now() + case.limit.max(Duration::from_secs(2));
+    loop {
+        match case.peer.life() {
+            Life::Left => return Ok(()),
+            Life::Died(how) if how.starts_with("killed by SIGTERM") => return Ok(()),
+            Life::Died(how) => {
+                return Err(Finding::new(Verdict::Crashes, format!("at SIGTERM: {how}")));
+            }
+            Life::Alive if Instant::now() > until => {
+                return Err(Finding::hangs("it does not end at SIGTERM"));
+            }
+            Life::Alive => std::thread::sleep(Duration::from_millis(2)),
+        }
+    }
 }

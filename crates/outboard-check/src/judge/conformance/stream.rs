@@ -9,6 +9,7 @@ use crate::judge::finding::{Finding, Outcome, ensure};
 use crate::judge::message::{self, Msg, name_of};
 use crate::judge::ring::eventfd;
 use crate::judge::session::{PLAIN, USUAL};
+use crate::judge::wire::Came;
 
 pub(crate) fn reply_flags(case: &mut Case<'_>) -> Outcome {
     let mut session = case.session()?;
@@ -106,17 +107,25 @@ pub(crate) fn fds_with_the_first_byte(case: &mut Case<'_>) -> Outcome {
 
 pub(crate) fn unknown_refused(case: &mut Case<'_>) -> Outcome {
     let mut session = case.acking()?;
-    for id in [0, 46, 200, u32::MAX] {
-        session.nak(&Msg::new(id, Vec::new()), &format!("the unknown message {id}"))?;
+    for (id, size) in [(0, 0), (46, 0), (200, 0), (u32::MAX, 0), (201, 40)] {
+        let what = format!("the unknown message {id} of {size} bytes");
+        if !session.turned_down(&Msg::new(id, vec![7; size]), &what)? {
+            session = case.acking()?;
+        }
     }
-    session.nak(&Msg::new(201, vec![7; 40]), "the unknown message 201 with 40 bytes")
+    Ok(())
 }
 
+/// It gets no answer; that the connection ends is legal ("it may also close the connection").
 pub(crate) fn unknown_passed_over(case: &mut Case<'_>) -> Outcome {
     let mut session = case.session_with(PLAIN, USUAL)?;
     session.wire.send(&Msg::new(200, Vec::new()))?;
     session.wire.silent(case.quiet, "that nobody asked for")?;
-    session.alive()
+    session.wire.send(&message::get_features())?;
+    match session.wire.receive(session.wire.limit)? {
+        Came::Nothing => Err(Finding::hangs("it is silent after an unknown message")),
+        Came::Closed | Came::Reply(_) => Ok(()),
+    }
 }
 
 pub(crate) fn barrier(case: &mut Case<'_>) -> Outcome {

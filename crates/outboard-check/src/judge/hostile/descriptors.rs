@@ -8,7 +8,7 @@ use outboard_protocol::table::{FdRule, front_end_table};
 
 use super::{answered_or_closed, not_silent};
 use crate::judge::case::Case;
-use crate::judge::finding::Outcome;
+use crate::judge::finding::{Finding, Outcome, Verdict};
 use crate::judge::message::{self, Msg};
 use crate::judge::ring::eventfd;
 use crate::judge::session::{PLAIN, USUAL};
@@ -45,10 +45,7 @@ pub(crate) fn stray_often(case: &mut Case<'_>) -> Outcome {
         && after > before + 1
     {
         let why = format!("{} of 200 stray descriptors stay open", after - before);
-        return Err(crate::judge::finding::Finding::new(
-            crate::judge::finding::Verdict::Leaks,
-            why,
-        ));
+        return Err(Finding::new(Verdict::Leaks, why));
     }
     Ok(())
 }
@@ -123,7 +120,7 @@ pub(crate) fn channels(case: &mut Case<'_>) -> Outcome {
     let mut session = case.session_with(PLAIN, USUAL | P::BACKEND_REQ)?;
     session.needs(P::BACKEND_REQ, "BACKEND_REQ")?;
     let (_ours, theirs) = std::os::unix::net::UnixStream::pair()
-        .map_err(|error| crate::judge::finding::Finding::own("make a socket pair", error))?;
+        .map_err(|error| Finding::own("make a socket pair", error))?;
     session.done(&Msg::bare(Code::SetBackendReqFd).fd(&theirs))?;
     let before = case.peer.open_fds();
     for _ in 0..200 {
@@ -139,10 +136,31 @@ fn leaked(case: &Case<'_>, before: Option<usize>) -> Outcome {
         && after > before + 2
     {
         let why = format!("{} descriptors that were replaced stay open", after - before);
-        return Err(crate::judge::finding::Finding::new(
-            crate::judge::finding::Verdict::Leaks,
-            why,
-        ));
+        return Err(Finding::new(Verdict::Leaks, why));
     }
+    Ok(())
+}
+
+/// No number is free for another descriptor, and front-ends come all the same.
+pub(crate) fn none_left(case: &mut Case<'_>) -> Outcome {
+    case.needs_another_turn()?;
+    let unseen = || Finding::not_offered("its limit of descriptors cannot be set");
+    // Nobody is connected, and it has seen that.
+    case.rests("with no front-end")?;
+    let free = case.peer.free_fd().ok_or_else(unseen)?;
+    let usual = case.peer.limit_fds(Some(free)).ok_or_else(unseen)?;
+    let mut first = case.wire()?;
+    let asked = first.send(&message::get_features());
+    let second = case.wire();
+    let calm = case.rests("while it has no descriptor left for a front-end");
+    case.peer.limit_fds(usual).ok_or_else(unseen)?;
+    asked?;
+    calm?;
+    drop(second?);
+    // It may have given up those who came meanwhile; the next one finds it as it was.
+    let _ = first.receive(case.quiet)?;
+    drop(first);
+    let mut next = case.wire()?;
+    next.ask(&message::get_features())?;
     Ok(())
 }

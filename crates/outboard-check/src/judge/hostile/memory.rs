@@ -158,20 +158,13 @@ pub(crate) fn no_memory(case: &mut Case<'_>) -> Outcome {
     Ok(())
 }
 
-/// A ring in a file that is shorter than its region.
-pub(crate) fn short_file(case: &mut Case<'_>) -> Outcome {
-    let fd = file(4096)?;
+/// A ring in memory that this file stands for: whatever the back-end says to that, the ring is started, so
+/// that a believer touches what is not there.
+fn believed(case: &mut Case<'_>, fd: &OwnedFd, region: MemRegion, what: &str) -> Outcome {
     let mut session = case.session()?;
-    let whole = MemRegion {
-        guest_addr: BASE,
-        user_addr: BASE + outboard_frontend::USER_OFFSET,
-        size: MEMORY,
-        offset: 0,
-    };
-    session.wire.send(&message::mem_table(&[(whole, fd.as_fd())]).need_reply())?;
+    session.wire.send(&message::mem_table(&[(region, fd.as_fd())]).need_reply())?;
     let memory = memory()?;
     let ring = Ring::new(&memory, 0, 16, BASE)?;
-    // Whatever it says to that: the ring is started, so that a believer touches the hole.
     for msg in [
         message::vring_num(0, 16),
         message::vring_base(0, 0),
@@ -183,22 +176,40 @@ pub(crate) fn short_file(case: &mut Case<'_>) -> Outcome {
         session.wire.send(&msg)?;
     }
     ring.kick()?;
-    not_silent(&mut session.wire, "a memory file that is too short")?;
+    not_silent(&mut session.wire, what)?;
     std::thread::sleep(case.quiet / 2);
     case.lives()
+}
+
+/// The region that holds the judge's rings.
+const fn whole(offset: u64) -> MemRegion {
+    let user_addr = BASE + outboard_frontend::USER_OFFSET;
+    MemRegion { guest_addr: BASE, user_addr, size: MEMORY, offset }
+}
+
+/// A ring in a file that is shorter than its region.
+pub(crate) fn short_file(case: &mut Case<'_>) -> Outcome {
+    believed(case, &file(4096)?, whole(0), "a memory file that is too short")
+}
+
+/// Pages of 2 MiB, an offset of 4 KiB, and most likely no such page to be had (A29).
+pub(crate) fn huge_pages(case: &mut Case<'_>) -> Outcome {
+    use rustix::fs::MemfdFlags as Flags;
+    let flags = Flags::CLOEXEC | Flags::HUGETLB | Flags::HUGE_2MB;
+    let fd = rustix::fs::memfd_create("outboard-check", flags)
+        .map_err(|_| Finding::not_offered("this kernel has no huge pages"))?;
+    rustix::fs::ftruncate(&fd, 4 << 20).map_err(|errno| Finding::own("size a file", errno))?;
+    for offset in [4096, 0] {
+        believed(case, &fd, whole(offset), "a file of huge pages as guest memory")?;
+    }
+    Ok(())
 }
 
 /// A disk in memory of a file that can be cut short.
 fn cuttable(case: &mut Case<'_>) -> Outcome<(Disk, OwnedFd)> {
     let mut disk = case.still_disk()?;
     let fd = file(MEMORY)?;
-    let whole = MemRegion {
-        guest_addr: BASE,
-        user_addr: BASE + outboard_frontend::USER_OFFSET,
-        size: MEMORY,
-        offset: 0,
-    };
-    disk.session.done(&message::mem_table(&[(whole, fd.as_fd())]))?;
+    disk.session.done(&message::mem_table(&[(whole(0), fd.as_fd())]))?;
     disk.ring.run(&mut disk.session)?;
     Ok((disk, fd))
 }

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 
 use outboard_protocol::FrontendCode as Code;
 use outboard_protocol::features::{ProtocolFeatures as P, virtio};
-use outboard_protocol::payload::{CryptoSession, DeviceState, Inflight, Iotlb, Log};
+use outboard_protocol::payload::{CryptoSession, DeviceState, Inflight, Iotlb, Log, VringAddr};
 use zerocopy::IntoBytes as _;
 
 use super::{answered_or_closed, not_silent};
@@ -81,6 +81,19 @@ pub(crate) fn log_cut_short(case: &mut Case<'_>) -> Outcome {
     let (disk, log) = logging(case, size, size)?;
     rustix::fs::ftruncate(&log, 0).map_err(|errno| Finding::own("cut a file", errno))?;
     log_and_live(case, disk)
+}
+
+/// The used ring's place in the log is the front-end's to choose.
+pub(crate) fn log_ring_outside(case: &mut Case<'_>) -> Outcome {
+    let size = (BASE + MEMORY) / 4096 / 8;
+    for place in [BASE + MEMORY, 1 << 40, u64::MAX - 0xfff] {
+        let (mut disk, _log) = logging(case, size, size)?;
+        let addr = VringAddr { flags: 1, log_guest_addr: place, ..disk.ring.addr() };
+        let what = format!("a used ring that is logged at {place:#x}");
+        answered_or_closed(&mut disk.session, &message::vring_addr(&addr).need_reply(), &what)?;
+        log_and_live(case, disk)?;
+    }
+    Ok(())
 }
 
 pub(crate) fn inflight_lies(case: &mut Case<'_>) -> Outcome {

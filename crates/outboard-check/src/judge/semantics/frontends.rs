@@ -214,6 +214,7 @@ pub(crate) fn ring_reset(case: &mut Case<'_>) -> Outcome {
 
 /// A second front-end must not disturb the first (A93).
 pub(crate) fn two_at_once(case: &mut Case<'_>) -> Outcome {
+    case.needs_another_turn()?;
     let mut disk = case.disk()?;
     disk.serves("of the first front-end")?;
     let mut second = case.wire()?;
@@ -229,6 +230,7 @@ pub(crate) fn two_at_once(case: &mut Case<'_>) -> Outcome {
 
 /// Another front-end finds nothing of the first.
 pub(crate) fn nothing_inherited(case: &mut Case<'_>) -> Outcome {
+    case.needs_another_turn()?;
     let mut first = case.session()?;
     first.done(&message::vring_base(0, 7))?;
     first.alive()?;

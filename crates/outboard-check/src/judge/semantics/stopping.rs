@@ -158,6 +158,7 @@ pub(crate) fn rings_are_independent(case: &mut Case<'_>) -> Outcome {
 }
 
 pub(crate) fn stopped_at_disconnect(case: &mut Case<'_>) -> Outcome {
+    case.needs_another_turn()?;
     let mut disk = case.disk()?;
     disk.serves("on a ring that runs")?;
     let Disk { session, ring, memory, capacity, limit } = disk;
@@ -171,9 +172,7 @@ pub(crate) fn stopped_at_disconnect(case: &mut Case<'_>) -> Outcome {
 }
 
 pub(crate) fn served_again(case: &mut Case<'_>) -> Outcome {
-    if !case.traits.serves_again {
-        return Err(Finding::breaks("it serves one front-end and ends"));
-    }
+    case.needs_another_turn()?;
     for _ in 0..5 {
         case.disk()?.serves("of one front-end after another")?;
     }

@@ -25,7 +25,7 @@ rows! { Conformance
     "in-order" "Communication (A13)" "requests sent in one piece are answered in order" c::stream::in_order;
     "in-pieces" "Communication (A12)" "a message that comes byte by byte is performed" c::stream::in_pieces;
     "fds-with-first-byte" "Ancillary data" "descriptors that come with the first piece of a message belong to it" c::stream::fds_with_the_first_byte;
-    "unknown-refused" "REPLY_ACK (A9)" "an unknown message is refused and the connection lives" c::stream::unknown_refused;
+    "unknown-refused" "REPLY_ACK (A9)" "an unknown message is refused" c::stream::unknown_refused;
     "unknown-passed-over" "Communication (A9)" "an unknown message that asks for nothing gets nothing" c::stream::unknown_passed_over;
     "barrier" "GET_FEATURES" "GET_FEATURES is answered after everything before it is done" c::stream::barrier;
     "gate-set-log-base" "SET_LOG_BASE (A67)" "SET_LOG_BASE is refused without its feature" |case| c::gates::gate(case, Code::SetLogBase);
@@ -121,5 +121,6 @@ rows! { Conformance
     "shared-object" "GET_SHARED_OBJECT" "a shared object that does not exist is not given" c::optional::shared_object;
     "inband-alone" "Protocol features: INBAND_NOTIFICATIONS" "in-band notifications without their companions end the connection" c::optional::inband_alone;
     "rarp" "SEND_RARP" "SEND_RARP succeeds" c::optional::rarp;
+    "sigterm" "Back-end program conventions" "SIGTERM ends the program" c::start::ends_at_sigterm;
     "mtu" "NET_SET_MTU" "a legal MTU is accepted" c::optional::mtu;
 }

@@ -45,6 +45,7 @@ rows! { Hostile
     "region-wraps" "Memory regions (A27)" "regions whose addresses wrap are refused" h::memory::region_wraps;
     "region-past-file" "Memory regions (A34)" "a region that is not in its file is refused" h::memory::region_past_the_file;
     "region-odd-offset" "Memory regions (A28)" "file offsets off the page do no harm" h::memory::odd_offset;
+    "region-huge-pages" "Memory regions (A29)" "a file of huge pages with an offset of small ones does no harm" h::memory::huge_pages;
     "region-no-memory" "Memory regions (A33)" "descriptors that are no memory are refused" h::memory::no_memory;
     "region-read-only" "Memory regions (A33)" "a read-only file as memory does no harm" h::memory::read_only;
     "memory-short" "Memory regions (A34)" "a memory file shorter than its region does no harm" h::memory::short_file;
@@ -69,6 +70,7 @@ rows! { Hostile
     "log-short" "SET_LOG_BASE (A71)" "a log too short for the memory does no harm" h::states::log_too_short;
     "log-short-file" "SET_LOG_BASE (A72)" "a log longer than its file does no harm" h::states::log_in_a_short_file;
     "log-cut" "SET_LOG_BASE (A72)" "a log that is cut short does no harm" h::states::log_cut_short;
+    "log-ring-outside" "SET_VRING_ADDR (A74)" "a used ring whose log address lies outside of the log does no harm" h::states::log_ring_outside;
     "inflight-lies" "SET_INFLIGHT_FD (A76)" "in-flight regions that lie are refused" h::states::inflight_lies;
     "inflight-garbage" "SET_INFLIGHT_FD (A77)" "an in-flight region of noise does no harm" h::states::inflight_garbage;
     "inflight-often" "GET_INFLIGHT_FD (A75)" "in-flight regions that are replaced are closed" h::states::inflight_often;
@@ -79,5 +81,6 @@ rows! { Hostile
     "gone-busy" "Communication (A97)" "front-ends that leave while requests are under way do no harm" h::states::gone_while_busy;
     "kick-first" "SET_VRING_KICK (A56)" "a kick before everything else does no harm" h::states::kick_before_all;
     "size-under-way" "SET_VRING_NUM (A47)" "another size for a ring that runs does no harm" h::states::size_under_way;
+    "no-descriptor-left" "Communication (A96)" "a back-end that is out of descriptors waits, and goes on when it has some" h::descriptors::none_left;
     "features-absurd" "SET_FEATURES (A66)" "absurd feature sets do no harm" h::states::all_features;
 }
