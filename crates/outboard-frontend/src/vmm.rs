@@ -336,15 +336,29 @@ impl Vmm {
         Ok(Some(bases))
     }
 
-    /// Starts the sleeping queues where they stopped. Nothing is sent when none sleeps.
+    /// Starts the sleeping queues where they stopped. Nothing is sent when none sleeps. After a refusal
+    /// they sleep on, and it can be tried again.
     ///
     /// # Errors
     /// Anything the connection can fail with.
     pub fn wake(&mut self) -> Result<(), Error> {
-        match self.asleep.take() {
-            Some(rings) => self.start(rings),
-            None => Ok(()),
+        let Some(rings) = self.asleep.take() else { return Ok(()) };
+        let woken = self.start(rings.clone());
+        if woken.is_err() {
+            self.back_to_sleep(rings);
         }
+        woken
+    }
+
+    /// Some of these were started, some not.
+    fn back_to_sleep(&mut self, mut rings: Vec<(Arc<RingShare>, u32)>) {
+        // Of a connection that is lost nothing more can be known.
+        for (stopped, base) in self.stop().unwrap_or_default() {
+            for (_, kept) in rings.iter_mut().filter(|(ring, _)| ring.index == stopped.index) {
+                *kept = base;
+            }
+        }
+        self.asleep = Some(rings);
     }
 
     /// Whether queues are active.

@@ -13,6 +13,7 @@ use super::request::{Operation, Status};
 use crate::connection::Connection;
 use crate::error::Error;
 use crate::memory::{Buffer, DEFAULT_GUEST_BASE, SharedMemory, wide};
+use crate::snapshot::VmmSnapshot;
 use crate::vmm::{QueueSetup, Vmm, Wanted};
 
 /// How a block device is opened.
@@ -85,9 +86,38 @@ impl BlockDevice {
     /// # Errors
     /// [`Error::NotOffered`] when the back-end is no modern device, [`Error::Queue`] when it has fewer
     /// queues than asked for, and anything the connection can fail with.
-    pub fn open(mut connection: Connection, options: BlockOptions) -> Result<Self, Error> {
+    pub fn open(connection: Connection, options: BlockOptions) -> Result<Self, Error> {
+        let mut device = Self::prepare(connection, options, u64::MAX)?;
+        device.activate()?;
+        Ok(device)
+    }
+
+    /// Opens a device that takes up where another one stood ([`Self::snapshot`]), in memory of its own. Its
+    /// queues sleep: [`Self::wake`] starts them.
+    ///
+    /// # Errors
+    /// As [`Self::open`] and [`Vmm::restore`].
+    pub fn restore(
+        connection: Connection,
+        options: BlockOptions,
+        snapshot: &VmmSnapshot,
+    ) -> Result<Self, Error> {
+        let mut device = Self::prepare(connection, options, snapshot.features)?;
+        for queue in device.vmm.restore(snapshot)? {
+            device.queues.push(BlockQueue::new(queue, &device.memory, options.depth)?);
+        }
+        Ok(device)
+    }
+
+    /// All of [`Self::open`] up to the queues, with no more than these features.
+    fn prepare(
+        mut connection: Connection,
+        options: BlockOptions,
+        features: u64,
+    ) -> Result<Self, Error> {
         connection.set_timeout(options.timeout);
         let mut vmm = Vmm::new(connection, options.wanted)?;
+        vmm.mask_features(features);
         if vmm.features() & outboard_protocol::features::virtio::VERSION_1 == 0 {
             return Err(Error::NotOffered("VIRTIO_F_VERSION_1"));
         }
@@ -97,10 +127,7 @@ impl BlockDevice {
         let memory = shared_memory(&options)?;
         let bounce = memory.allocate(BOUNCE as usize, 4096)?;
         vmm.share_memory(memory.clone())?;
-        let mut device =
-            Self { vmm, config, options, queues: Vec::new(), bounce: Some(bounce), memory };
-        device.activate()?;
-        Ok(device)
+        Ok(Self { vmm, config, options, queues: Vec::new(), bounce: Some(bounce), memory })
     }
 
     /// The configuration that was read when the device was opened.
@@ -182,6 +209,17 @@ impl BlockDevice {
     /// As [`Vmm::sleep`].
     pub fn sleep(&mut self) -> Result<Option<Vec<(u16, u32)>>, Error> {
         self.vmm.sleep()
+    }
+
+    /// What another process needs to go on, of a device that sleeps ([`Self::sleep`]).
+    ///
+    /// # Errors
+    /// As [`Vmm::snapshot`]; [`Error::State`] while finished requests are still to be popped.
+    pub fn snapshot(&mut self) -> Result<VmmSnapshot, Error> {
+        if self.queues.iter().any(|queue| queue.in_flight() > 0) {
+            return Err(Error::State("requests are under way: wait for them and pop them first"));
+        }
+        self.vmm.snapshot()
     }
 
     /// Starts the sleeping queues where they stopped.

@@ -320,6 +320,9 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             }
             Effect::SetDeviceStateFd { direction, fd, ticket } => {
                 let way = self.set_state_fd(direction, fd).await;
+                if let Err(refusal) = &way {
+                    warn!("refused: {refusal}");
+                }
                 self.backend.answer(ticket, way);
             }
             Effect::CheckDeviceState { ticket } => {

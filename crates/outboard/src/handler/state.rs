@@ -159,9 +159,8 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             Ok(None) => Ok(()),
             Err(error) => Err(error),
         };
-        match &done {
-            Ok(()) => info!("device state: {direction:?} done"),
-            Err(error) => warn!("{direction:?}: {error}"),
+        if done.is_ok() {
+            info!("device state: {direction:?} done");
         }
         // Kicked while the state came in.
         if let Err(refusal) = self.start_all_ready() {
