@@ -7,6 +7,7 @@
 
 mod device;
 mod inflight;
+mod log;
 mod objects;
 mod postcopy;
 mod rings;
@@ -20,13 +21,11 @@ use std::time::{Duration, Instant};
 use outboard_memory::RegionSpec;
 use outboard_protocol::features::ProtocolFeatures;
 use outboard_protocol::header::HEADER_SIZE;
-use outboard_protocol::payload::VringAddr;
 use outboard_protocol::table::{self, Side};
 use outboard_protocol::{Answer, Expect, Frontend, MemRegion, Notifier, Request};
 use outboard_queue::QueueLayout;
 
 use crate::error::Error;
-use crate::memory::SharedMemory;
 use crate::socket::{Socket, SocketError};
 use crate::transcript::{Direction, Pieces, Recorder};
 
@@ -230,14 +229,7 @@ impl Connection {
     /// # Errors
     /// As [`Self::call`].
     pub fn set_vring_addr(&mut self, index: u16, layout: &QueueLayout) -> Result<(), Error> {
-        self.acknowledged(Request::SetVringAddr(VringAddr {
-            index: u32::from(index),
-            flags: 0,
-            desc: SharedMemory::user_address(layout.desc),
-            used: SharedMemory::user_address(layout.used),
-            avail: SharedMemory::user_address(layout.avail),
-            log_guest_addr: 0,
-        }))
+        self.set_vring_addr_logged(index, layout, None)
     }
 
     /// SET_VRING_BASE.

@@ -14,9 +14,11 @@
 //! `sleep` and `reset` without an active queue send nothing.
 
 mod inflight;
+mod log;
 
 use std::sync::Arc;
 
+use outboard_memory::DirtyLog;
 use outboard_protocol::features::{ProtocolFeatures, virtio};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
@@ -113,6 +115,8 @@ pub struct Vmm {
     regions: Option<SharedRegions>,
     /// As the first back-end made it; it goes with a reset.
     inflight: Option<inflight::InflightRegion>,
+    /// On while it is there.
+    log: Option<DirtyLog>,
 }
 
 impl Vmm {
@@ -148,6 +152,7 @@ impl Vmm {
             asleep: None,
             regions: None,
             inflight: None,
+            log: None,
         })
     }
 
@@ -383,14 +388,15 @@ impl Vmm {
     }
 
     fn start(&mut self, rings: Vec<(Arc<RingShare>, u32)>) -> Result<(), Error> {
-        self.connection.set_features(self.acked)?;
+        self.connection.set_features(self.features_now())?;
         self.send_memory()?;
         self.send_inflight(&rings)?;
         let enables = self.acked & virtio::PROTOCOL_FEATURES != 0;
         for (ring, base) in rings {
             let index = ring.index;
             self.connection.set_vring_num(index, ring.layout.size)?;
-            self.connection.set_vring_addr(index, &ring.layout)?;
+            let used = self.log.as_ref().map(|_| ring.layout.used);
+            self.connection.set_vring_addr_logged(index, &ring.layout, used)?;
             self.connection.set_vring_base(index, base)?;
             self.connection.set_vring_call(index, &ring.call)?;
             self.connection.set_vring_kick(index, &*ring.kick())?;

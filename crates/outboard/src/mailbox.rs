@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_channel::oneshot;
 use outboard_memory::GuestMemory;
-use outboard_queue::Chain;
+use outboard_queue::{Chain, RingLog};
 
 use crate::notify::{Call, Kick, Waker};
 
@@ -30,6 +30,8 @@ pub(crate) enum Change {
     Process,
     /// SET_VRING_ENABLE, or SET_FEATURES without bit 30.
     Enable(bool),
+    /// Where writes are noted, or no more.
+    Log(Option<RingLog>),
     /// The next generation of guest memory. `drain`: what the old one had may go away, so
     /// requests that use it are finished first.
     Memory {

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use futures_channel::oneshot;
 use outboard_memory::{GuestMemory, View};
-use outboard_queue::{Chain, DeviceQueue, QueueLayout, RingError};
+use outboard_queue::{Chain, DeviceQueue, QueueLayout, RingError, RingLog};
 use tracing::{debug, warn};
 
 use crate::mailbox::{Applied, Change, Mailbox};
@@ -69,6 +69,8 @@ pub(crate) struct Setup {
     /// Descriptor table, available ring, used ring: addresses of the front-end's own space.
     pub(crate) user: [u64; 3],
     pub(crate) features: u64,
+    /// Where writes are noted, when they are.
+    pub(crate) log: Option<RingLog>,
     pub(crate) base: u32,
     pub(crate) enabled: bool,
     pub(crate) kick: Kick,
@@ -376,6 +378,12 @@ impl Queue {
                 changed.look = true;
             }
             Change::Err(err) => self.setup.err = err,
+            Change::Log(log) => {
+                self.setup.log.clone_from(&log);
+                if let Some(ring) = &mut self.ring {
+                    ring.set_log(log);
+                }
+            }
             Change::Enable(enabled) => {
                 changed.look |= enabled && !self.setup.enabled;
                 self.setup.enabled = enabled;
@@ -462,5 +470,7 @@ fn find_ring(
 ) -> Result<DeviceQueue, StartError> {
     let layout = guest_layout(setup, memory)?;
     let view = View::new(Arc::clone(memory));
-    Ok(DeviceQueue::new(layout, setup.features, base, view)?)
+    let mut ring = DeviceQueue::new(layout, setup.features, base, view)?;
+    ring.set_log(setup.log.clone());
+    Ok(ring)
 }

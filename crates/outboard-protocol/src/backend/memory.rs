@@ -88,6 +88,11 @@ impl<Fd> Backend<Fd> {
         if log.mmap_size == 0 {
             return Err(Violation::TooSmall { message: m.name(), have: 0, need: 1 });
         }
+        // The bits are counted in words; a page of the file the log may begin anywhere in.
+        if !log.mmap_offset.is_multiple_of(8) {
+            let (what, value) = ("log offset", log.mmap_offset);
+            return Err(Violation::Value { message: m.name(), what, value });
+        }
         let fd = take_fd(&mut m)?;
         let ticket = self.ticket(&m, Commit::Nothing);
         Ok(Some(Effect::SetLogBase { log, fd, ticket }))

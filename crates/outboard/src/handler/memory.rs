@@ -72,7 +72,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         drain: bool,
     ) -> Result<(), Refusal> {
         let memory = Arc::new(memory);
-        let answers = self.post_all(|| Change::Memory { memory: Arc::clone(&memory), drain });
+        let answers = self.post_all(|_| Change::Memory { memory: Arc::clone(&memory), drain });
         self.memory = memory;
         let mut result = Ok(());
         for (index, answer) in answers {

@@ -13,6 +13,7 @@
 mod channel;
 mod extras;
 mod hand_over;
+mod log;
 mod memory;
 mod postcopy;
 mod rings;
@@ -39,11 +40,15 @@ use state::StateDesk;
 pub(crate) const MEM_SLOTS: u64 = 509;
 
 /// Feature bits that the framework carries for every device.
-pub(crate) const RING_FEATURES: u64 =
-    virtio::RING_INDIRECT_DESC | virtio::RING_EVENT_IDX | virtio::VERSION_1 | virtio::RING_RESET;
+pub(crate) const RING_FEATURES: u64 = virtio::RING_INDIRECT_DESC
+    | virtio::RING_EVENT_IDX
+    | virtio::VERSION_1
+    | virtio::RING_RESET
+    | virtio::LOG_ALL;
 
 /// Protocol features that the framework carries for every device.
 const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
+    .union(ProtocolFeatures::LOG_SHMFD)
     .union(ProtocolFeatures::REPLY_ACK)
     .union(ProtocolFeatures::BACKEND_REQ)
     .union(ProtocolFeatures::RESET_DEVICE)

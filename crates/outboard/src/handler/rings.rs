@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use futures_channel::oneshot;
-use outboard_protocol::{Notifier, Refusal, RingEvent, RunState};
+use outboard_protocol::{Notifier, Refusal, RingEvent, RunState, virtio};
 use tracing::{debug, info};
 
 use super::session::Session;
@@ -263,7 +263,8 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             when_disabled: spec.when_disabled,
             size: ring.size?,
             user: [addresses.desc, addresses.avail, addresses.used],
-            features: self.backend.acked_features(),
+            features: self.backend.acked_features() & !virtio::LOG_ALL,
+            log: self.ring_log(index, self.backend.acked_features()),
             base: ring.base,
             enabled: ring.enabled,
             kick: host.kick.clone()?,
@@ -307,11 +308,11 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     /// Posts a change to every running ring at once.
     pub(super) fn post_all(
         &self,
-        change: impl Fn() -> Change,
+        change: impl Fn(u16) -> Change,
     ) -> Vec<(u16, oneshot::Receiver<Applied>)> {
         (0u16..)
             .zip(&self.rings)
-            .filter_map(|(index, ring)| Some((index, ring.control.as_ref()?.post(change()))))
+            .filter_map(|(index, ring)| Some((index, ring.control.as_ref()?.post(change(index)))))
             .collect()
     }
 

@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, info, warn};
 
 use super::channel::{Plug, drive};
+use super::log::SessionLog;
 use super::postcopy::Postcopy;
 use super::rings::HostRing;
 use super::state::StateDesk;
@@ -108,6 +109,7 @@ pub(crate) struct Session<'h, D: VhostUserDevice, R: Reactor> {
     pub(super) status: u8,
     pub(super) backend: Backend<OwnedFd>,
     pub(super) memory: Arc<GuestMemory>,
+    pub(super) log: SessionLog,
     pub(super) rings: Vec<HostRing>,
     pub(super) postcopy: Option<Postcopy>,
     pub(super) state: StateDesk,
@@ -142,6 +144,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             status: 0,
             backend: Backend::new(offer),
             memory: Arc::new(GuestMemory::new(0, Vec::new())?),
+            log: SessionLog::default(),
             rings,
             postcopy: None,
             state: StateDesk::default(),
@@ -200,6 +203,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
     async fn steps(&mut self) -> Result<(), HostError> {
         loop {
             self.note_broken_rings();
+            self.log.look();
             let step = self.backend.poll();
             let step = match step {
                 Ok(step) => step,
@@ -263,7 +267,8 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
                 self.acknowledge(ticket, done);
             }
             Effect::RingConfigured { index, ticket } => {
-                let done = self.start_if_ready(index);
+                let done = self.set_ring_log(index).await;
+                let done = done.and_then(|()| self.start_if_ready(index));
                 self.acknowledge(ticket, done);
             }
             Effect::SetVringKick { index, kick, ticket } => {
@@ -300,6 +305,14 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             }
             Effect::WriteConfig { offset, bytes, migration, ticket } => {
                 let done = self.write_config(offset, &bytes, migration);
+                self.acknowledge(ticket, done);
+            }
+            Effect::SetLogBase { log, fd, ticket } => {
+                let done = self.set_log_base(log, fd).await;
+                self.acknowledge(ticket, done);
+            }
+            Effect::SetLogFd { fd, ticket } => {
+                let done = self.set_log_fd(fd).await;
                 self.acknowledge(ticket, done);
             }
             Effect::SetBackendReqFd { channel, ticket } => {
@@ -389,6 +402,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         self.state.agrees(features).map_err(Refusal::because)?;
         let own = features & self.device.features() & !RING_FEATURES;
         self.device.ack_features(own).map_err(Refusal::because)?;
+        self.set_log_all(features).await?;
         if enable_all {
             self.enable_all(true).await?;
         }
