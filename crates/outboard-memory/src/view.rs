@@ -117,6 +117,13 @@ impl View {
         first.ok_or(AccessError::Outside { guest, len })
     }
 
+    /// The guest-physical address of a range in one region that the device may write; behind an IOMMU another one than
+    /// the address it has here.
+    pub fn physical(&self, guest: u64, len: u64) -> Option<u64> {
+        let host = self.find(guest, len, Permission::WRITE).ok()?;
+        self.memory.host_to_guest(host)
+    }
+
     /// The region that holds `guest`.
     fn region(&self, guest: u64) -> Option<&Entry> {
         let hit = self.memory.entry_at(self.last.get());

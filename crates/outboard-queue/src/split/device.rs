@@ -340,6 +340,7 @@ impl SplitDevice {
         self.cells = cells;
         self.source.desc = if self.health == Health::Live { desc } else { desc.emptied() };
         self.source.view = view;
+        self.place_log();
         // The wishes stand in the same guest memory, wherever it is mapped now.
         Ok(())
     }

@@ -53,6 +53,13 @@ impl Logging {
         }
     }
 
+    /// The used ring, when it is noted, is noted there.
+    pub(crate) fn move_used(&mut self, place: u64) {
+        if let Some(used) = &mut self.to.used {
+            *used = place;
+        }
+    }
+
     /// A chain is about to be seen by the device.
     pub(crate) fn taken(&mut self, head: u16, buffers: &Buffers) {
         if let Some(note) = self.notes.get_mut(usize::from(head)) {

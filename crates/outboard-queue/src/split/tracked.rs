@@ -10,6 +10,7 @@ use super::device::{Health, SplitDevice};
 use super::log::{Logging, RingLog};
 use crate::chain::{Chain, Parts};
 use crate::error::RingError;
+use crate::layout::QueueLayout;
 
 impl SplitDevice {
     pub(super) fn is_tracked(&self) -> bool {
@@ -29,7 +30,25 @@ impl SplitDevice {
         }
     }
 
+    /// Behind an IOMMU the front-end gives an I/O address for the used ring, which is where the ring lies: it is noted
+    /// where that is in guest-physical memory.
+    pub(super) fn place_log(&mut self) {
+        if !self.source.view.memory().is_behind_iommu() {
+            return;
+        }
+        let (_, _, len) = QueueLayout::split_sizes(self.layout.size);
+        let place = self.source.view.physical(self.layout.used, len);
+        if let (Some(log), Some(place)) = (&mut self.log, place) {
+            log.move_used(place);
+        }
+    }
+
     pub(crate) fn set_log(&mut self, log: Option<RingLog>) {
+        self.choose_log(log);
+        self.place_log();
+    }
+
+    fn choose_log(&mut self, log: Option<RingLog>) {
         let Some(log) = log else {
             self.log = None;
             self.choose_way();

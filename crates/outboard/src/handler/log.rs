@@ -106,6 +106,10 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         let (Some(base), Some(guest)) = (&self.log.base, self.used_log(index)) else {
             return Ok(());
         };
+        if self.backend.acked_features() & virtio::ACCESS_PLATFORM != 0 {
+            // An I/O address: the ring is noted where it lies.
+            return Ok(());
+        }
         if self.log.is_lost() {
             return Err(Refusal::because("the file of the dirty log was cut short"));
         }
