@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::{Echo, EchoModel, FEATURES, PATIENCE, Ring, Seen};
+use outboard::memory::DirtyLog;
 use outboard::protocol::{ProtocolFeatures, virtio};
 use outboard::{
     Error, HandlerOptions, MakeWorker, Model, QueueSpec, Saved, Server, Snapshot, StopHandle,
@@ -135,6 +136,34 @@ fn a_guest_goes_on_in_a_new_process_and_in_the_one_after_it() {
     assert!(place.socket.exists() && place.control.exists());
     old.stop();
     assert!(!place.socket.exists() && !place.control.exists());
+}
+
+/// The dirty log, its bell and the log flag of the ring come along.
+#[test]
+fn writes_are_noted_in_the_new_process_as_in_the_old_one() {
+    let place = Place::new();
+    let mut old = place.first();
+    let (mut front, _memory, mut ring) = guest(&place.socket, ALL | ProtocolFeatures::LOG_SHMFD);
+    let (log, file) = DirtyLog::memfd(1 << 32).unwrap();
+    let bell = common::doorbell();
+    front.set_log_base(&file, log.size(), 0).unwrap();
+    front.set_log_fd(&bell).unwrap();
+    front.set_features(FEATURES | virtio::LOG_ALL).unwrap();
+    front.set_vring_addr_logged(0, &ring.layout, Some(ring.layout.used)).unwrap();
+    let both = [ring.layout.used / 4096 * 4096, ring.data.guest() + 4096];
+    for _ in 0..3 {
+        ring.round(b"here");
+        let mut pages = Vec::new();
+        log.take(|page| pages.push(page));
+        assert_eq!(pages, both);
+        assert!(common::rang(&bell, PATIENCE));
+        let new = place.next(HandlerOptions::default());
+        old.thread.join().unwrap().unwrap();
+        log.take(|_| ());
+        old = new;
+    }
+    drop(front);
+    old.stop();
 }
 
 #[test]

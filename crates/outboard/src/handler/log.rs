@@ -9,12 +9,13 @@
 //! Invariant: whoever is answered may count on it: each running queue notes its writes as was asked for, and a log that
 //! was replaced is touched no more. What is wrong with a log costs the migration, never a ring.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use outboard_memory::DirtyLog;
 use outboard_protocol::payload::{Log, VRING_F_LOG};
-use outboard_protocol::{Refusal, virtio};
+use outboard_protocol::{Refusal, Request, virtio};
 use outboard_queue::{QueueLayout, RingLog};
 use tracing::{info, warn};
 
@@ -28,6 +29,8 @@ use crate::reactor::Reactor;
 #[derive(Debug, Default)]
 pub(super) struct SessionLog {
     base: Option<Arc<DirtyLog>>,
+    /// As it came, for a process that takes over.
+    given: Option<(Log, OwnedFd)>,
     notify: Option<Arc<Call>>,
     /// Whether it was said that the file was cut short.
     told: bool,
@@ -54,6 +57,19 @@ impl SessionLog {
             warn!("{marks} writes had no bit in the dirty log of {bytes} bytes");
         }
         self.told = false;
+        self.given = None;
+    }
+
+    /// What the front-end said of the log, to be said again to a process that takes over.
+    pub(super) fn again(&self) -> io::Result<Vec<Request<OwnedFd>>> {
+        let mut requests = Vec::new();
+        if let Some((log, fd)) = &self.given {
+            requests.push(Request::SetLogBase(*log, fd.try_clone()?));
+        }
+        if let Some(fd) = self.notify.as_ref().and_then(|call| call.descriptor()) {
+            requests.push(Request::SetLogFd(fd.try_clone()?));
+        }
+        Ok(requests)
     }
 }
 
@@ -67,8 +83,10 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     /// SET_LOG_BASE: the new log is in use, and the old one is not, before it is answered.
     pub(super) async fn set_log_base(&mut self, log: Log, fd: OwnedFd) -> Result<(), Refusal> {
         let Log { mmap_size, mmap_offset } = log;
+        let kept = fd.try_clone().map_err(Refusal::because)?;
         let base = DirtyLog::map(fd, mmap_offset, mmap_size).map_err(Refusal::because)?;
         self.log.leave();
+        self.log.given = Some((log, kept));
         self.log.base = Some(Arc::new(base));
         info!("dirty log of {mmap_size} bytes");
         self.spread_log(self.backend.acked_features()).await
