@@ -15,7 +15,7 @@ use crate::{cases, paths};
 use anyhow::{Result, bail, ensure};
 use copy::Copy;
 use probe::{Ending, Probe};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use table::Guard;
 
@@ -45,8 +45,8 @@ impl Verdict {
     }
 }
 
-/// Takes away the guards of these ids (all, when none is named) and prints what their tests said.
-/// A run of all of them writes `docs/guards.md`.
+/// Takes away the guards of these ids (all, when none is named), prints what their tests said and
+/// writes `docs/guards.md`: what was not tried now keeps its row, unless its entry has changed.
 ///
 /// # Errors
 /// When a test holds without its guard, or one could not be tried.
@@ -72,12 +72,27 @@ pub fn run(only: &[String], json: bool) -> Result<()> {
         tried.push((guard, verdict));
     }
     println!("{}", if json { as_json(&tried)? } else { as_text(&tried) });
-    if only.is_empty() {
-        std::fs::write(paths::workspace().join(RESULT), document(&tried)?)?;
-    }
+    keep(&all, &tried)?;
     let wrong = tried.iter().filter(|(_, verdict)| !matches!(verdict, Verdict::Caught(_))).count();
     ensure!(wrong == 0, "{wrong} of {} guards can go without their test's notice", tried.len());
     Ok(())
+}
+
+/// Writes the result, with the earlier one of what was not tried now.
+fn keep(all: &[Guard], tried: &[(&Guard, Verdict)]) -> Result<()> {
+    let path = paths::workspace().join(RESULT);
+    let there = std::fs::read_to_string(&path).unwrap_or_default();
+    let titles = cases::titles()?;
+    let verdict = |guard: &Guard| {
+        if let Some((_, verdict)) = tried.iter().find(|(other, _)| **other == *guard) {
+            return verdict.clone();
+        }
+        let caught = Verdict::Caught("");
+        let row = row(guard, &caught, &titles);
+        if there.lines().any(|line| line == row) { caught } else { Verdict::Broken(String::new()) }
+    };
+    let results: Vec<_> = all.iter().map(|guard| (guard, verdict(guard))).collect();
+    Ok(std::fs::write(path, document(&results)?)?)
 }
 
 fn attempt(copy: &Copy, probe: &Probe<'_>, guard: &Guard) -> Verdict {
@@ -182,19 +197,22 @@ fn document(tried: &[(&Guard, Verdict)]) -> Result<String> {
         summary(tried)
     );
     for (guard, verdict) in tried {
-        let title = titles.get(&guard.id).map_or("", String::as_str);
-        let file = guard.removal.file.strip_prefix("crates/").unwrap_or(&guard.removal.file);
-        let _ = writeln!(
-            text,
-            "| {} | {title} | `{file}`: {} | {} | `{}` | {} |",
-            guard.id,
-            code(&guard.removal.text),
-            code(&guard.removal.without),
-            guard.test.short(),
-            verdict.shown()
-        );
+        let _ = writeln!(text, "{}", row(guard, verdict, &titles));
     }
     Ok(text)
+}
+
+fn row(guard: &Guard, verdict: &Verdict, titles: &BTreeMap<String, String>) -> String {
+    let title = titles.get(&guard.id).map_or("", String::as_str);
+    let file = guard.removal.file.strip_prefix("crates/").unwrap_or(&guard.removal.file);
+    format!(
+        "| {} | {title} | `{file}`: {} | {} | `{}` | {} |",
+        guard.id,
+        code(&guard.removal.text),
+        code(&guard.removal.without),
+        guard.test.short(),
+        verdict.shown()
+    )
 }
 
 /// Source text in one cell of a table.

@@ -300,9 +300,9 @@ struct Folder(PathBuf);
 
 impl Folder {
     fn create() -> std::io::Result<Self> {
+        use std::hash::{BuildHasher, RandomState};
         use std::os::unix::fs::DirBuilderExt;
-        let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let seed = seed.map_or(0, |since| since.subsec_nanos());
+        let seed = RandomState::new().hash_one(std::process::id());
         let name = format!("outboard-demo-{}-{seed:x}", std::process::id());
         let path = std::env::temp_dir().join(name);
         std::fs::DirBuilder::new().mode(0o700).create(&path)?;

@@ -8,13 +8,13 @@ mod bench;
 mod block;
 mod check;
 mod demo;
+mod log;
 mod manual;
 mod probe;
 mod report;
 mod service;
 mod soak;
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -88,7 +88,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return answer_parser(&error),
     };
-    start_logging();
+    log::start();
     let outcome = match cli.command {
         Command::Block(args) => block::run(*args),
         Command::Demo(args) => demo::run(args),
@@ -132,19 +132,6 @@ fn one_line(text: &str) -> String {
     }
     line.push_str("; see --help");
     line
-}
-
-/// Log lines go to standard error; `OUTBOARD_LOG` chooses them (`info`, `outboard=debug`, …).
-fn start_logging() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("OUTBOARD_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    // Only fails when a subscriber is set already, and then there is one.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .try_init();
 }
 
 #[cfg(test)]

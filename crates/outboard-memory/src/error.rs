@@ -155,6 +155,9 @@ pub enum AccessError {
         /// The most that is accepted.
         limit: usize,
     },
+    /// The host has no memory for the list of a chain's pieces.
+    #[error("no memory for the list of segments")]
+    NoMemory,
 }
 
 /// Why bytes of a window cannot be used.

@@ -68,6 +68,9 @@ impl<'a> Gather<'a> {
             if list.len() >= MOST_PIECES {
                 return Err(AccessError::TooManySegments { limit: MOST_PIECES });
             }
+            if list.len() == list.capacity() {
+                list.try_reserve(1).map_err(|_| AccessError::NoMemory)?;
+            }
             list.push(Segment { base, len });
             Ok(())
         })
@@ -93,8 +96,10 @@ fn scattered<'a>(
     guest: u64,
     count: u16,
 ) -> Result<Table<'a>, AccessError> {
+    let bytes = usize::from(count) * 16;
     to.scratch.clear();
-    to.scratch.resize(usize::from(count) * 16, 0);
+    to.scratch.try_reserve(bytes).map_err(|_| AccessError::NoMemory)?;
+    to.scratch.resize(bytes, 0);
     view.read(guest, &mut to.scratch)?;
     Ok(Table::new(to.scratch.as_mut_ptr(), count))
 }

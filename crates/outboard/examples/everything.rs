@@ -34,11 +34,14 @@ struct State {
     sessions: HashMap<u64, u64>,
     display: Option<OwnedFd>,
     objects: HashMap<[u8; 16], OwnedFd>,
+    /// Memory of this process that was mapped (EXTERNAL_MAP).
+    pages: Vec<Box<[u8]>>,
     resets: u32,
 }
 
+/// The device's model.
 #[derive(Clone)]
-struct Everything {
+pub(crate) struct Everything {
     state: Arc<Mutex<State>>,
     channel: BackendChannel,
 }
@@ -81,7 +84,35 @@ impl Everything {
                 mapper.remove_mapping(number(offset)?).await.map_err(refused)?;
                 Ok("ok".to_owned())
             }
+            ["gpu", region, offset, text] => {
+                let fd = memory(&page(text))?.into();
+                let (device, driver) = (uuid("device"), uuid("driver"));
+                let size = 4096;
+                // Handle type 4 is shared memory to crosvm: no GPU is needed to map it.
+                let source = MappingSource::Vulkan {
+                    fd,
+                    handle_type: 4,
+                    memory_index: 3,
+                    device,
+                    driver,
+                    size,
+                };
+                self.add(region, offset, source).await
+            }
+            ["external", region, offset, text] => {
+                let bytes = page(text).into_boxed_slice();
+                let pointer = bytes.as_ptr().addr() as u64;
+                // It stays where it is for as long as the device lives.
+                self.state().pages.push(bytes);
+                self.add(region, offset, MappingSource::External { pointer, size: 4096 }).await
+            }
             ["object", name] => self.export(name).await,
+            ["forget", name] => {
+                self.state().objects.remove(&uuid(name));
+                let remove = ChannelRequest::SharedObjectRemove(Uuid { bytes: uuid(name) });
+                self.channel.ask(remove).await.map_err(refused)?;
+                Ok("ok".to_owned())
+            }
             ["lookup", name] => {
                 let object = Uuid { bytes: uuid(name) };
                 let found = self.channel.ask(ChannelRequest::SharedObjectLookup(object)).await;
@@ -108,12 +139,17 @@ impl Everything {
 
     /// Maps a page that starts with `text`.
     async fn map(&self, region: &str, offset: &str, text: &str) -> Result<String, Error> {
-        let mut page = vec![0; 4096];
-        for (byte, letter) in page.iter_mut().zip(text.bytes()) {
-            *byte = letter;
-        }
-        let fd = memory(&page)?.into();
+        let fd = memory(&page(text))?.into();
         let source = MappingSource::Descriptor { fd, offset: 0, size: 4096 };
+        self.add(region, offset, source).await
+    }
+
+    async fn add(
+        &self,
+        region: &str,
+        offset: &str,
+        source: MappingSource,
+    ) -> Result<String, Error> {
         let mapper = self.mapper(region)?;
         let mapped = mapper.add_mapping(source, number(offset)?, Access::ReadWrite).await;
         mapped.map_err(refused)?;
@@ -279,6 +315,15 @@ fn uuid(name: &str) -> [u8; 16] {
     bytes
 }
 
+/// A page that starts with `text`.
+fn page(text: &str) -> Vec<u8> {
+    let mut page = vec![0; 4096];
+    for (byte, letter) in page.iter_mut().zip(text.bytes()) {
+        *byte = letter;
+    }
+    page
+}
+
 /// A file in memory with these bytes.
 fn memory(bytes: &[u8]) -> Result<File, Error> {
     let flags = rustix::fs::MemfdFlags::CLOEXEC;
@@ -291,10 +336,14 @@ fn refused(error: impl std::fmt::Display) -> Error {
     Error::refused(error.to_string())
 }
 
+/// The device, asleep.
+pub(crate) fn device() -> Result<WorkerDevice<Everything>, Error> {
+    WorkerDevice::new(Everything { state: Arc::default(), channel: BackendChannel::new() })
+}
+
 fn main() -> Result<(), Error> {
     let Some(socket) = std::env::args_os().nth(1) else {
         return Err(Error::refused("usage: everything SOCKET"));
     };
-    let model = Everything { state: Arc::default(), channel: BackendChannel::new() };
-    Server::listen(socket)?.serve(WorkerDevice::new(model)?)
+    Server::listen(socket)?.serve(device()?)
 }

@@ -20,8 +20,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use futures_channel::oneshot;
-use outboard_protocol::channel::{ChannelBackend, ChannelRequest, RequestId};
-use outboard_protocol::{Frame, ProtocolFeatures, Refusal, Violation};
+use outboard_protocol::channel::{ChannelAnswer, ChannelBackend, ChannelRequest, RequestId};
+use outboard_protocol::{BackendCode, Frame, ProtocolFeatures, Refusal, Violation};
 
 /// How long an answer is waited for.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -44,6 +44,9 @@ pub enum ChannelError {
     /// The front-end said no.
     #[error("the front-end answered {0:#x}")]
     Failed(u64),
+    /// The front-end said that it has the shared object, and sent no descriptor.
+    #[error("the front-end answered without the object's descriptor")]
+    NoObject,
     /// The front-end did not answer in time.
     #[error("no answer within {} s", DEADLINE.as_secs())]
     Late,
@@ -298,6 +301,42 @@ impl State {
     fn next_answer(&mut self) -> Result<Option<(RequestId, Told)>, Violation> {
         let Some(machine) = &mut self.machine else { return Ok(None) };
         let answer = machine.poll()?;
-        Ok(answer.map(|answer| (answer.id, answer.result.map_err(ChannelError::Failed))))
+        Ok(answer.map(|ChannelAnswer { id, request, result }| {
+            let told = result.map_err(ChannelError::Failed);
+            // Success is a descriptor here: a front-end may have lost it on its way (QEMU does).
+            let lost = request == BackendCode::SharedObjectLookup && matches!(told, Ok(None));
+            (id, if lost { Err(ChannelError::NoObject) } else { told })
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use outboard_protocol::payload::Uuid;
+
+    /// A look-up, answered by a frame with this number and these descriptors.
+    fn look_up(number: u64, fds: Vec<OwnedFd>) -> Told {
+        let channel = BackendChannel::new();
+        channel.open(ProtocolFeatures::SHARED_OBJECT | ProtocolFeatures::REPLY_ACK, 0);
+        let answer = channel.ask(ChannelRequest::SharedObjectLookup(Uuid { bytes: [7; 16] }));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(channel.transmit(&context).is_some(), "the request leaves");
+        let code = BackendCode::SharedObjectLookup.id();
+        let frame = Frame::reply(code, &number.to_ne_bytes(), fds);
+        channel.receive(&frame.bytes, frame.fds).expect("a sound answer");
+        let mut answer = std::pin::pin!(answer);
+        match answer.as_mut().poll(&mut context) {
+            Poll::Ready(told) => told,
+            Poll::Pending => panic!("the answer has come"),
+        }
+    }
+
+    #[test]
+    fn an_object_that_was_found_and_lost_on_its_way_is_not_found() {
+        let object = std::fs::File::open("/dev/null").expect("a file").into();
+        assert!(matches!(look_up(0, vec![object]), Ok(Some(_))));
+        assert_eq!(look_up(0, Vec::new()).map(drop), Err(ChannelError::NoObject));
+        assert_eq!(look_up(2, Vec::new()).map(drop), Err(ChannelError::Failed(2)));
     }
 }

@@ -19,7 +19,7 @@ use crate::server::{Server, SocketFile, Source};
 use crate::take_over::{Belongings, Control, Door, Estate, Heir, Letter};
 
 /// How long to wait before accepting again when descriptors have run out.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a server listens to.
 struct Stage<R: Reactor> {
@@ -45,7 +45,7 @@ pub(crate) async fn serve_on<R: Reactor, D: VhostUserDevice>(
         Source::Connected(socket) => {
             let end = socket.try_clone().map_err(HostError::io("socket"))?;
             let mut stage = Stage::new(reactor.clone(), stop, None, file, control)?;
-            let ended = handler.run_on(reactor, socket, stage.attention(&|| ())).await;
+            let ended = handler.run_on(reactor, socket, stage.attention(&|| true)).await;
             if stage.gives_away(&ended) {
                 return Ok(());
             }
@@ -158,15 +158,13 @@ impl<R: Reactor> Stage<R> {
     }
 
     /// What a session looks out for.
-    fn attention<'a>(&'a self, turn_away: &'a (dyn Fn() + Sync)) -> Attention<'a, R> {
+    fn attention<'a>(&'a self, turn_away: &'a (dyn Fn() -> bool + Sync)) -> Attention<'a, R> {
         let knock = self.listener.as_ref().map(|listener| (listener, turn_away));
         Attention { stop: Some(&self.stop), knock, door: self.door.as_ref() }
     }
 
-    fn turn_away(&self) {
-        if let Some(listener) = &self.listener {
-            turn_away(listener);
-        }
+    fn turn_away(&self) -> bool {
+        self.listener.as_ref().is_none_or(turn_away)
     }
 
     /// Whether a new process has everything now, the socket files too.
@@ -279,14 +277,18 @@ pub(crate) fn try_accept(listener: &impl AsFd) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// A second front-end is closed at once.
-fn turn_away(listener: &impl AsFd) {
+/// A second front-end is closed at once. False: it cannot be now, for want of descriptors.
+fn turn_away(listener: &impl AsFd) -> bool {
     match try_accept(listener) {
         Ok(Some(socket)) => {
             drop(socket);
             warn!("a second front-end was turned away: this device serves one at a time");
         }
         Ok(None) => {}
-        Err(error) => warn!("accept: {error}"),
+        Err(error) => {
+            warn!("accept: {error}");
+            return false;
+        }
     }
+    true
 }

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_channel::oneshot;
+use rustix::io::Errno;
 use tracing::{debug, error, warn};
 
 use crate::events::{Event, EventLoop};
@@ -75,6 +76,10 @@ struct Lane {
     /// A kick was asked for, and nothing has come since.
     armed: bool,
     kick_watched: bool,
+    /// It is looked at again and again: nothing announces requests, or nothing that can be heard.
+    polled: bool,
+    /// Nor are changes heard, for want of a descriptor: they are looked for as well.
+    deaf: bool,
     stopping: Option<oneshot::Sender<Box<Queue>>>,
 }
 
@@ -243,7 +248,7 @@ impl<W: Worker> Thread<W> {
 
     /// How long to wait when nothing is to do.
     fn timeout(&self) -> Option<Duration> {
-        let polled = self.lanes.iter().any(|lane| lane.queue.is_polled());
+        let polled = self.lanes.iter().any(|lane| lane.polled);
         let tick = self.next_tick.map(|at| at.saturating_duration_since(Instant::now()));
         match (polled, tick) {
             (true, Some(tick)) => Some(tick.min(POLL_EVERY)),
@@ -264,7 +269,12 @@ impl<W: Worker> Thread<W> {
         }
         self.happened = happened;
         for lane in &mut self.lanes {
-            lane.ready |= lane.queue.is_polled();
+            if lane.polled {
+                lane.ready = true;
+                if lane.deaf {
+                    poll_control(lane, self.events.as_mut());
+                }
+            }
             lane.queue.publish();
         }
     }
@@ -327,11 +337,19 @@ impl<W: Worker> Thread<W> {
 
     fn start(&mut self, queue: Box<Queue>) {
         let index = u64::from(queue.index());
-        if let Err(error) = self.events.watch(queue.control_fd(), token::CONTROL | index) {
-            warn!(queue = queue.index(), "cannot wait for changes: {error}");
+        let watched = self.events.watch(queue.control_fd(), token::CONTROL | index);
+        if let Err(error) = &watched {
+            warn!(queue = queue.index(), "polled, changes cannot be waited for: {error}");
         }
-        let mut lane =
-            Lane { queue, ready: true, armed: false, kick_watched: false, stopping: None };
+        let mut lane = Lane {
+            queue,
+            ready: true,
+            armed: false,
+            kick_watched: false,
+            polled: false,
+            deaf: watched.is_err(),
+            stopping: None,
+        };
         watch_kick(&mut lane, self.events.as_mut());
         self.lanes.push(lane);
     }
@@ -441,11 +459,22 @@ fn watch_kick(lane: &mut Lane, events: &mut dyn EventLoop) {
         events.unwatch(token);
         lane.kick_watched = false;
     }
+    lane.polled = lane.deaf || lane.queue.is_polled();
     if let Some(kick) = lane.queue.kick_fd() {
         match events.watch(kick.as_fd(), token) {
             Ok(()) => lane.kick_watched = true,
+            Err(error) if is_want(&error) => {
+                warn!(queue = lane.queue.index(), "polled, its doorbell cannot be heard: {error}");
+                lane.polled = true;
+            }
             // Any type is tolerated; one that cannot be waited for never kicks (case A58).
             Err(error) => warn!(queue = lane.queue.index(), "the doorbell never rings: {error}"),
         }
     }
+}
+
+/// Whether the host lacks something: the peer is not to suffer for it (case C21).
+fn is_want(error: &std::io::Error) -> bool {
+    let lacks = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOSPC].map(Errno::raw_os_error);
+    error.raw_os_error().is_some_and(|errno| lacks.contains(&errno))
 }

@@ -115,14 +115,13 @@ impl<M: Model> WorkerDevice<M> {
             suspended: true,
             model,
         };
-        let (built, results) = mpsc::channel();
+        // One after the other: where memory is short it is a thread's stack that is refused, not
+        // some small thing of a thread that is just starting.
         for number in 0..count {
-            let handle = spawn(device.model.make_worker(), options, number, built.clone())?;
+            let (built, result) = mpsc::channel();
+            let handle = spawn(device.model.make_worker(), options, number, built)?;
             device.threads.push(handle);
-        }
-        drop(built);
-        for _ in 0..count {
-            match results.recv() {
+            match result.recv() {
                 Ok(result) => result?,
                 Err(_) => return Err(Error::refused("a worker ended while it was built")),
             }
@@ -162,7 +161,8 @@ fn spawn<W: Worker + 'static>(
             Ok(events) => thread::run(theirs, events, &make, number, options.poll, &built),
             Err(error) => drop(built.send(Err(error.into()))),
         }
-    })?;
+    });
+    let join = join.map_err(HostError::io("cannot start a thread"))?;
     Ok(Handle { port, join: Some(join) })
 }
 

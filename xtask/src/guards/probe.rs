@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 /// A test that runs longer than this hangs, in seconds.
-const PATIENCE: &str = "60";
+const PATIENCE: &str = "30";
 
 /// How a test ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

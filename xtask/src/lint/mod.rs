@@ -7,7 +7,7 @@
 pub mod crates;
 pub mod sources;
 
-use crate::{paths, process};
+use crate::{guards, paths, process};
 use anyhow::{Result, bail};
 use std::process::Command;
 
@@ -55,6 +55,7 @@ pub fn run() -> Result<()> {
     for (name, result) in crates::checks() {
         check(name, result);
     }
+    check("guards and their tests", guards::check());
     if !failed.is_empty() {
         bail!("{} of {count} lint checks do not hold: {}", failed.len(), failed.join(", "));
     }

@@ -5,5 +5,6 @@
 mod disk;
 mod faults;
 mod model;
+mod outage;
 mod requests;
 mod state;

@@ -1,5 +1,6 @@
 //! A guest that writes what it likes: guest memory with gaps and seams, a ring in it, and a device on the ring.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use outboard_memory::{GuestMemory, Region, View};
@@ -19,11 +20,19 @@ pub(crate) const SEAM: u64 = 0x40_0000;
 /// Memory ends here.
 pub(crate) const END: u64 = 0x60_0000;
 
+thread_local! {
+    /// Whether new rigs have served every head before. What a head's list has room for is walked
+    /// in another way than what it has not, and a fresh ring has room for nothing.
+    pub(crate) static WORN: Cell<bool> = const { Cell::new(false) };
+}
+
 pub(crate) struct Rig {
     pub(crate) view: View,
     pub(crate) layout: QueueLayout,
     pub(crate) device: DeviceQueue,
     avail: u16,
+    /// What the indices began at: a multiple of the size.
+    shift: u16,
 }
 
 /// Memory from 0 to `END`, in two regions that meet at `SEAM`.
@@ -39,7 +48,30 @@ impl Rig {
         let (layout, end) = QueueLayout::split_at(0, size).unwrap();
         assert!(end < DATA);
         let device = DeviceQueue::new(layout, features, 0, view.clone()).unwrap();
-        Self { view, layout, device, avail: 0 }
+        let mut rig = Self { view, layout, device, avail: 0, shift: 0 };
+        if WORN.get() {
+            rig.wear(size);
+        }
+        rig
+    }
+
+    /// Has each head serve a chain of a few descriptors, then forgets all about it.
+    fn wear(&mut self, size: u16) {
+        let table = vec![0; 16 * usize::from(size)];
+        for head in 0..size {
+            let few = if head < 256 { size.min(16) } else { 1 };
+            for step in 0..few {
+                let (at, next) = ((head + step) % size, (head + step + 1) % size);
+                let flags = if step + 1 < few { NEXT } else { 0 };
+                self.desc(at, DATA, 16, flags, next);
+            }
+            self.offer(head);
+            let chain = self.take();
+            self.device.complete(chain, 0);
+            self.device.publish().unwrap();
+        }
+        self.view.write(self.layout.desc, &table).unwrap();
+        (self.shift, self.avail) = (size, 0);
     }
 
     /// Writes descriptor `at` of the ring's table.
@@ -64,6 +96,7 @@ impl Rig {
 
     pub(crate) fn set_avail(&mut self, index: u16) {
         self.avail = index;
+        let index = index.wrapping_add(self.shift);
         self.view.write(self.layout.avail + 2, &index.to_le_bytes()).unwrap();
     }
 
@@ -74,7 +107,7 @@ impl Rig {
     }
 
     pub(crate) fn used_idx(&self) -> u16 {
-        self.u16_at(self.layout.used + 2)
+        self.u16_at(self.layout.used + 2).wrapping_sub(self.shift)
     }
 
     /// Element `at` of the used ring.
@@ -85,6 +118,12 @@ impl Rig {
             .unwrap();
         let both = u64::from_le_bytes(bytes);
         (u32::try_from(both & 0xffff_ffff).unwrap(), u32::try_from(both >> 32).unwrap())
+    }
+
+    /// What is said of an available index that cannot be.
+    pub(crate) fn avail_error(&self, avail: u16, next: u16) -> RingError {
+        let [avail, next] = [avail, next].map(|index| index.wrapping_add(self.shift));
+        RingError::AvailIndex { avail, next, size: self.layout.size }
     }
 
     /// What the next chain is: it must be one.

@@ -28,6 +28,7 @@ use crate::device::{ConfigWrite, VhostUserDevice};
 use crate::error::{Error, HostError};
 use crate::hooks::Hooks;
 use crate::reactor::{Raced, Reactor, block_on, race};
+use crate::serving::ACCEPT_PAUSE;
 use crate::take_over::{Door, Heir};
 
 /// The longest message: header and the largest payload.
@@ -37,8 +38,8 @@ const BUFFER: usize = 12 + 4096;
 pub(crate) struct Attention<'a, R: Reactor> {
     /// Readable when the server is to stop.
     pub(crate) stop: Option<&'a R::Source>,
-    /// Readable when another front-end knocks; what is to be done then.
-    pub(crate) knock: Option<(&'a R::Source, &'a (dyn Fn() + Sync))>,
+    /// Readable when another front-end knocks; what is to be done then (false: not possible now).
+    pub(crate) knock: Option<(&'a R::Source, &'a (dyn Fn() -> bool + Sync))>,
     /// Where a new process asks to take over.
     pub(crate) door: Option<&'a Door<R>>,
 }
@@ -82,7 +83,10 @@ impl<R: Reactor> Attention<'_, R> {
         let knocks = async {
             let Some((listener, turn_away)) = &self.knock else { return pending().await };
             while reactor.readable(listener).await.is_ok() && !has_left(socket) {
-                turn_away();
+                if !turn_away() {
+                    // It knocks on, and without descriptors there is no way to make it stop.
+                    reactor.sleep(ACCEPT_PAUSE).await;
+                }
             }
             pending::<()>().await;
         };
