@@ -51,8 +51,11 @@ const FRONT_END: &[(&str, Shown)] = &[
         "SET_MEM_TABLE",
         By(&["memory::a38_the_table_is_replaced_500_times_under_load_and_no_request_is_lost"]),
     ),
-    ("SET_LOG_BASE", Open("the dirty log")),
-    ("SET_LOG_FD", Open("the dirty log")),
+    ("SET_LOG_BASE", By(&["log::a_running_ring_notes_its_writes_between_two_acknowledgements"])),
+    (
+        "SET_LOG_FD",
+        By(&["log::the_log_descriptor_is_signalled_after_writes_were_noted_and_not_before"]),
+    ),
     ("SET_VRING_NUM", By(&[STOPPED])),
     ("SET_VRING_ADDR", By(&[STOPPED, "everything::ring_addresses_may_be_guest_physical"])),
     ("SET_VRING_BASE", By(&[STOPPED])),
@@ -117,6 +120,7 @@ const BACK_END: &[(&str, Shown)] = &[
 
 const SOURCES: &[(&str, &str)] = &[
     ("everything", include_str!("everything.rs")),
+    ("log", include_str!("log.rs")),
     ("memory", include_str!("memory.rs")),
     ("postcopy", include_str!("postcopy.rs")),
     ("rings", include_str!("rings.rs")),
