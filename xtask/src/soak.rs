@@ -22,10 +22,15 @@ pub enum Soak {
     Calls,
     /// Rings disabled, stopped, kicked otherwise, 10000 times each.
     Rings,
+    /// The dirty log switched on, swapped and off 10000 times.
+    Log,
+    /// The process killed and started again 10000 times.
+    Kill,
 }
 
 impl Soak {
-    const ALL: [Self; 4] = [Self::Storm, Self::Memory, Self::Calls, Self::Rings];
+    const ALL: [Self; 6] =
+        [Self::Storm, Self::Memory, Self::Calls, Self::Rings, Self::Log, Self::Kill];
 
     const fn name(self) -> &'static str {
         match self {
@@ -33,6 +38,8 @@ impl Soak {
             Self::Memory => "memory",
             Self::Calls => "calls",
             Self::Rings => "rings",
+            Self::Log => "log",
+            Self::Kill => "kill",
         }
     }
 }

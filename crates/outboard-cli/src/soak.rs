@@ -26,6 +26,9 @@ Examples:
   calls    the call descriptor swapped --count times (10000), driver asleep and polling
   rings    rings disabled and enabled, stopped and started, kicked through another descriptor, --count
            times each (10000)
+  log      the dirty log switched on, swapped and off --count times (10000), each tenth time as in a
+           migration: what was copied is the memory
+  kill     the process killed and started again --count times (10000); nothing lost, nothing twice
 
 Every read of the load is checked, and at the end every block. The disk is overwritten.
 Exit code: 0 everything holds, 1 something is wrong, 2 there is nothing to soak.";
@@ -34,7 +37,7 @@ Exit code: 0 everything holds, 1 something is wrong, 2 there is nothing to soak.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// What is done: storm, memory, calls, rings.
+    /// What is done: storm, memory, calls, rings, log, kill.
     #[arg(value_name = "SOAK", value_parser = parse_soak)]
     soak: Soak,
     /// How often; each soak has its own default.

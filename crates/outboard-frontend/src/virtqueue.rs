@@ -67,8 +67,13 @@ impl RingShare {
     }
 
     pub(crate) fn used_index(&self) -> Result<u16, Error> {
+        self.index_at(self.layout.used)
+    }
+
+    /// The index of the available or used ring that lies there.
+    fn index_at(&self, ring: u64) -> Result<u16, Error> {
         let mut bytes = [0; 2];
-        self.memory.memory().view().read(self.layout.used.wrapping_add(2), &mut bytes)?;
+        self.memory.memory().view().read(ring.wrapping_add(2), &mut bytes)?;
         Ok(u16::from_le_bytes(bytes))
     }
 
@@ -105,6 +110,14 @@ impl RingHandle {
     #[must_use]
     pub fn replace_kick(&self, kick: OwnedFd) -> OwnedFd {
         std::mem::replace(&mut *self.0.kick(), kick)
+    }
+
+    /// How many requests the driver has offered, modulo 2^16: the available index as it is in memory.
+    ///
+    /// # Errors
+    /// Never, as the ring lies in shared memory.
+    pub fn available_index(&self) -> Result<u16, Error> {
+        self.0.index_at(self.0.layout.avail)
     }
 
     /// How many requests the device has given back, modulo 2^16: the used index as it is in memory.

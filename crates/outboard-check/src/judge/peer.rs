@@ -75,18 +75,7 @@ impl Peer {
         std::fs::create_dir_all(&folder)
             .map_err(|error| format!("{}: {error}", folder.display()))?;
         let socket = folder.join("s");
-        let log = File::create(folder.join("log")).map_err(|error| error.to_string())?;
-        let copy = log.try_clone().map_err(|error| error.to_string())?;
-        let filled: Vec<_> = words.iter().map(|word| fill(word, &socket)).collect();
-        let (program, arguments) = filled.split_first().ok_or("the command is empty")?;
-        let child = Command::new(program)
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(copy)
-            .stderr(log)
-            .process_group(0)
-            .spawn()
-            .map_err(|error| format!("{}: {error}", program.display()))?;
+        let child = launch(words, &socket, &folder)?;
         let process = Process { words: words.to_vec(), child, folder, ended: None };
         let mut peer = Self { socket, process: Some(process), pid: None, met: false };
         let until = Instant::now() + patience;
@@ -117,6 +106,23 @@ impl Peer {
         }
         let new = Self::spawn(&words, Duration::from_secs(10));
         *self = new.map_err(|why| Finding::new(Verdict::NotJudged, why))?;
+        Ok(())
+    }
+
+    /// Ends the process at once, wherever it is, and sees its end.
+    pub(crate) fn kill(&mut self) {
+        if let Some(process) = &mut self.process {
+            // Both fail only when it has ended already.
+            let _ = process.child.kill();
+            process.ended = process.child.wait().ok();
+        }
+    }
+
+    /// Starts the program again, with the same socket, after [`Self::kill`].
+    pub(crate) fn restart(&mut self) -> Result<(), String> {
+        let process = self.process.as_mut().ok_or("it was not started here")?;
+        process.child = launch(&process.words, &self.socket, &process.folder)?;
+        (process.ended, self.pid, self.met) = (None, None, false);
         Ok(())
     }
 
@@ -293,6 +299,22 @@ fn wanted_time(pid: u32) -> Option<BTreeMap<OsString, u64>> {
         all.insert(entry.file_name(), words.sum());
     }
     Some(all)
+}
+
+/// Starts the program with its output in a file.
+fn launch(words: &[OsString], socket: &Path, folder: &Path) -> Result<Child, String> {
+    let log = File::create(folder.join("log")).map_err(|error| error.to_string())?;
+    let copy = log.try_clone().map_err(|error| error.to_string())?;
+    let filled: Vec<_> = words.iter().map(|word| fill(word, socket)).collect();
+    let (program, arguments) = filled.split_first().ok_or("the command is empty")?;
+    Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(copy)
+        .stderr(log)
+        .process_group(0)
+        .spawn()
+        .map_err(|error| format!("{}: {error}", program.display()))
 }
 
 impl Drop for Peer {

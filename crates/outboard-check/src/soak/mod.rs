@@ -10,6 +10,8 @@
 //! is compared at rest, with the same front-ends connected.
 
 mod calls;
+mod kill;
+mod log;
 mod memory;
 mod report;
 mod rings;
@@ -35,11 +37,16 @@ pub enum Soak {
     Calls,
     /// Rings disabled and enabled, stopped and started, kick descriptors swapped.
     Rings,
+    /// The dirty log switched on, swapped and off.
+    Log,
+    /// The process killed and started again.
+    Kill,
 }
 
 impl Soak {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Storm, Self::Memory, Self::Calls, Self::Rings];
+    pub const ALL: [Self; 6] =
+        [Self::Storm, Self::Memory, Self::Calls, Self::Rings, Self::Log, Self::Kill];
 
     /// Its name.
     #[must_use]
@@ -49,6 +56,8 @@ impl Soak {
             Self::Memory => "memory",
             Self::Calls => "calls",
             Self::Rings => "rings",
+            Self::Log => "log",
+            Self::Kill => "kill",
         }
     }
 
@@ -65,7 +74,7 @@ impl Soak {
         match self {
             Self::Storm => 1_000_000,
             Self::Memory => 1_000,
-            Self::Calls | Self::Rings => 10_000,
+            Self::Calls | Self::Rings | Self::Log | Self::Kill => 10_000,
         }
     }
 
@@ -136,6 +145,8 @@ pub fn soak(
         Soak::Memory => memory::parts(command, options, progress)?,
         Soak::Calls => calls::parts(command, options, progress)?,
         Soak::Rings => rings::parts(command, options, progress)?,
+        Soak::Log => log::parts(command, options, progress)?,
+        Soak::Kill => kill::parts(command, options, progress)?,
     };
     Ok(Report { soak: soak.name(), parts })
 }

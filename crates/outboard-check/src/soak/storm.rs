@@ -11,11 +11,11 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use outboard_frontend::Connection;
 use outboard_frontend::block::{BlockDevice, BlockOptions};
-use outboard_frontend::{Connection, Wanted};
 
 use super::report::{Part, number};
-use super::subject::{Loaded, START, holdings, start};
+use super::subject::{Loaded, START, Way, holdings, start};
 use super::{Options, Progress, SoakError};
 use crate::bench::{Disturbed, Driving, Live, Load};
 use crate::judge::case::Traits;
@@ -30,6 +30,11 @@ const PER_RECONNECT: u64 = 100;
 const FIRST: u64 = 1_000;
 /// Requests under way on the loaded device.
 const DEPTH: u16 = 8;
+
+/// How the load is driven: as a guest would.
+fn way() -> Way {
+    Way { driving: Driving::Sleep, ..Way::asleep(DEPTH) }
+}
 
 /// What the storm did.
 #[derive(Debug, Default)]
@@ -65,7 +70,8 @@ pub(super) fn parts(
         .collect();
     let mut part = Part::new(format!(
         "mutated messages and a hundredth of reconnects; load on another device of the process \
-         (sleeping, depth {DEPTH})"
+         ({})",
+        way()
     ));
     let mut peer = start(&filled)?;
     let begun = Instant::now();
@@ -85,7 +91,7 @@ fn stormed(
 ) -> Result<(), SoakError> {
     let judged = runner::Options { limit: options.limit, ..runner::Options::default() };
     let traits = explore(peer, &judged).map_err(|error| SoakError::NoBackend(error.to_string()))?;
-    let mut loaded = Loaded::open(socket, options, DEPTH, Driving::Sleep, Wanted::default())?;
+    let mut loaded = Loaded::open(socket, options, way())?;
     loaded.warm_up(Duration::from_millis(500))?;
     let random = Random::new(options.seed);
     let mut storm = Storm { peer, traits, random, limit: options.limit, done: Done::default() };

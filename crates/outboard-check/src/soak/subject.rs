@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use outboard_frontend::block::BlockDevice;
 use outboard_frontend::{Connection, RingHandle, SharedMemory, Wanted};
-use outboard_protocol::features::virtio;
+use outboard_protocol::features::{ProtocolFeatures, virtio};
 
 use super::report::Part;
 use super::{Options, Progress, SoakError};
@@ -44,10 +44,9 @@ impl Loaded {
     pub(super) fn open(
         socket: &std::path::Path,
         options: &Options,
-        depth: u16,
-        driving: Driving,
-        wanted: Wanted,
+        way: Way,
     ) -> Result<Self, SoakError> {
+        let Way { depth, driving, wanted, read_percent } = way;
         let timeout = options.limit;
         let setup = Setup { queues: 1, depth, block_size: 4096, indirect: false, timeout };
         let none = |error: String| SoakError::NoBackend(error);
@@ -57,7 +56,7 @@ impl Loaded {
             .map_err(|error| none(error.to_string()))?;
         let span = target.device().config().bytes().min(16 << 20);
         let load = Load {
-            workload: Workload { random: true, read_percent: 50 },
+            workload: Workload { random: true, read_percent },
             depth,
             driving,
             span: Some(span),
@@ -72,6 +71,12 @@ impl Loaded {
     pub(super) fn warm_up(&mut self, time: Duration) -> Result<(), SoakError> {
         let load = Load { duration: time, ..self.load.clone() };
         self.target.round(&load)?;
+        let vmm = self.target.device().vmm();
+        if vmm.protocol_features().contains(ProtocolFeatures::LOG_SHMFD) {
+            // The last log stays the back-end's, as the protocol has no word that takes it away.
+            vmm.start_log()?;
+            vmm.stop_log()?;
+        }
         Ok(())
     }
 }
@@ -113,17 +118,19 @@ pub(super) struct Way {
     pub(super) depth: u16,
     pub(super) driving: Driving,
     pub(super) wanted: Wanted,
+    /// Share of reads.
+    pub(super) read_percent: u8,
 }
 
 impl Way {
     /// Sleeping, each call watched.
     pub(super) fn asleep(depth: u16) -> Self {
-        Self { depth, driving: Driving::Called, wanted: Wanted::default() }
+        Self { depth, driving: Driving::Called, wanted: Wanted::default(), read_percent: 50 }
     }
 
     /// Looking at the ring all the time.
     pub(super) fn polling(depth: u16) -> Self {
-        Self { depth, driving: Driving::Poll, wanted: Wanted::default() }
+        Self { driving: Driving::Poll, ..Self::asleep(depth) }
     }
 
     /// Without EVENT_IDX: notifications are switched off and on by flags.
@@ -144,6 +151,7 @@ impl std::fmt::Display for Way {
 
 /// What a soak works with while the load runs.
 pub(super) struct Site<'a> {
+    pub(super) peer: &'a mut Peer,
     pub(super) device: &'a mut BlockDevice,
     pub(super) live: &'a Live,
     pub(super) ring: &'a RingHandle,
@@ -195,7 +203,7 @@ pub(super) fn part(
 ) -> Result<Part, SoakError> {
     let mut part = Part::new(format!("{what} ({way})"));
     let mut peer = start(command)?;
-    let mut loaded = Loaded::open(peer.socket(), options, way.depth, way.driving, way.wanted)?;
+    let mut loaded = Loaded::open(peer.socket(), options, way)?;
     let begun = Instant::now();
     let end = soaked(&mut part, &mut peer, &mut loaded, options, homes, progress, work);
     part.ended(begun.elapsed(), end)
@@ -217,9 +225,12 @@ fn soaked(
     let random = Random::new(options.seed);
     let (load, ()) = loaded.target.during(&loaded.load, homes, |device, live| {
         let total = options.count;
-        work(&mut Site { device, live, ring, random, part: &mut *part, progress, total })
+        let (peer, part) = (&mut *peer, &mut *part);
+        work(&mut Site { peer, device, live, ring, random, part, progress, total })
     })?;
     part.load(&load);
+    let twice = ring.used_index()?.wrapping_sub(ring.available_index()?);
+    part.bounded("requests finished twice", f64::from(twice), "", 0.0);
     part.holdings(before, holdings(peer, Some(before))?);
     Ok(())
 }
