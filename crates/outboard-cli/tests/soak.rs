@@ -68,6 +68,14 @@ fn rings_are_disabled_stopped_and_kicked_otherwise_under_load() {
     assert_eq!(parts.len(), 6);
 }
 
+/// What the device writes is found in a log, whichever of two it is in.
+#[test]
+fn the_dirty_log_is_switched_and_swapped_under_load_and_no_page_is_missed() {
+    let parts = soaked("log", 30);
+    assert_eq!(parts.len(), 2);
+    assert!(parts.iter().all(|part| figure(part, "pages noted") > 0.0), "{parts:#?}");
+}
+
 #[test]
 fn a_wrong_command_line_or_nothing_to_soak_is_exit_code_2() {
     for (args, word) in [

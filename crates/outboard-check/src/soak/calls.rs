@@ -1,4 +1,4 @@
-//! Call descriptors swapped under load (vhost-user, SET_VRING_CALL; hostile case B27's other side: a front-end
+//! Call descriptors swapped under load (vhost-user, SET_VRING_CALL): a front-end
 //! that masks interrupts).
 //!
 //! As a VMM does when its guest masks a vector: the call goes to a descriptor that nobody waits for, then
