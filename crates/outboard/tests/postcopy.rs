@@ -115,7 +115,7 @@ fn both_loops(test: impl Fn(LoopKind)) {
 }
 
 #[test]
-fn a_request_waits_for_the_page_it_touches_and_finds_its_contents() {
+fn c18_a_request_waits_for_the_page_it_touches_and_finds_its_contents() {
     both_loops(|kind| {
         let Some((mut rig, faults, there)) = advised(kind) else { return };
         let source = Source::serve(faults, &rig.memory, there);
@@ -142,7 +142,7 @@ fn a_request_waits_for_the_page_it_touches_and_finds_its_contents() {
 }
 
 #[test]
-fn a_front_end_that_leaves_in_mid_fault_leaves_an_error_and_no_thread_that_waits() {
+fn c19_a_front_end_that_leaves_in_mid_fault_leaves_an_error_and_no_thread_that_waits() {
     both_loops(|kind| {
         let Some((mut rig, faults, _)) = advised(kind) else { return };
         let mut ring = start(&mut rig);

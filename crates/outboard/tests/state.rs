@@ -336,7 +336,7 @@ fn an_outcome_is_told_once_and_only_after_a_transfer() {
 
 /// Case A80.
 #[test]
-fn states_that_are_cut_foreign_newer_or_of_another_device_are_refused_and_change_nothing() {
+fn r17_states_that_are_cut_foreign_newer_or_of_another_device_are_refused_and_change_nothing() {
     let _alone = alone();
     let mut rig = Rig::with(b"old");
     let good = state_of(b"new");
