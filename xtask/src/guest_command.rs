@@ -30,6 +30,9 @@ pub(crate) struct Options {
     /// A kernel module to load besides those of every guest (repeatable)
     #[arg(long, value_name = "NAME")]
     module: Vec<String>,
+    /// A further argument for the guest's kernel (repeatable)
+    #[arg(long, value_name = "WORD", conflicts_with = "uml")]
+    kernel: Vec<String>,
     /// Boot User-mode Linux instead of QEMU
     #[arg(long)]
     uml: bool,
@@ -85,7 +88,8 @@ fn boot(
     ensure!(options.queues > 0, "--queues wants at least 1");
     let modules = options.module.iter().map(|name| &*name.clone().leak()).collect();
     let (cpus, seabios) = (options.queues, options.seabios);
-    let mut machine = Machine { cpus, seabios, modules, ..Machine::default() };
+    let kernel = options.kernel.iter().map(|word| &*word.clone().leak()).collect();
+    let mut machine = Machine { cpus, seabios, modules, kernel, ..Machine::default() };
     if let Some(disk) = disk {
         let device = format!("vhost-user-blk-pci,num-queues={}", options.queues);
         machine = machine.with_device(&device, &disk.socket);

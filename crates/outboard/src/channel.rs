@@ -20,8 +20,12 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use futures_channel::oneshot;
+use outboard_memory::Permission;
 use outboard_protocol::channel::{ChannelAnswer, ChannelBackend, ChannelRequest, RequestId};
+use outboard_protocol::payload::{IOTLB_ACCESS_FAIL, IOTLB_MISS, Iotlb};
 use outboard_protocol::{BackendCode, Frame, ProtocolFeatures, Refusal, Violation};
+
+use crate::mailbox::{Change, Mailbox};
 
 /// How long an answer is waited for.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -57,15 +61,11 @@ pub enum ChannelError {
 
 /// The answer to come. It may be awaited, waited for, or dropped.
 #[derive(Debug)]
-pub struct Answer(Result<oneshot::Receiver<Told>, Option<ChannelError>>);
+pub struct Answer(oneshot::Receiver<Told>);
 
 type Told = Result<Option<OwnedFd>, ChannelError>;
 
 impl Answer {
-    fn now(error: ChannelError) -> Self {
-        Self(Err(Some(error)))
-    }
-
     /// Blocks the calling thread until the answer is there; the session's deadline bounds it. Not
     /// to be called on the session's own thread, which brings the answers.
     ///
@@ -80,11 +80,59 @@ impl Future for Answer {
     type Output = Told;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Told> {
-        match &mut self.0 {
-            Ok(receiver) => Pin::new(receiver)
-                .poll(context)
-                .map(|told| told.unwrap_or(Err(ChannelError::Closed))),
-            Err(error) => Poll::Ready(Err(error.take().unwrap_or(ChannelError::Closed))),
+        Pin::new(&mut self.0).poll(context).map(|told| told.unwrap_or(Err(ChannelError::Closed)))
+    }
+}
+
+/// Who wants to know how a request went.
+#[derive(Debug)]
+enum Tell {
+    /// Whoever holds the [`Answer`].
+    Asker(oneshot::Sender<Told>),
+    /// Queues that wait for an entry of the IOTLB, each with the number of its question.
+    Queues(Vec<(Arc<Mailbox>, u64)>),
+}
+
+impl Tell {
+    /// Whoever asked may have lost interest.
+    fn tell(self, told: Told) {
+        match self {
+            Self::Asker(asker) => {
+                let _ = asker.send(told);
+            }
+            Self::Queues(queues) => {
+                let told = told.map(drop);
+                for (queue, number) in queues {
+                    queue.tell(Change::Translated { number, told: told.clone() });
+                }
+            }
+        }
+    }
+}
+
+/// What a request is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    Any,
+    Config,
+    /// The I/O address and the access of an IOTLB miss.
+    Miss((u64, u8)),
+}
+
+impl Purpose {
+    /// How many requests may be outstanding for one more. A queue asks again only when its last
+    /// question was answered or is late, so misses are few; no other request keeps them out.
+    const fn most(self) -> usize {
+        match self {
+            Self::Any | Self::Config => MOST,
+            Self::Miss(_) => 8 * MOST,
+        }
+    }
+
+    const fn miss(self) -> Option<(u64, u8)> {
+        match self {
+            Self::Any | Self::Config => None,
+            Self::Miss(miss) => Some(miss),
         }
     }
 }
@@ -95,7 +143,9 @@ struct Waiting {
     id: RequestId,
     until: Instant,
     config: bool,
-    tell: oneshot::Sender<Told>,
+    /// The I/O address and the access of an IOTLB miss.
+    miss: Option<(u64, u8)>,
+    tell: Tell,
 }
 
 #[derive(Debug, Default)]
@@ -141,11 +191,60 @@ impl BackendChannel {
 
     /// Asks anything. Nothing blocks; the answer comes through what is returned.
     pub fn ask(&self, request: ChannelRequest<OwnedFd>) -> Answer {
+        let (tell, receiver) = oneshot::channel();
         let mut state = self.lock();
         if state.suspended {
-            return Answer::now(ChannelError::Suspended);
+            // Nobody can have lost interest yet.
+            let _ = tell.send(Err(ChannelError::Suspended));
+        } else {
+            state.ask(request, Purpose::Any, Tell::Asker(tell));
         }
-        state.ask(request, false)
+        Answer(receiver)
+    }
+
+    /// Asks the front-end for an entry of the IOTLB; the answer goes to `queue`'s mailbox, under
+    /// `number`. Queues that miss the same entry ask once.
+    pub(crate) fn ask_translation(
+        &self,
+        iova: u64,
+        access: Permission,
+        queue: &Arc<Mailbox>,
+        number: u64,
+    ) {
+        let mut state = self.lock();
+        let miss = (iova, access.bits());
+        let asked = state.waiting.iter_mut().find(|waiting| waiting.miss == Some(miss));
+        if let Some(Waiting { tell: Tell::Queues(queues), .. }) = asked {
+            queues.push((Arc::clone(queue), number));
+            return;
+        }
+        let tell = Tell::Queues(vec![(Arc::clone(queue), number)]);
+        if state.suspended {
+            tell.tell(Err(ChannelError::Suspended));
+            return;
+        }
+        let entry = Iotlb { iova, perm: access.bits(), kind: IOTLB_MISS, ..Iotlb::default() };
+        state.ask(ChannelRequest::Iotlb(entry), Purpose::Miss(miss), tell);
+    }
+
+    /// The IOTLB changes: what was asked before may have been answered by a change that is history
+    /// by now, so nobody joins in asking it.
+    pub(crate) fn iotlb_changes(&self) {
+        for waiting in &mut self.lock().waiting {
+            waiting.miss = None;
+        }
+    }
+
+    /// Tells the front-end that the device was not allowed an access.
+    pub(crate) fn report_access_failure(&self, iova: u64, len: u64, access: Permission) {
+        let (perm, kind) = (access.bits(), IOTLB_ACCESS_FAIL);
+        drop(self.ask(ChannelRequest::Iotlb(Iotlb {
+            iova,
+            size: len,
+            perm,
+            kind,
+            ..Iotlb::default()
+        })));
     }
 
     /// Plugs a socket in; requests on the old one fail.
@@ -231,8 +330,7 @@ impl BackendChannel {
             if let Some(at) = state.waiting.iter().position(|waiting| waiting.id == id)
                 && let Some(waiting) = state.waiting.remove(at)
             {
-                // Whoever asked may have lost interest.
-                let _ = waiting.tell.send(told);
+                waiting.tell.tell(told);
             }
         }
         state.wake();
@@ -248,7 +346,7 @@ impl BackendChannel {
             if let Some(machine) = &mut state.machine {
                 machine.forget(late.id);
             }
-            let _ = late.tell.send(Err(ChannelError::Late));
+            late.tell.tell(Err(ChannelError::Late));
         }
         state.waiting.front().map(|waiting| waiting.until)
     }
@@ -263,29 +361,35 @@ impl State {
 
     fn fail_all(&mut self, error: &ChannelError) {
         for waiting in self.waiting.drain(..) {
-            let _ = waiting.tell.send(Err(error.clone()));
+            waiting.tell.tell(Err(error.clone()));
         }
     }
 
-    fn ask(&mut self, request: ChannelRequest<OwnedFd>, config: bool) -> Answer {
-        let Some(machine) = &mut self.machine else { return Answer::now(ChannelError::Closed) };
-        if machine.owed() >= MOST {
-            return Answer::now(ChannelError::Busy);
+    fn ask(&mut self, request: ChannelRequest<OwnedFd>, purpose: Purpose, tell: Tell) {
+        let Some(machine) = &mut self.machine else {
+            tell.tell(Err(ChannelError::Closed));
+            return;
+        };
+        if machine.owed() >= purpose.most() {
+            tell.tell(Err(ChannelError::Busy));
+            return;
         }
         let sent = match machine.send(request) {
             Ok(sent) => sent,
-            Err(refusal) => return Answer::now(refusal.into()),
+            Err(refusal) => {
+                tell.tell(Err(refusal.into()));
+                return;
+            }
         };
-        let (tell, receiver) = oneshot::channel();
         if sent.answer {
             let until = Instant::now() + DEADLINE;
-            self.waiting.push_back(Waiting { id: sent.id, until, config, tell });
+            let (config, miss) = (purpose == Purpose::Config, purpose.miss());
+            self.waiting.push_back(Waiting { id: sent.id, until, config, miss, tell });
         } else {
             // No answer was negotiated: sent is all that can be known.
-            let _ = tell.send(Ok(None));
+            tell.tell(Ok(None));
         }
         self.wake();
-        Answer(Ok(receiver))
     }
 
     /// Sends the notice of a changed configuration, if none is under way.
@@ -295,7 +399,8 @@ impl State {
             return;
         }
         self.config_changed = false;
-        drop(self.ask(ChannelRequest::ConfigChange, true));
+        let (tell, _) = oneshot::channel();
+        self.ask(ChannelRequest::ConfigChange, Purpose::Config, Tell::Asker(tell));
     }
 
     fn next_answer(&mut self) -> Result<Option<(RequestId, Told)>, Violation> {

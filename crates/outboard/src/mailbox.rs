@@ -15,6 +15,7 @@ use futures_channel::oneshot;
 use outboard_memory::GuestMemory;
 use outboard_queue::{Chain, RingLog};
 
+use crate::channel::ChannelError;
 use crate::notify::{Call, Kick, Waker};
 
 /// A change of a running ring.
@@ -32,6 +33,15 @@ pub(crate) enum Change {
     Enable(bool),
     /// Where writes are noted, or no more.
     Log(Option<RingLog>),
+    /// The front-end's answer to the queue's question of this number about its IOMMU.
+    Translated {
+        /// The question.
+        number: u64,
+        /// Whether the front-end says that there is an entry now.
+        told: Result<(), ChannelError>,
+    },
+    /// Questions can be asked (again): there is a channel.
+    Ask,
     /// The next generation of guest memory. `drain`: what the old one had may go away, so
     /// requests that use it are finished first.
     Memory {
@@ -79,6 +89,14 @@ impl Mailbox {
             returned_count: AtomicUsize::new(0),
             broken: AtomicBool::new(false),
         }))
+    }
+
+    /// Puts a change in that nobody waits for.
+    pub(crate) fn tell(&self, change: Change) {
+        if let Some(changes) = lock(&self.changes).as_mut() {
+            changes.push_back(Posted { change, done: oneshot::channel().0 });
+        }
+        self.waker.wake();
     }
 
     /// The next change, oldest first.

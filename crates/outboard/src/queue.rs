@@ -11,6 +11,9 @@
 //!                                                └─▶ memory: when nothing is in flight,
 //!                                                    then the ring is found again or parked
 //! ```
+//! Behind an IOMMU a queue may lack a translation: see `translation.rs`.
+
+mod translation;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -20,6 +23,8 @@ use outboard_memory::{GuestMemory, View};
 use outboard_queue::{Chain, DeviceQueue, QueueLayout, RingError, RingLog};
 use tracing::{debug, warn};
 
+use self::translation::{Translation, find_or_wait};
+use crate::channel::BackendChannel;
 use crate::mailbox::{Applied, Change, Mailbox};
 use crate::notify::{Call, Kick, drain};
 use crate::request::Request;
@@ -76,6 +81,8 @@ pub(crate) struct Setup {
     pub(crate) kick: Kick,
     pub(crate) call: Option<Arc<Call>>,
     pub(crate) err: Option<Arc<Call>>,
+    /// Where misses of the IOTLB are told.
+    pub(crate) channel: BackendChannel,
 }
 
 /// Why a ring cannot be served where it is said to lie.
@@ -118,10 +125,13 @@ pub struct Queue {
     /// Who waits until everything that was in the ring is finished.
     processing: Vec<oneshot::Sender<Applied>>,
     broken: bool,
+    /// Nothing is taken: the ring is broken, or the front-end was asked for a translation.
+    resting: bool,
+    translation: Translation,
 }
 
 impl Queue {
-    /// Finds the ring in `memory`.
+    /// Finds the ring in `memory`; behind an IOMMU it may be parked at first.
     ///
     /// # Errors
     /// The ring lies outside guest memory, or its size or alignment is no ring's.
@@ -130,7 +140,7 @@ impl Queue {
         memory: Arc<GuestMemory>,
         mailbox: Arc<Mailbox>,
     ) -> Result<Self, StartError> {
-        let ring = Some(find_ring(&setup, setup.base, &memory)?);
+        let ring = find_or_wait(&setup, &memory)?;
         Ok(Self {
             setup,
             ring,
@@ -139,6 +149,8 @@ impl Queue {
             next_memory: None,
             processing: Vec::new(),
             broken: false,
+            resting: false,
+            translation: Translation::default(),
         })
     }
 
@@ -232,14 +244,17 @@ impl Queue {
         if !self.looks() {
             return None;
         }
-        let ring = self.ring.as_mut()?;
+        let Some(ring) = self.ring.as_mut() else {
+            self.seek_ring();
+            return None;
+        };
         loop {
             match ring.pop() {
                 Ok(Some(chain)) if self.setup.enabled => return Some(chain),
                 Ok(Some(chain)) => ring.complete(chain, 0),
                 Ok(None) => return None,
                 Err(error) => {
-                    self.retire(&error);
+                    self.failed(&error);
                     return None;
                 }
             }
@@ -248,7 +263,7 @@ impl Queue {
 
     /// Whether requests are taken from the ring at all now.
     fn looks(&self) -> bool {
-        !self.broken
+        !self.resting
             && self.next_memory.is_none()
             && (self.setup.enabled || self.setup.when_disabled == WhenDisabled::Discard)
     }
@@ -297,7 +312,7 @@ impl Queue {
         if self.broken {
             return;
         }
-        self.broken = true;
+        (self.broken, self.resting) = (true, true);
         warn!(queue = self.setup.index, "ring retired: {why}");
         self.mailbox.set_broken();
         if let Some(err) = &self.setup.err {
@@ -320,6 +335,7 @@ impl Queue {
                     } else {
                         self.extend_memory(memory, posted.done);
                         changed.memory = true;
+                        self.look_again(&mut changed);
                     }
                 }
                 Change::Process => {
@@ -388,6 +404,8 @@ impl Queue {
                 changed.look |= enabled && !self.setup.enabled;
                 self.setup.enabled = enabled;
             }
+            Change::Translated { number, told } => self.answered(number, told, changed),
+            Change::Ask => self.ask_again(changed),
             Change::Memory { .. } | Change::Process => {}
         }
     }
@@ -415,12 +433,18 @@ impl Queue {
         match find_ring(&self.setup, self.setup.base, &memory) {
             Ok(ring) => {
                 self.ring = Some(ring);
+                self.translation.ring_found();
                 changed.look = true;
             }
-            Err(error) => debug!(queue = self.setup.index, "ring parked: {error}"),
+            Err(error) => {
+                debug!(queue = self.setup.index, "ring parked: {error}");
+                // Behind an IOMMU the look asks for the parts.
+                changed.look |= memory.is_behind_iommu();
+            }
         }
         self.memory = memory;
         changed.memory = true;
+        self.look_again(changed);
         let _ = done.send(self.state());
     }
 

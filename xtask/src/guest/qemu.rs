@@ -26,6 +26,8 @@ pub struct Machine {
     pub modules: Vec<&'static str>,
     /// SeaBIOS instead of qboot: it drives a disk itself before Linux does.
     pub seabios: bool,
+    /// Further arguments for the kernel.
+    pub kernel: Vec<&'static str>,
 }
 
 /// What emulates fastest: everything but wide vectors, hashing and a fifth level of page tables.
@@ -33,8 +35,8 @@ const CPU: &str = "max,-avx2,-avx,-sha-ni,-la57";
 
 impl Default for Machine {
     fn default() -> Self {
-        let (arguments, modules) = (Vec::new(), Vec::new());
-        Self { cpus: 1, memory: 256, hot_plug: None, arguments, modules, seabios: false }
+        let (arguments, modules, kernel) = (Vec::new(), Vec::new(), Vec::new());
+        Self { cpus: 1, memory: 256, hot_plug: None, arguments, modules, seabios: false, kernel }
     }
 }
 
@@ -69,7 +71,9 @@ impl Machine {
         let mut command = self.hardware(root);
         command.arg("-kernel").arg(root.path(&format!("boot/vmlinuz-{release}")));
         command.arg("-initrd").arg(&initrd);
-        command.args(["-append", "console=ttyS0 panic=-1 mitigations=off nokaslr agent=ttyS1"]);
+        let plain = ["console=ttyS0 panic=-1 mitigations=off nokaslr agent=ttyS1"];
+        let words: Vec<_> = plain.iter().chain(&self.kernel).copied().collect();
+        command.arg("-append").arg(words.join(" "));
         command.arg("-serial").arg(format!("file:{}", console.display()));
         command.args(["-chardev", "stdio,id=agent,signal=off", "-serial", "chardev:agent"]);
         let monitor = dir.join("monitor");

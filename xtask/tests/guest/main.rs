@@ -5,6 +5,7 @@
 
 mod bios;
 mod disk;
+mod iommu;
 mod lab;
 mod live;
 mod rng;

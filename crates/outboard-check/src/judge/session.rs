@@ -144,10 +144,11 @@ impl Session {
         }
     }
 
-    /// That the connection answers.
+    /// That the connection answers, and offers what it offered. ACCESS_PLATFORM needs a channel: it may
+    /// show only after that was negotiated.
     pub(crate) fn alive(&mut self) -> Outcome {
         let now = self.wire.ask(&message::get_features())?.number()?;
-        let before = self.offered;
+        let before = self.offered | (now & virtio::ACCESS_PLATFORM);
         ensure!(now == before, "GET_FEATURES changed from {before:#x} to {now:#x}");
         Ok(())
     }

@@ -18,7 +18,7 @@ use super::session::Session;
 use crate::channel::BackendChannel;
 use crate::connection::{Connection, Received};
 use crate::device::VhostUserDevice;
-use crate::reactor::{Reactor, race};
+use crate::reactor::{Raced, Reactor, race};
 
 /// The longest reply: header and the largest payload.
 const BUFFER: usize = 12 + 4096;
@@ -55,7 +55,8 @@ pub(crate) async fn drive<R: Reactor>(reactor: R, channel: BackendChannel, plug:
             Some(connection) => {
                 let both = race(send(&channel, &connection), receive(&channel, &connection));
                 let moved = race(both, expire(&reactor, &channel));
-                if let crate::reactor::Raced::First(_) = race(moved, changed).await {
+                // First: what is asked of the next socket must not be sent over this one.
+                if let Raced::Second(_) = race(changed, moved).await {
                     channel.close();
                     plug.set(None);
                 }
@@ -123,7 +124,7 @@ async fn expire<R: Reactor>(reactor: &R, channel: &BackendChannel) {
 
 impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     /// SET_BACKEND_REQ_FD: the new channel takes over, the old one is closed.
-    pub(super) fn set_channel(&mut self, socket: OwnedFd) -> Result<(), Refusal> {
+    pub(super) async fn set_channel(&mut self, socket: OwnedFd) -> Result<(), Refusal> {
         let stream = sockopt::socket_domain(&socket) == Ok(AddressFamily::UNIX)
             && sockopt::socket_type(&socket) == Ok(SocketType::STREAM);
         if !stream {
@@ -134,7 +135,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         self.plug.set(Some(Arc::new(connection)));
         let protocol = self.backend.acked_protocol_features();
         self.channel.open(protocol, self.backend.acked_features());
-        Ok(())
+        self.channel_given().await
     }
 
     /// Whether notifications may go as messages.

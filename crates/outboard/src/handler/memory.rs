@@ -65,19 +65,30 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         self.install(memory, true).await
     }
 
-    /// Has every running queue take `memory`, then starts the rings that waited for it.
+    /// Has every running queue live in `memory`, then starts the rings that waited for it. Behind an
+    /// IOMMU they live in what the IOTLB has of it; that is flushed when memory goes away.
     pub(super) async fn install(
         &mut self,
         memory: GuestMemory,
         drain: bool,
     ) -> Result<(), Refusal> {
-        let memory = Arc::new(memory);
-        let answers = self.post_all(|_| Change::Memory { memory: Arc::clone(&memory), drain });
-        self.memory = memory;
+        self.memory = Arc::new(memory);
+        if drain {
+            self.iommu.flush();
+        }
+        let installed = self.install_space(drain).await;
+        installed.and(self.start_all_ready())
+    }
+
+    /// Has every running queue take what is to be seen of guest memory now.
+    pub(super) async fn install_space(&mut self, drain: bool) -> Result<(), Refusal> {
+        self.channel.iotlb_changes();
+        let space = self.iommu.renew(&self.memory);
+        let answers = self.post_all(|_| Change::Memory { memory: Arc::clone(&space), drain });
         let mut result = Ok(());
         for (index, answer) in answers {
             result = result.and(self.await_change(index, answer).await);
         }
-        result.and(self.start_all_ready())
+        result
     }
 }

@@ -13,6 +13,7 @@
 mod channel;
 mod extras;
 mod hand_over;
+mod iotlb;
 mod log;
 mod memory;
 mod postcopy;
@@ -44,7 +45,8 @@ pub(crate) const RING_FEATURES: u64 = virtio::RING_INDIRECT_DESC
     | virtio::RING_EVENT_IDX
     | virtio::VERSION_1
     | virtio::RING_RESET
-    | virtio::LOG_ALL;
+    | virtio::LOG_ALL
+    | virtio::ACCESS_PLATFORM;
 
 /// Protocol features that the framework carries for every device.
 const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
@@ -219,9 +221,16 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
             protocol_features |= ProtocolFeatures::CONFIG;
         }
         let largest = device.queues().iter().map(|queue| queue.max_size).max();
+        let protocol_features = protocol_features - self.options.without_protocol_features;
+        let mut features = (RING_FEATURES | device.features()) & !self.options.without_features;
+        // Misses are told over the channel.
+        if !protocol_features.contains(ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::REPLY_ACK)
+        {
+            features &= !virtio::ACCESS_PLATFORM;
+        }
         Offer {
-            features: (RING_FEATURES | device.features()) & !self.options.without_features,
-            protocol_features: protocol_features - self.options.without_protocol_features,
+            features,
+            protocol_features,
             queues: u16::try_from(device.queues().len()).unwrap_or(u16::MAX),
             max_queue_size: largest.unwrap_or(1),
             mem_slots: MEM_SLOTS,

@@ -197,6 +197,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     /// No ring runs any more: nothing is written, signalled or asked until the next start.
     pub(super) async fn suspend(&mut self) -> Result<(), HostError> {
         self.channel.set_suspended(true);
+        self.flush_iotlb();
         Ok(self.device.enter_suspended_state().await?)
     }
 
@@ -221,7 +222,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         let Some(setup) = self.setup(index) else { return Ok(()) };
         let mailbox = Mailbox::new().map_err(Refusal::because)?;
         let control = QueueControl::new(Arc::clone(&mailbox));
-        let queue = match Queue::new(setup, Arc::clone(&self.memory), mailbox) {
+        let queue = match Queue::new(setup, Arc::clone(self.iommu.space()), mailbox) {
             Ok(queue) => queue,
             Err(error @ StartError::Unmapped { address, .. }) => {
                 // Wholly outside: its region may still come. Over the end of one: never right.
@@ -234,6 +235,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             Err(error) => return Err(Refusal::because(error)),
         };
         self.channel.set_suspended(false);
+        let parked = queue.is_parked();
         if let Err(error) = self.device.start_queue(index, queue) {
             self.channel.set_suspended(self.running().is_empty());
             return Err(Refusal::because(error));
@@ -241,6 +243,9 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         self.state.ring_started();
         self.ring(index)?.control = Some(control);
         self.backend.ring_event(index, RingEvent::Started);
+        if parked {
+            self.backend.ring_event(index, RingEvent::Parked);
+        }
         info!(queue = index, "ring started");
         Ok(())
     }
@@ -271,6 +276,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             // A front-end that notifies by messages may never send a descriptor, nor say so.
             call: host.call.clone().or_else(|| self.call_way(Notifier::Poll, InBand::Call(index))),
             err: host.err.clone().or_else(|| self.call_way(Notifier::Poll, InBand::Err(index))),
+            channel: self.channel.clone(),
         })
     }
 

@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, info, warn};
 
 use super::channel::{Plug, drive};
+use super::iotlb::Iommu;
 use super::log::SessionLog;
 use super::postcopy::Postcopy;
 use super::rings::HostRing;
@@ -112,8 +113,10 @@ pub(crate) struct Session<'h, D: VhostUserDevice, R: Reactor> {
     /// The virtio status byte (SET_STATUS).
     pub(super) status: u8,
     pub(super) backend: Backend<OwnedFd>,
+    /// Guest memory, by guest-physical and front-end addresses.
     pub(super) memory: Arc<GuestMemory>,
     pub(super) log: SessionLog,
+    pub(super) iommu: Iommu,
     pub(super) rings: Vec<HostRing>,
     pub(super) postcopy: Option<Postcopy>,
     pub(super) state: StateDesk,
@@ -138,6 +141,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
     ) -> Result<Self, HostError> {
         let rings = device.queues().iter().map(|_| HostRing::default()).collect();
         let channel = device.hooks().and_then(|hooks| hooks.back_end_channel()).unwrap_or_default();
+        let memory = Arc::new(GuestMemory::new(0, Vec::new())?);
         Ok(Self {
             device,
             options,
@@ -147,7 +151,8 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             plug: Arc::new(Plug::new()),
             status: 0,
             backend: Backend::new(offer),
-            memory: Arc::new(GuestMemory::new(0, Vec::new())?),
+            iommu: Iommu::new(&memory),
+            memory,
             log: SessionLog::default(),
             rings,
             postcopy: None,
@@ -244,6 +249,9 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
                 self.acknowledge(ticket, done);
                 let protocol = self.backend.acked_protocol_features();
                 self.channel.negotiate(protocol, self.backend.acked_features());
+                if let Err(refusal) = self.turn_iommu().await {
+                    warn!("IOMMU: {refusal}");
+                }
                 // Kicked before the features were known: started before the answer is sent.
                 if let Err(refusal) = self.start_all_ready() {
                     warn!("ring not started: {refusal}");
@@ -257,6 +265,9 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             Effect::ResetDevice { ticket } => {
                 self.reset_device().await?;
                 self.acknowledge(ticket, Ok(()));
+                if let Err(refusal) = self.turn_iommu().await {
+                    warn!("IOMMU: {refusal}");
+                }
             }
             Effect::SetMemTable { regions, ticket } => {
                 let done = self.set_mem_table(regions).await;
@@ -319,8 +330,12 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
                 let done = self.set_log_fd(fd).await;
                 self.acknowledge(ticket, done);
             }
+            Effect::Iotlb { message, ticket } => {
+                let done = self.iotlb_message(&message).await;
+                self.acknowledge(ticket, done);
+            }
             Effect::SetBackendReqFd { channel, ticket } => {
-                let done = self.set_channel(channel);
+                let done = self.set_channel(channel).await;
                 self.acknowledge(ticket, done);
             }
             Effect::SetStatus { status, ticket } => {
