@@ -147,9 +147,22 @@ impl Disk {
 /// # Errors
 /// When the program is not there or does not start.
 pub fn outboard_block(dir: &Path, image: &Path, arguments: &[&str]) -> Result<Device> {
+    outboard_block_named("disk", dir, image, arguments)
+}
+
+/// The same by another name than `disk`, for a second one in the folder.
+///
+/// # Errors
+/// As [`outboard_block`].
+pub fn outboard_block_named(
+    name: &str,
+    dir: &Path,
+    image: &Path,
+    arguments: &[&str],
+) -> Result<Device> {
     let mut command = Command::new(outboard()?);
-    command.arg("block").args(arguments).arg("--socket-path").arg(socket(dir, "disk")).arg(image);
-    Device::start(&mut command, dir, "disk")
+    command.arg("block").args(arguments).arg("--socket-path").arg(socket(dir, name)).arg(image);
+    Device::start(&mut command, dir, name)
 }
 
 /// Our program: `$OUTBOARD_BIN`, else the newest of the target directory's builds.

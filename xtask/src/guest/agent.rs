@@ -73,6 +73,17 @@ impl Agent {
         Ok(self.to_guest.flush()?)
     }
 
+    /// Sends a line that is no script.
+    ///
+    /// # Errors
+    /// When the guest is gone.
+    pub fn say(&mut self, line: &str) -> Result<()> {
+        self.to_guest
+            .write_all(format!("{line}\n").as_bytes())
+            .context("the guest hears nothing")?;
+        Ok(self.to_guest.flush()?)
+    }
+
     /// Waits for the end of the script that was started.
     ///
     /// # Errors

@@ -38,14 +38,38 @@ pub struct Guest {
 
 impl Guest {
     /// A guest whose agent speaks over the child's standard input and output.
-    fn new(mut child: Child, logs: Vec<PathBuf>, monitor: Option<PathBuf>) -> Result<Self> {
+    fn new(child: Child, logs: Vec<PathBuf>, monitor: Option<PathBuf>) -> Result<Self> {
+        let mut guest = Self::silent(child, logs, monitor)?;
+        guest.wait_ready()?;
+        Ok(guest)
+    }
+
+    /// A guest that runs elsewhere and is to come through the socket `stream`, which is there.
+    fn arriving(child: Child, logs: Vec<PathBuf>, monitor: PathBuf, stream: &Path) -> Result<Self> {
+        let mut guest = Self::silent(child, logs, Some(monitor))?;
+        let end = std::time::Instant::now() + START;
+        while !stream.exists() {
+            let alive = guest.child.0.try_wait()?.is_none() && std::time::Instant::now() < end;
+            guest.explain(alive.then_some(()).context("QEMU does not start"))?;
+            std::thread::sleep(Duration::from_millis(10)); // a socket's birth sends no event
+        }
+        Ok(guest)
+    }
+
+    fn silent(mut child: Child, logs: Vec<PathBuf>, monitor: Option<PathBuf>) -> Result<Self> {
         let to_guest = child.stdin.take().context("the guest has no input")?;
         let from_guest = child.stdout.take().context("the guest has no output")?;
         let agent = Agent::new(Box::new(to_guest), from_guest);
-        let mut guest =
-            Self { agent, child: Running(child), logs, monitor, release: String::new() };
-        guest.wait_ready()?;
-        Ok(guest)
+        Ok(Self { agent, child: Running(child), logs, monitor, release: String::new() })
+    }
+
+    /// Says one line to a script that reads from the agent's port.
+    ///
+    /// # Errors
+    /// When the guest is gone.
+    pub fn say(&mut self, line: &str) -> Result<()> {
+        let said = self.agent.say(line);
+        self.explain(said)
     }
 
     /// The release of the guest's kernel.

@@ -9,7 +9,7 @@ use crate::packages::Root;
 use crate::process::Running;
 use anyhow::{Context as _, Result};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 /// What the guest is made of.
 #[derive(Clone, Debug)]
@@ -62,6 +62,24 @@ impl Machine {
     /// # Errors
     /// When QEMU does not start or the guest does not come up: with the end of its console.
     pub fn boot(&self, root: &Root, dir: &Path) -> Result<Guest> {
+        let (child, logs, monitor) = self.start(root, dir)?;
+        Guest::new(child, logs, Some(monitor))
+    }
+
+    /// Starts the same machine without a guest: one comes over a migration's stream that QEMU
+    /// takes on the socket `stream`. `dir` is not that of the machine it comes from.
+    ///
+    /// # Errors
+    /// When QEMU does not start.
+    pub fn receive(&self, root: &Root, dir: &Path, stream: &Path) -> Result<Guest> {
+        let incoming = format!("unix:{}", stream.display());
+        let machine = self.clone().with(&["-incoming", &incoming]);
+        let (child, logs, monitor) = machine.start(root, dir)?;
+        Guest::arriving(child, logs, monitor, stream)
+    }
+
+    /// QEMU, the files that it and its guest write to, and its monitor.
+    fn start(&self, root: &Root, dir: &Path) -> Result<(Child, Vec<PathBuf>, PathBuf)> {
         let release = root.kernel_release()?;
         let modules: Vec<_> = BASE_MODULES.iter().chain(&self.modules).copied().collect();
         let archive =
@@ -81,7 +99,7 @@ impl Machine {
         command.args(&self.arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         let log = std::fs::File::create(dir.join("qemu.log"))?;
         let child = command.stderr(log).spawn().context("cannot start QEMU")?;
-        Guest::new(child, vec![console, dir.join("qemu.log")], Some(monitor))
+        Ok((child, vec![console, dir.join("qemu.log")], monitor))
     }
 
     /// Starts the machine without a kernel: its firmware boots from a disk. Gives the machine and

@@ -8,5 +8,6 @@ mod disk;
 mod iommu;
 mod lab;
 mod live;
+mod migrate;
 mod rng;
 mod uml;
