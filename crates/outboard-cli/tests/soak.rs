@@ -77,6 +77,19 @@ fn the_dirty_log_is_switched_and_swapped_under_load_and_no_page_is_missed() {
 }
 
 #[test]
+fn a_back_end_without_an_in_flight_region_is_not_killed_and_that_is_said() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = folder.path().join("disk.img");
+    std::fs::File::create(&image).expect("an image").set_len(1 << 20).expect("room");
+    let image = image.to_str().expect("text");
+    let device = [OUTBOARD, "block", "--without", "INFLIGHT_SHMFD", "--socket-path", "{socket}"];
+    let output = outboard(&[&["soak", "kill", "--"], &device[..], &[image]].concat());
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{errors}");
+    assert!(errors.contains("it offers no in-flight region"), "{errors}");
+}
+
+#[test]
 fn a_wrong_command_line_or_nothing_to_soak_is_exit_code_2() {
     for (args, word) in [
         (vec!["soak"], "SOAK"),

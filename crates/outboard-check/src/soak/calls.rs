@@ -1,5 +1,4 @@
-//! Call descriptors swapped under load (vhost-user, SET_VRING_CALL): a front-end
-//! that masks interrupts).
+//! Call descriptors swapped under load (vhost-user, SET_VRING_CALL): a front-end that masks interrupts.
 //!
 //! As a VMM does when its guest masks a vector: the call goes to a descriptor that nobody waits for, then
 //! back to the guest's, with what came meanwhile passed on. Invariant: when a swap is acknowledged, no call

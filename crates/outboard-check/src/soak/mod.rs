@@ -5,9 +5,9 @@
 //!                    ▲                 │ during: Live
 //!                    └── messages ◀── soak: what is done so often ─▶ Part: figures, what went wrong
 //! ```
-//! Each soak is one file. Invariants: nothing here knows whose back-end it is; a change is only counted
-//! when requests were finished between it and the one before; what a process holds (descriptors, memory)
-//! is compared at rest, with the same front-ends connected.
+//! Each soak is one file. Invariants: nothing here knows whose back-end it is; between one round of changes
+//! and the next requests are finished, so that each met a device at work; what a process holds
+//! (descriptors, memory) is compared at rest, with the same front-ends connected.
 
 mod calls;
 mod kill;
