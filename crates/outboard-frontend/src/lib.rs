@@ -41,4 +41,4 @@ pub use memory::{Buffer, DEFAULT_GUEST_BASE, SharedMemory, USER_OFFSET};
 pub use snapshot::VmmSnapshot;
 pub use socket::{MAX_RECEIVED_FDS, MAX_SENT_FDS, Received, Socket, SocketError};
 pub use virtqueue::{RingHandle, Virtqueue, wait_any};
-pub use vmm::{QueueSetup, Sharing, Vmm, Wanted};
+pub use vmm::{Iommu, QueueSetup, Sharing, Vmm, Wanted};

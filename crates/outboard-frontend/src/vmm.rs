@@ -14,6 +14,7 @@
 //! `sleep` and `reset` without an active queue send nothing.
 
 mod inflight;
+mod iommu;
 mod log;
 
 use std::sync::Arc;
@@ -27,6 +28,8 @@ use crate::connection::{Connection, DEFAULT_TIMEOUT};
 use crate::error::Error;
 use crate::memory::SharedMemory;
 use crate::virtqueue::{RingShare, Virtqueue};
+
+pub use self::iommu::Iommu;
 
 /// What the front-end is ready to use, if the back-end offers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +116,8 @@ pub struct Vmm {
     asleep: Option<Vec<(Arc<RingShare>, u32)>>,
     /// Asked for when the first channel is opened. What is mapped goes with a reset and with this.
     regions: Option<SharedRegions>,
+    /// What the device sees guest memory through.
+    iommu: Option<Iommu>,
     /// As the first back-end made it; it goes with a reset.
     inflight: Option<inflight::InflightRegion>,
     /// On while it is there.
@@ -127,13 +132,17 @@ impl Vmm {
     /// Anything the connection can fail with.
     pub fn new(mut connection: Connection, wanted: Wanted) -> Result<Self, Error> {
         connection.set_owner()?;
-        let offered = connection.get_features()?;
+        let mut offered = connection.get_features()?;
         let mut offered_protocol = ProtocolFeatures::empty();
         let mut acked_protocol = ProtocolFeatures::empty();
         if offered & virtio::PROTOCOL_FEATURES != 0 {
             offered_protocol = connection.get_protocol_features()?;
             acked_protocol = offered_protocol & wanted.protocol;
             connection.set_protocol_features(acked_protocol)?;
+            if wanted.features & virtio::ACCESS_PLATFORM != 0 {
+                // An IOMMU needs a channel: it may be shown only to who has one.
+                offered = connection.get_features()?;
+            }
         }
         let slots = acked_protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS);
         if wanted.sharing == Sharing::Slots && !slots {
@@ -151,6 +160,7 @@ impl Vmm {
             active: Vec::new(),
             asleep: None,
             regions: None,
+            iommu: None,
             inflight: None,
             log: None,
         })
@@ -222,7 +232,10 @@ impl Vmm {
             same_process: false,
             patience: DEFAULT_TIMEOUT,
         };
-        let channel = Channel::new(ours, setup)?;
+        let mut channel = Channel::new(ours, setup)?;
+        if let Some(iommu) = &self.iommu {
+            channel.translate(iommu.clone());
+        }
         self.connection.set_backend_req_fd(&theirs)?;
         Ok(channel)
     }
@@ -304,7 +317,8 @@ impl Vmm {
         let mut driven = Vec::with_capacity(queues.len());
         let mut rings = Vec::with_capacity(queues.len());
         for setup in queues {
-            let ring = RingShare::new(&memory, *setup)?;
+            let indirect = if self.iommu.is_some() { 0 } else { setup.indirect };
+            let ring = RingShare::new(&memory, QueueSetup { indirect, ..*setup })?;
             driven.push(Virtqueue::new(Arc::clone(&ring), self.acked)?);
             rings.push((ring, 0));
         }
@@ -396,7 +410,10 @@ impl Vmm {
             let index = ring.index;
             self.connection.set_vring_num(index, ring.layout.size)?;
             let used = self.log.as_ref().map(|_| ring.layout.used);
-            self.connection.set_vring_addr_logged(index, &ring.layout, used)?;
+            match self.ring_addresses(&ring)? {
+                Some(io) => self.connection.set_vring_addr_io(index, &io, used)?,
+                None => self.connection.set_vring_addr_logged(index, &ring.layout, used)?,
+            }
             self.connection.set_vring_base(index, base)?;
             self.connection.set_vring_call(index, &ring.call)?;
             self.connection.set_vring_kick(index, &*ring.kick())?;

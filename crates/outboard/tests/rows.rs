@@ -73,7 +73,13 @@ const FRONT_END: &[(&str, Shown)] = &[
         "SET_BACKEND_REQ_FD",
         By(&["everything::d31_a_config_change_goes_to_the_channel_of_that_moment"]),
     ),
-    ("IOTLB_MSG", Open("address translation")),
+    (
+        "IOTLB_MSG",
+        By(&[
+            "iotlb::an_invalidation_waits_for_the_request_that_the_device_holds_back",
+            "iotlb_everything::a_vmm_keeps_its_guest_behind_an_iommu",
+        ]),
+    ),
     ("SET_VRING_ENDIAN", By(&[OFFERED])),
     ("GET_CONFIG", By(&[CONFIG])),
     ("SET_CONFIG", By(&["everything::the_configuration_is_written_where_the_device_lets_it_be"])),
@@ -101,7 +107,13 @@ const FRONT_END: &[(&str, Shown)] = &[
 
 /// Requests of the back-end.
 const BACK_END: &[(&str, Shown)] = &[
-    ("IOTLB_MSG", Open("address translation")),
+    (
+        "IOTLB_MSG",
+        By(&[
+            "iotlb::a_ring_asks_for_its_parts_and_for_each_buffer_and_serves",
+            "iotlb::a_read_only_page_is_not_written_and_the_failure_is_reported",
+        ]),
+    ),
     ("CONFIG_CHANGE_MSG", By(&[CONFIG])),
     ("VRING_HOST_NOTIFIER_MSG", By(&["everything::a_host_notifier_reaches_the_front_end"])),
     ("VRING_CALL", By(&["everything::rings_are_kicked_and_call_by_messages"])),
@@ -123,6 +135,8 @@ const SOURCES: &[(&str, &str)] = &[
     ("log", include_str!("log.rs")),
     ("memory", include_str!("memory.rs")),
     ("postcopy", include_str!("postcopy.rs")),
+    ("iotlb", include_str!("iotlb/main.rs")),
+    ("iotlb_everything", include_str!("iotlb/everything.rs")),
     ("rings", include_str!("rings.rs")),
     ("state", include_str!("state.rs")),
 ];

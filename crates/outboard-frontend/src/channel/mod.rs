@@ -35,6 +35,7 @@ use outboard_protocol::{
 };
 use rustix::event::PollFlags;
 
+use crate::Iommu;
 use crate::connection::deadline;
 use crate::error::Error;
 use crate::socket::{Socket, SocketError, wait_fd};
@@ -67,6 +68,8 @@ pub struct Channel {
     socket: Socket,
     machine: ChannelFrontend<OwnedFd>,
     setup: ChannelSetup,
+    /// What the device sees guest memory through: misses that it does not map are refused.
+    iommu: Option<Iommu>,
     /// Objects that this back-end exports.
     exported: BTreeSet<[u8; 16]>,
     given_up: bool,
@@ -87,6 +90,7 @@ impl Channel {
             socket: Socket::from_fd(socket)?,
             machine: ChannelFrontend::new(setup.protocol, setup.features),
             setup,
+            iommu: None,
             exported: BTreeSet::new(),
             given_up: false,
             recorder: None,
@@ -97,6 +101,11 @@ impl Channel {
     /// Lets `recorder` hear of every message from now on.
     pub fn record(&mut self, recorder: impl Recorder + 'static) {
         self.recorder = Some(Box::new(recorder));
+    }
+
+    /// Refuses misses of the IOTLB that `iommu` does not map, from now on; the others are events.
+    pub fn translate(&mut self, iommu: Iommu) {
+        self.iommu = Some(iommu);
     }
 
     /// The shared-memory regions that the back-end maps into.
@@ -236,7 +245,7 @@ impl Channel {
     fn carry_out(&mut self, request: ChannelRequest<OwnedFd>) -> Outcome {
         match request {
             ChannelRequest::ConfigChange => Ok(ChannelEvent::ConfigChanged),
-            ChannelRequest::Iotlb(entry) => Ok(iotlb(&entry)),
+            ChannelRequest::Iotlb(entry) => self.iotlb(&entry),
             ChannelRequest::HostNotifier(area, file) => self.host_notifier(&area, file),
             ChannelRequest::VringCall(state) => {
                 Ok(ChannelEvent::VringCall { queue: self.ring("VRING_CALL", state.index.into())? })
@@ -266,6 +275,19 @@ impl Channel {
                 mapped(done, map.shmid, map.shm_offset, map.len, false)
             }
             other => Err(format!("message {} is not carried out here", other.code().id())),
+        }
+    }
+
+    fn iotlb(&self, entry: &Iotlb) -> Outcome {
+        let &Iotlb { iova, size, perm, kind, .. } = entry;
+        if kind != IOTLB_MISS {
+            return Ok(ChannelEvent::IotlbAccessFailure { iova, size, perm });
+        }
+        match &self.iommu {
+            Some(iommu) if !iommu.permits(iova, perm) => {
+                Err(format!("I/O address {iova:#x} is not mapped for access {perm}"))
+            }
+            _ => Ok(ChannelEvent::IotlbMiss { iova, perm }),
         }
     }
 
@@ -344,15 +366,6 @@ impl fmt::Debug for Channel {
             .field("setup", &self.setup)
             .field("given_up", &self.given_up)
             .finish_non_exhaustive()
-    }
-}
-
-fn iotlb(entry: &Iotlb) -> ChannelEvent {
-    let &Iotlb { iova, size, perm, kind, .. } = entry;
-    if kind == IOTLB_MISS {
-        ChannelEvent::IotlbMiss { iova, perm }
-    } else {
-        ChannelEvent::IotlbAccessFailure { iova, size, perm }
     }
 }
 

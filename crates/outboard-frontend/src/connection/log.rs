@@ -54,4 +54,25 @@ impl Connection {
             log_guest_addr: log.unwrap_or(0),
         }))
     }
+
+    /// As [`Self::set_vring_addr_logged`], for a ring at these I/O addresses.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub fn set_vring_addr_io(
+        &mut self,
+        index: u16,
+        layout: &QueueLayout,
+        log: Option<u64>,
+    ) -> Result<(), Error> {
+        let &QueueLayout { desc, used, avail, .. } = layout;
+        self.acknowledged(Request::SetVringAddr(VringAddr {
+            index: u32::from(index),
+            flags: if log.is_some() { VRING_F_LOG } else { 0 },
+            desc,
+            used,
+            avail,
+            log_guest_addr: log.unwrap_or(0),
+        }))
+    }
 }

@@ -6,6 +6,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod everything;
 mod hostile;
 mod rig;
 
