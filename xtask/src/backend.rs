@@ -185,6 +185,14 @@ pub fn rng_example() -> Result<PathBuf> {
     built("OUTBOARD_RNG", "examples/rng")
 }
 
+/// `examples/growing` of the crate `outboard`: `$OUTBOARD_GROWING`, else the newest build.
+///
+/// # Errors
+/// When there is none.
+pub fn growing_example() -> Result<PathBuf> {
+    built("OUTBOARD_GROWING", "examples/growing")
+}
+
 fn built(variable: &str, name: &str) -> Result<PathBuf> {
     if let Some(file) = std::env::var_os(variable) {
         return Ok(PathBuf::from(file));

@@ -124,7 +124,11 @@ fn environment(command: &mut std::process::Command, skipped: &Path) -> Result<()
         command.env(skips::FORBIDDEN, "1");
     }
     let built = paths::target()?.join("debug");
-    let programs = [("OUTBOARD_BIN", "outboard"), ("OUTBOARD_RNG", "examples/rng")];
+    let programs = [
+        ("OUTBOARD_BIN", "outboard"),
+        ("OUTBOARD_RNG", "examples/rng"),
+        ("OUTBOARD_GROWING", "examples/growing"),
+    ];
     for (variable, file) in programs.map(|(variable, name)| (variable, built.join(name))) {
         if file.exists() {
             command.env(variable, file);

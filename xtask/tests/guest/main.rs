@@ -9,5 +9,6 @@ mod iommu;
 mod lab;
 mod live;
 mod migrate;
+mod notices;
 mod rng;
 mod uml;

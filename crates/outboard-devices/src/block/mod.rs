@@ -285,7 +285,11 @@ impl Model for Block {
     /// Back to the operator's cache mode. The driver starts anew, so it also takes note of flushes
     /// that failed.
     fn reset(&mut self) -> Result<(), Error> {
-        self.set_writeback(self.disk.cache == CacheMode::Writeback);
+        // After a reset either mode is right (virtio 1.3 §5.2.5), and QEMU goes on showing its guest
+        // the one that it has seen last: a driver that reads "write through" will not flush.
+        if self.disk.cache == CacheMode::Writethrough {
+            self.set_writeback(false);
+        }
         self.disk.flush_failed.store(false, Ordering::Release);
         self.restored = None;
         Ok(())
@@ -346,7 +350,9 @@ mod tests {
         assert!(block.disk.writes_through(flush | wce), "chosen");
         assert!(!block.disk.writes_through(flush), "the field means nothing then");
         block.reset().expect("resets");
-        assert!(!block.disk.writes_through(flush | wce));
+        assert!(block.disk.writes_through(flush | wce), "what a front-end may still be showing");
+        block.write_config(32, &[1], ConfigWrite::Guest).expect("writable");
+        assert!(!block.disk.writes_through(flush | wce), "chosen anew");
         block.ack_features(wce).expect("taken");
         let mut field = [9];
         block.read_config(32, &mut field).expect("readable");

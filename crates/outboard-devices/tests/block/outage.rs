@@ -136,6 +136,22 @@ fn c37_what_was_flushed_or_written_through_outlives_the_power() {
     }
 }
 
+// C37: QEMU shows its guest the mode that it read last, also after a reset; a driver that believes
+// in "write through" sends no flush.
+#[test]
+fn c37_a_reset_does_not_make_finished_writes_less_durable_than_the_driver_believes() {
+    for (cache, chosen) in [(CacheMode::Writeback, 0), (CacheMode::Writethrough, 1)] {
+        let file = numbered_file(SECTORS);
+        let mut disk = on(open(&file), cache, 1, |engine, _| engine);
+        disk.vmm.write_config(WRITEBACK_AT, &[chosen]).expect("written");
+        disk.vmm.reset(Vec::new()).expect("stopped");
+        disk.vmm.connection().reset_device().expect("reset");
+        disk.activate(1);
+        assert_eq!(disk.vmm.read_config(WRITEBACK_AT, 1).expect("read"), [0], "{cache:?}");
+        end(disk);
+    }
+}
+
 /// Whether reads of the first sector stand still, and whoever waits for that to end.
 #[derive(Default)]
 struct Gate {
