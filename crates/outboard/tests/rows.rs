@@ -35,7 +35,8 @@ const SLOTS: &str = "everything::a_memory_slot_is_added_used_and_removed";
 const CONFIG: &str = "everything::a_changed_configuration_is_announced_and_read_again";
 const MAPPED: &str = "everything::mapped_bytes_are_read_back_in_each_of_several_regions";
 const CRYPTO: &str = "everything::crypto_sessions_are_opened_and_closed";
-const POSTCOPY: &str = "postcopy::a_request_waits_for_the_page_it_touches_and_finds_its_contents";
+const POSTCOPY: &str =
+    "postcopy::c18_a_request_waits_for_the_page_it_touches_and_finds_its_contents";
 const SWAPPED: &str = "rings::a57_call_and_kick_are_replaced_while_the_ring_runs";
 const STATE: &str =
     "state::d19_a_state_goes_from_one_device_to_another_and_says_what_was_negotiated";
