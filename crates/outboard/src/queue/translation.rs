@@ -148,7 +148,7 @@ impl Queue {
             }
             Err(error) => match missing_part(&error) {
                 Some(missing) => self.need(missing),
-                None => debug!(queue = self.setup.index, "ring parked: {error}"),
+                None => warn!(queue = self.setup.index, "ring parked: {error}"),
             },
         }
     }

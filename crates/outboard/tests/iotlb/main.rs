@@ -130,6 +130,44 @@ fn a_ring_whose_own_pages_are_invalidated_rests_until_they_are_back() {
     rig.leave();
 }
 
+/// Generations come and go while two rings serve: no request is lost, none is answered wrongly.
+#[test]
+fn a_storm_of_invalidations_and_entries_under_load_loses_nothing() {
+    let mut rig = Rig::new();
+    let mut rings = [rig.started(0), rig.started(1)];
+    let mut random = 0x2545_f491_4f6c_dd1d_u64;
+    for round in 0..1500_u32 {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let which = usize::from(random & 1 != 0);
+        for ring in &mut rings {
+            offer(ring, format!("round {round}").as_bytes());
+            ring.kick();
+        }
+        let hit = &rings[which];
+        let page =
+            [hit.area.guest(), hit.data.guest(), hit.data.guest() + PAGE][round as usize % 3];
+        match random >> 8 & 3 {
+            0 => rig.front.iotlb_invalidate(0, u64::MAX - 1).unwrap(),
+            1 => rig.front.iotlb_invalidate(page + IO, PAGE).unwrap(),
+            2 => {
+                let user = SharedMemory::user_address(page);
+                rig.front.iotlb_update(page + IO, PAGE, user, 3).unwrap();
+            }
+            _ => {}
+        }
+        for ring in &mut rings {
+            let text = format!("round {round}");
+            assert_eq!(rig.answered(ring) as usize, text.len());
+            let mut back = vec![0; text.len()];
+            ring.data.read(4096, &mut back).unwrap();
+            assert_eq!(back, text.as_bytes());
+        }
+    }
+    rig.leave();
+}
+
 #[test]
 fn a_read_only_page_is_not_written_and_the_failure_is_reported() {
     // The front-end refuses to grant more; or grants, and does not mean it.
