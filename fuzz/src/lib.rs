@@ -5,6 +5,7 @@
 
 pub mod backend;
 pub mod chains;
+pub mod conversation;
 pub mod cover;
 pub mod decoder;
 pub mod input;

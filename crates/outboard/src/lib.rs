@@ -60,7 +60,7 @@ pub use channel::{Answer, BackendChannel, ChannelError};
 pub use device::{ConfigWrite, VhostUserDevice};
 pub use error::{Error, HostError};
 pub use events::{FileId, FileOp, LoopKind};
-pub use handler::{DeviceRequestHandler, Ended, HandlerOptions};
+pub use handler::{ByHand, DeviceRequestHandler, Ended, HandlerOptions};
 pub use hooks::Hooks;
 pub use notify::{Call, Kick};
 pub use outboard_memory as memory;

@@ -122,6 +122,14 @@ pub(crate) fn block_on<F: Future>(future: F) -> io::Result<F::Output> {
     }
 }
 
+/// Polls a future of [`Parker`] once; nothing wakes it, whoever calls this calls it again.
+pub(crate) fn poll_once<F: Future + ?Sized>(future: Pin<&mut F>) -> Poll<F::Output> {
+    let outer = INTERESTS.take();
+    let state = future.poll(&mut Context::from_waker(std::task::Waker::noop()));
+    drop(INTERESTS.replace(outer));
+    state
+}
+
 /// Waits until the waker, one of the descriptors or the time calls.
 fn park(own: &Waker, wanted: &Interests) -> io::Result<()> {
     let mut fds = vec![PollFd::new(own, PollFlags::IN)];

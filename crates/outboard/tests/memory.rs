@@ -16,6 +16,7 @@ use outboard::{
     WorkerDevice,
 };
 use outboard_frontend::{Connection, Error as FrontError, SharedMemory};
+use outboard_queue::QueueLayout;
 
 const MOMENT: Duration = Duration::from_millis(60);
 
@@ -61,6 +62,27 @@ fn a39_a_ring_whose_memory_goes_is_parked_and_goes_on_when_it_is_back() {
         rig.front.set_mem_table(rig.memory.regions()).unwrap();
         ring.expect(b"gone");
     }
+}
+
+#[test]
+fn a_ring_that_cannot_start_keeps_neither_the_new_memory_nor_the_other_rings_away() {
+    let mut rig = Rig::bare(LoopKind::Auto, HandlerOptions::default());
+    rig.negotiate(FEATURES);
+    // Kicked before there is memory; its used ring lies over the end of what will come.
+    let bad = rig.ring(0);
+    let end = rig.memory.regions().map(|(spec, _)| spec.guest_addr + spec.size).max().unwrap();
+    rig.set_up(&bad);
+    rig.front.set_vring_addr(0, &QueueLayout { used: end - 4, ..bad.layout }).unwrap();
+    rig.front.set_vring_kick(0, &bad.kick).unwrap();
+    let mut good = rig.ring(1);
+    rig.set_up(&good);
+    rig.front.set_vring_kick(1, &good.kick).unwrap();
+    rig.front.set_vring_enable(1, true).unwrap();
+    rig.front.set_mem_table(rig.memory.regions()).unwrap();
+    good.round(b"it has started");
+    rig.front.set_mem_table(std::iter::empty()).unwrap();
+    rig.front.set_mem_table(rig.memory.regions()).unwrap();
+    good.round(b"and both sides still know the same table");
 }
 
 #[test]

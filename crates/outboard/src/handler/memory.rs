@@ -77,7 +77,8 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             self.iommu.flush();
         }
         let installed = self.install_space(drain).await;
-        installed.and(self.start_all_ready())
+        self.start_all_ready();
+        installed
     }
 
     /// Has every running queue take what is to be seen of guest memory now.

@@ -10,6 +10,7 @@
 //! also when its future is dropped at an await, every queue has been stopped and drained and every
 //! descriptor it received is closed; the device is ready for the next front-end.
 
+mod by_hand;
 mod channel;
 mod extras;
 mod hand_over;
@@ -34,6 +35,7 @@ use crate::device::VhostUserDevice;
 use crate::error::{Error, HostError};
 use crate::reactor::{Parker, Reactor, block_on};
 use crate::take_over::{FrontEnd, Heir};
+pub use by_hand::ByHand;
 pub(crate) use session::{Attention, Session};
 use state::StateDesk;
 
@@ -158,6 +160,11 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
     pub fn run_blocking(&mut self, connection: UnixStream) -> Result<Ended, HostError> {
         let session = self.run_on(Parker, connection.into(), Attention::none());
         block_on(session).map_err(HostError::io("poll"))?
+    }
+
+    /// As `run`, but nobody waits: the caller polls the session with [`ByHand::turn`].
+    pub fn by_hand(&mut self, connection: UnixStream) -> ByHand<'_> {
+        ByHand::new(self.run_on(Parker, connection.into(), Attention::none()))
     }
 
     pub(crate) async fn run_on<R: Reactor>(

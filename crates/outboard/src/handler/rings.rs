@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use futures_channel::oneshot;
 use outboard_protocol::{Notifier, Refusal, RingEvent, RunState, virtio};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::session::Session;
 use crate::device::VhostUserDevice;
@@ -201,12 +201,14 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         Ok(self.device.enter_suspended_state().await?)
     }
 
-    /// Starts every ring that was kicked and lacked something until now.
-    pub(super) fn start_all_ready(&mut self) -> Result<(), Refusal> {
+    /// Starts every ring that was kicked and lacked something until now. What came is in force
+    /// whether or not they start: a ring that cannot goes on waiting, the others do not.
+    pub(super) fn start_all_ready(&mut self) {
         for index in 0..u16::try_from(self.rings.len()).unwrap_or(u16::MAX) {
-            self.start_if_ready(index)?;
+            if let Err(refusal) = self.start_if_ready(index) {
+                warn!(queue = index, "ring not started: {refusal}");
+            }
         }
-        Ok(())
     }
 
     /// Starts a ring if it was kicked before.

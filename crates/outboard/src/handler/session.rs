@@ -253,9 +253,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
                     warn!("IOMMU: {refusal}");
                 }
                 // Kicked before the features were known: started before the answer is sent.
-                if let Err(refusal) = self.start_all_ready() {
-                    warn!("ring not started: {refusal}");
-                }
+                self.start_all_ready();
             }
             Effect::SetProtocolFeatures { ticket, .. } => self.acknowledge(ticket, Ok(())),
             Effect::ResetOwner { ticket } => {

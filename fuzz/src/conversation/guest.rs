@@ -1,0 +1,145 @@
+//! Guest memory of a conversation: files that both sides map, and the model's copy of their bytes.
+//!
+//! Invariant: the files hold what the copy holds. The harness changes both at once; what the
+//! back-end writes has to be what the model wrote.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+use outboard_memory::Window;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+/// Bytes of a page, and of the offsets that the script uses.
+pub const PAGE: usize = 4096;
+/// Number of files.
+pub const FILES: usize = 3;
+/// Bytes of a file.
+pub const FILE: usize = 2 * PAGE;
+
+/// A place in the files: which, and from which byte on.
+pub type Place = (usize, usize);
+
+/// A region as the model accepted it; `user` is the address by which rings are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reg {
+    pub guest: u64,
+    pub user: u64,
+    pub size: u64,
+    pub file: usize,
+    pub offset: u64,
+}
+
+/// A generation of guest memory.
+pub type Mem = Rc<Vec<Reg>>;
+
+/// The file place of a guest range that lies in one region.
+pub fn find(mem: &[Reg], guest: u64, len: u64) -> Option<Place> {
+    let reg = mem.iter().find(|reg| guest >= reg.guest && guest - reg.guest < reg.size)?;
+    let inside = guest - reg.guest;
+    (len <= reg.size - inside).then(|| (reg.file, (reg.offset + inside) as usize))
+}
+
+/// The guest address of a front-end range that lies in one region.
+pub fn user_to_guest(mem: &[Reg], user: u64, len: u64) -> Option<u64> {
+    let reg = mem.iter().find(|reg| user >= reg.user && user - reg.user < reg.size)?;
+    let inside = user - reg.user;
+    (len <= reg.size - inside).then(|| reg.guest + inside)
+}
+
+/// The file places of a guest range, whatever regions it crosses.
+pub fn parts(mem: &[Reg], guest: u64, len: u64) -> Option<Vec<(Place, usize)>> {
+    guest.checked_add(len)?;
+    let (mut at, mut left, mut all) = (guest, len, Vec::new());
+    while left > 0 {
+        let reg = mem.iter().find(|reg| at >= reg.guest && at - reg.guest < reg.size)?;
+        let part = left.min(reg.size - (at - reg.guest));
+        all.push(((reg.file, (reg.offset + at - reg.guest) as usize), part as usize));
+        at += part;
+        left -= part;
+    }
+    Some(all)
+}
+
+/// The files, and what must be in them.
+pub struct Guest {
+    fds: Vec<OwnedFd>,
+    windows: Vec<Window>,
+    model: Vec<Vec<u8>>,
+    real: Vec<u8>,
+}
+
+impl Default for Guest {
+    fn default() -> Self {
+        let fds: Vec<OwnedFd> = (0..FILES)
+            .map(|_| {
+                let file = memfd_create("guest", MemfdFlags::CLOEXEC).expect("a memory file");
+                ftruncate(&file, FILE as u64).expect("its length");
+                file
+            })
+            .collect();
+        let window = |fd: &OwnedFd| {
+            let other = fd.try_clone().expect("a descriptor");
+            Window::map(other, 0, FILE as u64, true).expect("a mapping")
+        };
+        let windows = fds.iter().map(window).collect();
+        Self { fds, windows, model: vec![vec![0; FILE]; FILES], real: vec![0; FILE] }
+    }
+}
+
+impl Guest {
+    /// All zero again.
+    pub fn reset(&mut self) {
+        for (window, model) in self.windows.iter().zip(&mut self.model) {
+            model.fill(0);
+            window.write(0, model).expect("inside");
+        }
+    }
+
+    /// One file's descriptor, to be sent.
+    pub fn fd(&self, file: usize) -> &OwnedFd {
+        &self.fds[file]
+    }
+
+    /// The driver writes: both sides see it.
+    pub fn drive(&mut self, place: Place, bytes: &[u8]) {
+        let room = FILE - place.1.min(FILE);
+        let bytes = &bytes[..bytes.len().min(room)];
+        self.write(place, bytes);
+        self.windows[place.0].write(place.1 as u64, bytes).expect("inside");
+    }
+
+    /// The device is to write this.
+    pub fn write(&mut self, (file, at): Place, bytes: &[u8]) {
+        self.model[file][at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// What is there.
+    pub fn read(&self, (file, at): Place, len: usize) -> &[u8] {
+        &self.model[file][at..at + len]
+    }
+
+    pub fn u16(&self, place: Place) -> u16 {
+        u16::from_le_bytes(self.read(place, 2).try_into().expect("two bytes"))
+    }
+
+    pub fn put_u16(&mut self, place: Place, value: u16) {
+        self.write(place, &value.to_le_bytes());
+    }
+
+    /// The files hold what the model says.
+    pub fn check(&mut self, when: &str) {
+        for (file, (window, model)) in self.windows.iter().zip(&self.model).enumerate() {
+            window.read(0, &mut self.real).expect("inside");
+            if self.real != *model {
+                let at = self.real.iter().zip(model).position(|(real, model)| real != model);
+                let at = at.unwrap_or(0);
+                let end = FILE.min(at + 16);
+                panic!(
+                    "guest memory, {when}: file {file} at {at:#x} holds {:02x?}, {:02x?} wanted",
+                    &self.real[at..end],
+                    &model[at..end]
+                );
+            }
+        }
+    }
+}
