@@ -31,3 +31,15 @@ pub fn wanted(what: impl FnOnce() -> Vec<String>) {
         }
     }
 }
+
+/// Counts messages that were played, and says so now and then: `messages: n`.
+pub fn played(messages: u64) {
+    thread_local! {
+        static PLAYED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+    }
+    let before = PLAYED.get();
+    PLAYED.set(before + messages);
+    if before >> 12 != PLAYED.get() >> 12 {
+        eprintln!("messages: {}", PLAYED.get());
+    }
+}

@@ -4,8 +4,11 @@
 //! compares these lines with what has to be reached.
 
 pub mod backend;
+pub mod block;
 pub mod chains;
+pub mod channel;
 pub mod conversation;
 pub mod cover;
 pub mod decoder;
+pub mod frontend;
 pub mod input;

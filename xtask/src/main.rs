@@ -43,6 +43,14 @@ enum Chore {
         /// Only this target
         target: Option<String>,
     },
+    /// Plant the defects of fuzz/planted.txt one by one, in a copy: a test and a fuzz target find each
+    Plant {
+        /// Seconds that a target has to find one
+        #[arg(long, default_value_t = 120)]
+        seconds: u64,
+        /// Only those whose title has this in it
+        only: Option<String>,
+    },
     /// Count instructions per request with callgrind, against xtask/counts.txt
     Counts {
         /// Write what was counted as the new record
@@ -88,6 +96,7 @@ fn main() -> ExitCode {
         Chore::Packages { refresh } => packages(refresh),
         Chore::Lint => lint::run(),
         Chore::Fuzz { seconds, target } => fuzz::run(seconds, target.as_deref()).and_then(closing),
+        Chore::Plant { seconds, only } => fuzz::plant::run(seconds, only.as_deref()),
         Chore::Counts { bless } => counts::run(bless).and_then(closing),
         Chore::Soak(options) => soak::run(&options),
         Chore::Judged { only, quick } => judged::run(&only, quick),

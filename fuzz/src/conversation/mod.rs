@@ -52,7 +52,7 @@ fn wants() -> Vec<String> {
     let mut wants: Vec<String> =
         done.iter().chain(&more).map(|id| format!("conversation {id} done")).collect();
     wants.extend(refused.map(|id| format!("conversation {id} refused")));
-    wants.extend([11, 5].map(|id| format!("conversation drain before {id}")));
+    wants.extend([5, 11, 38].map(|id| format!("conversation drain before {id}")));
     let others = [
         "close: version",
         "close: reply",

@@ -167,7 +167,11 @@ impl Model {
                 continue;
             };
             if let Some(&ring) = wait.awaiting.front() {
-                if self.rings[ring].live.as_ref().is_some_and(Live::owes) {
+                let live = self.rings[ring].live.as_ref();
+                if live.is_some_and(Live::owes) {
+                    if live.is_some_and(|live| live.next_mem.is_some()) {
+                        reached(format!("conversation drain before {}", msg.id));
+                    }
                     self.waiting = Some((msg, wait, then));
                     return;
                 }

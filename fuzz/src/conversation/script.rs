@@ -233,7 +233,7 @@ pub fn drive(input: &mut Input<'_>, model: &Model, guest: &mut Guest) {
     let size = model.rings[ring].size.unwrap_or(MAX_SIZE as u16);
     let near = |(file, at): Place, more: usize| (file, (at + more).min(FILE - 2));
     match input.below(8) {
-        0..=3 => offer(input, model, guest, ring, size),
+        0..=3 => offer(input, model, guest, ring),
         4 => {
             let at = place(model, ring, 0);
             let entry = descriptor(input, ring, input_flags);
@@ -286,7 +286,8 @@ fn descriptor(
 }
 
 /// A chain, offered as a driver does it.
-fn offer(input: &mut Input<'_>, model: &Model, guest: &mut Guest, ring: usize, size: u16) {
+pub fn offer(input: &mut Input<'_>, model: &Model, guest: &mut Guest, ring: usize) {
+    let size = model.rings[ring].size.unwrap_or(MAX_SIZE as u16);
     let (table, avail) = (place(model, ring, 0), place(model, ring, 1));
     let count = usize::from(size);
     let (head, length, turn) = (input.below(count), 1 + input.below(3), input.below(4));

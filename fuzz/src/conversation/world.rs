@@ -15,7 +15,7 @@ use super::guest::Guest;
 use super::model::{Given, Model, Msg, QUEUES};
 use super::ring::{KickWay, Notify, Taken};
 use super::script::{self, CALLS, KICKS};
-use crate::cover::reached;
+use crate::cover::{played, reached};
 use crate::input::Input;
 
 /// Steps without an answer after which a message is said to be stuck.
@@ -122,6 +122,7 @@ impl<'a> World<'a> {
 
     /// Plays until the script or the conversation is over; what the device was left with.
     pub fn play(mut self, input: &mut Input<'_>) -> Model {
+        let inside = input.one_in(2);
         self.settle(input);
         while !input.is_empty() && !self.model.closed {
             if !self.step(input) {
@@ -131,7 +132,7 @@ impl<'a> World<'a> {
                 self.check("after a step");
             }
         }
-        if self.model.closed { self.closed() } else { self.leave(input) }
+        if self.model.closed { self.closed() } else { self.leave(inside) }
     }
 
     /// One thing that somebody does; false when the conversation is to be given up.
@@ -148,6 +149,13 @@ impl<'a> World<'a> {
             4 => {
                 for msg in script::set_up(input, &self.model) {
                     self.send(msg, 0);
+                }
+                // Requests, that something is in flight when the next message comes.
+                if input.one_in(2) && self.settle(input) && !self.model.closed {
+                    for ring in self.model.live() {
+                        script::offer(input, &self.model, self.guest, ring);
+                        self.serve(input, ring);
+                    }
                 }
             }
             5..=8 => script::drive(input, &self.model, self.guest),
@@ -208,7 +216,8 @@ impl<'a> World<'a> {
                 _ => self.bells.junk.as_fd(),
             })
             .collect();
-        let cut = if msg.misplaced { cut.clamp(1, bytes.len() - 1) } else { cut };
+        // The kernel gives descriptors to the read that reaches them: the header is one of its own.
+        let cut = if msg.misplaced { cut.clamp(12, bytes.len() - 1) } else { cut };
         let (head, tail) = bytes.split_at(if cut < bytes.len() { cut } else { 0 });
         let (first, second) = if msg.misplaced { (&[][..], &fds[..]) } else { (&fds[..], &[][..]) };
         if head.is_empty() {
@@ -224,6 +233,7 @@ impl<'a> World<'a> {
         }
         self.channels.extend(channel.map(|(ours, _)| ours));
         self.model.inbox.push_back(msg);
+        played(1);
     }
 
     /// Both sides go as far as they can; the same answers have to come.
@@ -245,8 +255,8 @@ impl<'a> World<'a> {
             }
         }
         let wanted = std::mem::take(&mut self.model.out);
-        told(|| format!("  answers {got:02x?}, busy with {:?}", self.model.busy_with()));
-        assert!(got == wanted, "answers: {got:02x?}, {wanted:02x?} wanted");
+        told(|| format!("  answers {}, busy with {:?}", frames(&got), self.model.busy_with()));
+        assert!(got == wanted, "answers: {}, wanted: {}", frames(&got), frames(&wanted));
         if !self.model.closed {
             assert!(self.ended.is_none(), "the connection ended: {:?}", self.ended);
         }
@@ -479,8 +489,7 @@ impl<'a> World<'a> {
     }
 
     /// The front-end leaves, between two messages or inside one.
-    fn leave(mut self, input: &mut Input<'_>) -> Model {
-        let inside = input.one_in(2);
+    fn leave(mut self, inside: bool) -> Model {
         if let Some(socket) = self.socket.take()
             && inside
         {
@@ -512,6 +521,18 @@ fn turn(session: &mut Option<ByHand<'_>>, ended: &mut Option<Result<Ended, HostE
         *ended = Some(how);
         *session = None;
     }
+}
+
+/// Messages, as far as a line takes them.
+fn frames(mut bytes: &[u8]) -> String {
+    let mut all = Vec::new();
+    while let Some((head, rest)) = bytes.split_at_checked(12) {
+        let size = usize::from(head[8]) | usize::from(head[9]) << 8;
+        let (payload, rest) = rest.split_at(size.min(rest.len()));
+        all.push(format!("{}: {:02x?}", head[0], &payload[..size.min(payload.len()).min(8)]));
+        bytes = rest;
+    }
+    all.join("; ")
 }
 
 /// With FUZZ_TRACE set, says what happens: for one input at a time.

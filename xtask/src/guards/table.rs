@@ -132,8 +132,16 @@ fn contains(folder: &Path, text: &str) -> Result<bool> {
 /// # Errors
 /// When it cannot be read or an entry is not whole.
 pub fn read() -> Result<Vec<Guard>> {
-    let text = std::fs::read_to_string(paths::workspace().join(LIST)).context(LIST)?;
-    parse(&text).context(LIST)
+    read_list(LIST)
+}
+
+/// A table of the same form that lies elsewhere in the workspace.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_list(list: &'static str) -> Result<Vec<Guard>> {
+    let text = std::fs::read_to_string(paths::workspace().join(list)).context(list)?;
+    parse(&text).context(list)
 }
 
 fn parse(text: &str) -> Result<Vec<Guard>> {

@@ -163,9 +163,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             info!("device state: {direction:?} done");
         }
         // Kicked while the state came in.
-        if let Err(refusal) = self.start_all_ready() {
-            warn!("ring not started: {refusal}");
-        }
+        self.start_all_ready();
         done.map_err(Refusal::because)
     }
 
