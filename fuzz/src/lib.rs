@@ -12,3 +12,4 @@ pub mod cover;
 pub mod decoder;
 pub mod frontend;
 pub mod input;
+pub mod state;
