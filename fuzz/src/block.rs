@@ -297,7 +297,7 @@ impl Disk {
             11 | 13 => {
                 let most = if kind == 11 { 32 } else { 8 };
                 let count = rest.len() / 16;
-                if rest.len() % 16 != 0 || count == 0 || count > most {
+                if !rest.len().is_multiple_of(16) || count == 0 || count > most {
                     return Err(1);
                 }
                 let mut ranges = Vec::new();
@@ -346,7 +346,7 @@ fn sector_of(input: &mut Input<'_>) -> u64 {
 /// The first byte of a range of the disk in whole sectors.
 fn range(sector: u64, length: usize) -> Result<usize, u8> {
     let end = u128::from(sector) * SECTOR as u128 + length as u128;
-    if length % SECTOR != 0 || end > DISK as u128 {
+    if !length.is_multiple_of(SECTOR) || end > DISK as u128 {
         return Err(1);
     }
     Ok(sector as usize * SECTOR)

@@ -536,7 +536,8 @@ impl Model {
     fn addresses(&mut self, payload: &[u8], guest: &Guest) -> Result<Then, No> {
         self.configure(payload, guest, |ring, p| {
             let (desc, used, avail) = (word(p, 8), word(p, 16), word(p, 24));
-            let aligned = desc % 16 == 0 && avail % 2 == 0 && used % 4 == 0;
+            let aligned =
+                desc.is_multiple_of(16) && avail.is_multiple_of(2) && used.is_multiple_of(4);
             let addr = Some([desc, avail, used]);
             if half(p, 4) > 1 || !aligned || (ring.live.is_some() && ring.addr != addr) {
                 return Err(No);

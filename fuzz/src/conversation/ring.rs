@@ -142,7 +142,7 @@ fn locate(setup: &Setup, mem: &Mem) -> Result<Spot, NoStart> {
     let mut places = [(0, 0); 3];
     for (part, (place, align)) in places.iter_mut().zip([16, 2, 4]).enumerate() {
         let found = find(mem, at[part], lengths[part]).ok_or(NoStart::Wrong)?;
-        if at[part] % align != 0 || found.1 as u64 % align != 0 {
+        if !at[part].is_multiple_of(align) || !(found.1 as u64).is_multiple_of(align) {
             return Err(NoStart::Wrong);
         }
         *place = found;

@@ -451,6 +451,12 @@ impl<'a> World<'a> {
         self.bells.check();
         self.check_channels();
         let shared = self.hands.lock();
+        told(|| {
+            let live = self.model.live();
+            let refuse = (shared.refuse_start, shared.refuse_ack, shared.refuse_config);
+            let waits = self.model.rings.each_ref().map(|ring| ring.waits);
+            format!("  {when}: running {live:?}, waiting {waits:?}, refused next {refuse:?}")
+        });
         for (at, (queue, ring)) in shared.queues.iter().zip(&self.model.rings).enumerate() {
             assert_eq!(queue.is_some(), ring.live.is_some(), "{when}: ring {at} runs");
             let (Some(queue), Some(live)) = (queue, &ring.live) else { continue };
@@ -463,6 +469,7 @@ impl<'a> World<'a> {
         assert_eq!(shared.acked, self.model.own_acked, "{when}: the device's features");
         assert_eq!(shared.config, self.model.config, "{when}: the configuration");
         assert_eq!(shared.resets, self.model.resets, "{when}: resets");
+        assert_eq!(shared.refuse_start, self.model.refuse_start, "{when}: starts refused");
         assert_eq!(shared.suspended, self.model.is_suspended(), "{when}: suspended");
     }
 

@@ -246,14 +246,17 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         match effect {
             Effect::SetFeatures { features, enable_all, ticket } => {
                 let done = self.set_features(features, enable_all).await;
+                let accepted = done.is_ok();
                 self.acknowledge(ticket, done);
                 let protocol = self.backend.acked_protocol_features();
                 self.channel.negotiate(protocol, self.backend.acked_features());
                 if let Err(refusal) = self.turn_iommu().await {
                     warn!("IOMMU: {refusal}");
                 }
-                // Kicked before the features were known: started before the answer is sent.
-                self.start_all_ready();
+                if accepted {
+                    // Kicked before the features were known: started before the answer is sent.
+                    self.start_all_ready();
+                }
             }
             Effect::SetProtocolFeatures { ticket, .. } => self.acknowledge(ticket, Ok(())),
             Effect::ResetOwner { ticket } => {
