@@ -129,7 +129,12 @@ impl Run<'_> {
         let mut command = Command::new(self.programs.join(self.target));
         command.arg(format!("-max_total_time={}", self.seconds));
         command.arg(format!("-artifact_prefix={}/", artifacts.display()));
-        command.args(["-rss_limit_mb=2048", "-timeout=20", "-max_len=4096", "-print_final_stats=1"]);
+        command.args([
+            "-rss_limit_mb=2048",
+            "-timeout=20",
+            "-max_len=4096",
+            "-print_final_stats=1",
+        ]);
         command.arg(&found);
         let kept = paths::workspace().join("fuzz/corpus").join(self.target);
         if kept.is_dir() {

@@ -362,7 +362,14 @@ impl Model {
                 ring.size = Some(size as u16);
                 Ok(())
             })?,
-            9 => self.addresses(p, guest)?,
+            9 => {
+                // The queue hears of it: the log's part of the addresses may have changed.
+                let live = self.live();
+                let heard = live.into_iter().find(|ring| *ring as u64 == half(p, 0).into());
+                let then = self.addresses(p, guest)?;
+                wait.post.extend(heard.map(|ring| (ring, Change::Log)));
+                then
+            }
             10 => self.configure(p, guest, |ring, p| {
                 ring.base = u16::try_from(half(p, 4)).map_err(|_| No)?;
                 Ok(())

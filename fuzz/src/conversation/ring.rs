@@ -34,6 +34,8 @@ pub enum Change {
     Enable(bool),
     Memory(Mem, bool),
     Process,
+    /// Nothing that is modelled.
+    Log,
 }
 
 /// A request that the device took.
@@ -378,6 +380,7 @@ impl Live {
                 }
                 Change::Memory(mem, _) => self.mem = mem,
                 Change::Process => self.processing = true,
+                Change::Log => {}
             }
             self.settle(guest);
         }
