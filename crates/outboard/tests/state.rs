@@ -145,6 +145,12 @@ impl Rig {
         self.front.load_state(&state).unwrap();
     }
 
+    /// The transfer failed, and the device says so.
+    fn is_refused(&mut self) {
+        let said = self.front.check_device_state().unwrap_err();
+        assert!(matches!(said, outboard_frontend::Error::Refused { code: 1, .. }), "{said}");
+    }
+
     fn transfer(&mut self, direction: StateDirection, fd: impl Into<OwnedFd>) {
         assert!(self.front.set_device_state_fd(direction, fd.into()).unwrap().is_none());
     }
@@ -431,11 +437,26 @@ fn a_peer_that_never_ends_or_reads_is_given_up_in_time() {
     let (reader, mut writer) = std::io::pipe().unwrap();
     rig.transfer(StateDirection::Load, reader);
     writer.write_all(&state_of(b"slow").to_bytes()).unwrap();
-    rig.front.check_device_state().unwrap_err();
+    rig.is_refused();
     let (_reader, full) = std::io::pipe().unwrap();
     rig.transfer(StateDirection::Save, full);
-    rig.front.check_device_state().unwrap_err();
-    assert!(started.elapsed() >= Duration::from_millis(1000), "both were waited for");
+    rig.is_refused();
+    // One byte now and then is no end either.
+    let (reader, writer) = UnixStream::pair().unwrap();
+    rig.transfer(StateDirection::Load, reader);
+    let trickle = std::thread::spawn(move || {
+        let bytes = state_of(&[9; 1000]).to_bytes();
+        bytes
+            .iter()
+            .take_while(|byte| {
+                std::thread::sleep(Duration::from_millis(5));
+                (&writer).write_all(&[**byte]).is_ok()
+            })
+            .count()
+    });
+    rig.is_refused();
+    assert!(trickle.join().unwrap() < 1000, "our end is closed");
+    assert!(started.elapsed() >= Duration::from_millis(1500), "all were waited for");
     assert_eq!(rig.kept(), vec![1; 200_000]);
     rig.is_usable();
     rig.leave();

@@ -33,6 +33,11 @@ pub struct Machine {
 /// What emulates fastest: everything but wide vectors, hashing and a fifth level of page tables.
 const CPU: &str = "max,-avx2,-avx,-sha-ni,-la57";
 
+/// Pages are not cleared when they are handed out: what a device writes there is all that is written, so
+/// that a migration that misses it can be told.
+const COMMAND_LINE: &str =
+    "console=ttyS0 panic=-1 mitigations=off nokaslr init_on_alloc=0 agent=ttyS1";
+
 impl Default for Machine {
     fn default() -> Self {
         let (arguments, modules, kernel) = (Vec::new(), Vec::new(), Vec::new());
@@ -89,7 +94,7 @@ impl Machine {
         let mut command = self.hardware(root);
         command.arg("-kernel").arg(root.path(&format!("boot/vmlinuz-{release}")));
         command.arg("-initrd").arg(&initrd);
-        let plain = ["console=ttyS0 panic=-1 mitigations=off nokaslr agent=ttyS1"];
+        let plain = [COMMAND_LINE];
         let words: Vec<_> = plain.iter().chain(&self.kernel).copied().collect();
         command.arg("-append").arg(words.join(" "));
         command.arg("-serial").arg(format!("file:{}", console.display()));

@@ -14,17 +14,18 @@ use xtask::guest::{Guest, qemu::Machine, qmp::Monitor};
 
 /// Writes and syncs files in turn, their sums taken before they go to the disk, and reads the ones
 /// before back from the disk, until a word comes over the agent's port; then once more all of them.
-/// Silent meanwhile: a line might be cut by the move.
+/// The files of the beginning are read once while the guest moves and compared afterwards as they
+/// stand in its memory: what the device wrote there has to come along. Silent meanwhile: a line
+/// might be cut by the move.
 const LOAD: &str = r#"
 rm -f /tmp/word
 { IFS= read -r word < /dev/ttyS1; echo "$word" > /tmp/word; } &
+cd /mnt
+echo 3 > /proc/sys/vm/drop_caches
+{ for f in file.*; do cat $f > /dev/null; sleep 0.05; done; } &
 echo writing
 n=0
-cd /mnt
-verify() {
-    echo 3 > /proc/sys/vm/drop_caches
-    cat $@ | md5sum -c > /tmp/verified 2>&1 || { cat /tmp/verified; exit 1; }
-}
+verify() { cat $@ | md5sum -c > /tmp/verified 2>&1 || { grep -v OK /tmp/verified; exit 1; } }
 while [ $n -lt 16 ] || [ ! -e /tmp/word ]; do
     f=moving.$((n % 8))
     dd if=/dev/urandom bs=64k count=8 2>/dev/null | tee $f | md5sum | sed "s/-/$f/" > /tmp/$f
@@ -33,7 +34,9 @@ while [ $n -lt 16 ] || [ ! -e /tmp/word ]; do
     n=$((n + 1))
 done
 wait
+verify sums
 sync
+echo 3 > /proc/sys/vm/drop_caches
 verify /tmp/moving.*
 cd /
 echo "right after $n"
