@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use outboard_check::judge::{
-    Expected, Group, JudgeError, Judgement, Options, Report, Target, checks, judge,
+    Expected, Group, JudgeError, Judgement, Options, Report, Target, checks, judge, musts,
 };
 
 use crate::Failure;
@@ -21,6 +21,7 @@ Examples:
       --export type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket},writable=on
   outboard check --socket /run/disk.sock       judge one that runs already
   outboard check --list                        what is checked, and why
+  outboard check --musts                       what the specification demands, and the checks of each
   outboard check --only hostile -- COMMAND     one group; or a part of an id, or of a section
   outboard check --expect known.txt --junit out.xml -- COMMAND
 
@@ -47,6 +48,9 @@ pub(crate) struct Args {
     /// Show the checks and leave.
     #[arg(long)]
     list: bool,
+    /// Show what the specification demands with "must", and the checks of each demand.
+    #[arg(long)]
+    musts: bool,
     /// Longest wait for one answer, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 3.0, value_parser = parse_seconds)]
     seconds: f64,
@@ -78,6 +82,9 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     };
     if args.list {
         return list(&options, args.json);
+    }
+    if args.musts {
+        return demands(args.json);
     }
     let target = match (args.socket, args.command) {
         (Some(path), _) => Target::Socket(path),
@@ -138,8 +145,35 @@ fn list(options: &Options, json: bool) -> Result<(), Failure> {
             say(format_args!("  {:<28} {} [{}]", check.id, check.title, check.section));
         }
     }
-    say(format_args!("{} checks", wanted.len()));
+    say(format_args!("{} checks; {}", wanted.len(), demands_in_one_line()));
     Ok(())
+}
+
+/// The demands of the specification, with how many checks look at each.
+fn demands(json: bool) -> Result<(), Failure> {
+    if json {
+        say(serde_json::to_string_pretty(musts()).map_err(Failure::failed)?);
+        return Ok(());
+    }
+    for must in musts() {
+        say(format_args!("{:>2}  [{}] {}", must.checks.len(), must.section, must.demand));
+        let why = if must.checks.is_empty() { must.unseen } else { &must.checks.join(" ") };
+        say(format_args!("      {why}"));
+    }
+    say(demands_in_one_line());
+    Ok(())
+}
+
+fn demands_in_one_line() -> String {
+    let seen = musts().iter().filter(|must| !must.checks.is_empty());
+    let least = seen.clone().map(|must| must.checks.len()).min().unwrap_or(0);
+    let most = seen.clone().map(|must| must.checks.len()).max().unwrap_or(0);
+    format!(
+        "{} demands of the specification: {} with {least} to {most} checks each, {} that cannot be seen from outside",
+        musts().len(),
+        seen.clone().count(),
+        musts().len() - seen.count(),
+    )
 }
 
 fn command(words: Vec<OsString>) -> Result<Target, Failure> {

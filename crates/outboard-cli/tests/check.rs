@@ -113,6 +113,20 @@ fn the_list_names_every_check_once_with_its_section() {
 }
 
 #[test]
+fn every_demand_of_the_specification_is_shown_with_its_checks() {
+    let output = outboard(&["check", "--musts"]);
+    assert_eq!(output.status.code(), Some(0));
+    let lines = text(&output.stdout);
+    assert!(lines.contains("[Header] every reply has the flags of a reply"), "{lines}");
+    let json = outboard(&["check", "--musts", "--json"]);
+    let list: Value = serde_json::from_slice(&json.stdout).expect("JSON");
+    let list = list.as_array().expect("a list");
+    let count = format!("{} demands of the specification", list.len());
+    assert!(lines.lines().last().is_some_and(|line| line.starts_with(&count)), "{lines}");
+    println!("{}", lines.lines().last().expect("a count"));
+}
+
+#[test]
 fn the_known_defects_of_qemu_storage_daemon_are_found() {
     let folder = tempfile::tempdir().expect("a folder");
     if Command::new("qemu-storage-daemon").arg("--version").output().is_err() {

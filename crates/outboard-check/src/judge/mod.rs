@@ -12,6 +12,7 @@ mod disk;
 mod expected;
 pub(crate) mod finding;
 pub(crate) mod message;
+mod musts;
 pub(crate) mod peer;
 mod report;
 pub(crate) mod ring;
@@ -29,6 +30,7 @@ pub(crate) mod storm;
 
 pub use expected::{Expected, ExpectedError};
 pub use finding::Verdict;
+pub use musts::{Must, musts};
 pub use peer::Target;
 pub use report::{Judgement, Report};
 pub use runner::{JudgeError, Options, judge};

@@ -137,19 +137,24 @@ impl Session {
                 let id = reply.header.request;
                 let name = message::name_of(id);
                 ensure!(id == 1, "it answered {name} where GET_FEATURES was to be answered");
-                let (now, before) = (reply.number()?, self.offered);
-                ensure!(now == before, "GET_FEATURES changed from {before:#x} to {now:#x}");
+                self.unchanged(reply.number()?)?;
                 Ok(true)
             }
         }
     }
 
-    /// That the connection answers, and offers what it offered. ACCESS_PLATFORM needs a channel: it may
-    /// show only after that was negotiated.
+    /// That the connection answers, and offers what it offered.
     pub(crate) fn alive(&mut self) -> Outcome {
         let now = self.wire.ask(&message::get_features())?.number()?;
-        let before = self.offered | (now & virtio::ACCESS_PLATFORM);
-        ensure!(now == before, "GET_FEATURES changed from {before:#x} to {now:#x}");
+        self.unchanged(now)
+    }
+
+    /// That these are the features that were offered. Only ACCESS_PLATFORM may come and go: it is of use where
+    /// there is a channel for the misses (IOTLB_MSG of the back-end).
+    fn unchanged(&self, now: u64) -> Outcome {
+        let before = self.offered;
+        let same = (now ^ before) & !virtio::ACCESS_PLATFORM == 0;
+        ensure!(same, "GET_FEATURES changed from {before:#x} to {now:#x}");
         Ok(())
     }
 

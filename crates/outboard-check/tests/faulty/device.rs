@@ -55,7 +55,7 @@ pub(crate) struct Device {
     disk: Vec<u8>,
     status: u8,
     channel: Option<OwnedFd>,
-    transfer: Option<bool>,
+    transfer: Option<migration::Transfer>,
     kept: Vec<OwnedFd>,
     marks: Option<migration::Marks>,
     log_fd: Option<OwnedFd>,
@@ -75,6 +75,7 @@ fn offer(fault: &str) -> Offer {
         features: read_only
             | virtio::VERSION_1
             | virtio::LOG_ALL
+            | virtio::ACCESS_PLATFORM
             | virtio::RING_INDIRECT_DESC
             | virtio::RING_EVENT_IDX
             | SEG_MAX
@@ -92,6 +93,7 @@ fn offer(fault: &str) -> Offer {
             | P::INFLIGHT_SHMFD
             | P::LOG_SHMFD
             | P::PAGEFAULT
+            | P::CRYPTO_SESSION
             | P::DEVICE_STATE
             | P::SHMEM
             | P::SHARED_OBJECT

@@ -333,6 +333,7 @@ fn is_read_only_file(fd: &OwnedFd) -> bool {
 
 fn other(fault: &str, m: &mut Message, device: &Device) -> Action {
     let legal = info(Side::FrontEnd, m.id).is_some_and(|row| row.payload.sizes().allows(m.size));
+    let live = device.state().ring(0).is_some_and(|ring| ring.run.is_live());
     let no_fds = info(Side::FrontEnd, m.id).is_none_or(|row| row.fds == FdRule::None);
     match (fault, m.id) {
         ("config-offset-ignored", 24) => m.set(0, 0),
@@ -351,6 +352,15 @@ fn other(fault: &str, m: &mut Message, device: &Device) -> Action {
         ("reset-refused", 34) => return say(m, device, 1),
         ("status-refused", 39) => m.set_number(0),
         ("channel-fd-missing", 21) if m.fds.is_empty() => return say(m, device, 0),
+        ("state-at-any-time", 42) if live => return Action::Answer(number(42, 0x100)),
+        ("iotlb-refused", 22) => return Action::Answer(number(22, 1)),
+        ("iotlb-any", 22) => return Action::Answer(number(22, 0)),
+        ("crypto-any", 26) if m.payload.len() == 1072 => {
+            let header = Header { request: 26, flags: REPLY_FLAGS, size: 1072 };
+            let bytes = [header.as_bytes(), &[1; 1072]].concat();
+            return Action::Answer(Frame { bytes, fds: Vec::new() });
+        }
+        ("talks-when-suspended", 11) => device.talk(),
         ("log-fd-refused", 7) => return say(m, device, 1),
         ("listens-unadvised", 29) => return say(m, device, 0),
         ("postcopy-despite-slots", 28) => {

@@ -335,4 +335,8 @@ pub(super) const PROTOCOL: &[Row] = &[
     ("serves-one-disk", &["served-again"]),
     ("finishes-nothing", &["kick-with-nothing"]),
     ("hears-no-sigterm", &["sigterm"]),
+    ("loads-nothing", &["state-loaded"]),
+    ("iotlb-refused", &["iotlb-answered"]),
+    ("crypto-any", &["crypto-session"]),
+    ("talks-when-suspended", &["suspended-channel"]),
 ];

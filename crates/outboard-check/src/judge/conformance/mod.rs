@@ -10,3 +10,4 @@ pub(super) mod optional;
 pub(super) mod rings;
 pub(super) mod start;
 pub(super) mod stream;
+pub(super) mod transfer;

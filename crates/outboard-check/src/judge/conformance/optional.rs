@@ -62,7 +62,7 @@ pub(crate) fn channel(case: &mut Case<'_>) -> Outcome {
     session.alive()
 }
 
-fn pair() -> Outcome<(UnixStream, UnixStream)> {
+pub(crate) fn pair() -> Outcome<(UnixStream, UnixStream)> {
     UnixStream::pair().map_err(|error| Finding::own("make a socket pair", error))
 }
 
@@ -150,7 +150,7 @@ pub(crate) fn inflight_too_small(case: &mut Case<'_>) -> Outcome {
     Ok(())
 }
 
-fn transfer<'f>(direction: u32, fd: &'f OwnedFd) -> Msg<'f> {
+pub(crate) fn transfer<'f>(direction: u32, fd: &'f OwnedFd) -> Msg<'f> {
     let body = DeviceState { direction, phase: 0 };
     Msg::new(Code::SetDeviceStateFd.id(), body.as_bytes().to_vec()).fd(fd)
 }

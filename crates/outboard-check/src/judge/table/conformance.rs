@@ -114,6 +114,9 @@ rows! { Conformance
     "state-saved" "SET_DEVICE_STATE_FD" "the state of a stopped device can be saved to its end" c::optional::state_saved;
     "state-without-transfer" "CHECK_DEVICE_STATE (A82)" "CHECK_DEVICE_STATE without a transfer is an error" c::optional::state_without_transfer;
     "state-impossible" "SET_DEVICE_STATE_FD (A79)" "unknown directions and phases are errors" c::optional::state_impossible;
+    "state-loaded" "Migrating back-end state" "a state that was saved is loaded, and the device serves" c::transfer::state_loaded;
+    "iotlb-answered" "IOTLB_MSG" "updates and invalidations of the IOTLB are answered with 0" c::transfer::iotlb_answered;
+    "crypto-session" "CREATE_CRYPTO_SESSION (A90)" "a crypto session with impossible keys is refused with a negative id" c::transfer::crypto_session;
     "postcopy" "POSTCOPY_ADVISE" "the answer to POSTCOPY_ADVISE is empty but for a descriptor" c::optional::postcopy;
     "postcopy-unadvised" "POSTCOPY_LISTEN (A89)" "POSTCOPY_LISTEN before POSTCOPY_ADVISE is refused" c::optional::postcopy_unadvised;
     "postcopy-with-slots" "Migration: postcopy" "there is no postcopy together with memory slots" c::optional::postcopy_with_slots;

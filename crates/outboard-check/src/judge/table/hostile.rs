@@ -1,6 +1,7 @@
 //! The rows of the hostile front-ends.
 
 use super::{Check, rows};
+use crate::judge::conformance::transfer as t;
 use crate::judge::hostile as h;
 
 rows! { Hostile
@@ -75,6 +76,10 @@ rows! { Hostile
     "inflight-garbage" "SET_INFLIGHT_FD (A77)" "an in-flight region of noise does no harm" h::states::inflight_garbage;
     "inflight-often" "GET_INFLIGHT_FD (A75)" "in-flight regions that are replaced are closed" h::states::inflight_often;
     "state-noise" "SET_DEVICE_STATE_FD (A80)" "a device state of noise is refused" h::states::state_of_noise;
+    "state-cut" "SET_DEVICE_STATE_FD (A80)" "a part of a state is refused" t::state_cut;
+    "state-slow" "SET_DEVICE_STATE_FD (A80)" "a state that does not come keeps nobody waiting" t::state_slow;
+    "state-while-running" "SET_DEVICE_STATE_FD (A79)" "no state is transferred while a ring runs" t::state_while_running;
+    "iotlb-impossible" "IOTLB_MSG (A87)" "impossible IOTLB messages are refused" t::iotlb_impossible;
     "postcopy-often" "POSTCOPY_ADVISE (A89)" "fifty POSTCOPY_ADVISE leave nothing" h::states::postcopy_often;
     "foreign" "Front-end message types (A87, A90)" "messages for other kinds of device do no harm" h::states::foreign;
     "reset-busy" "RESET_DEVICE (A91)" "resets while requests are under way do no harm" h::states::reset_while_busy;

@@ -53,6 +53,7 @@ rows! { Semantics
     "slot-of-the-ring" "REM_MEM_REG (A44)" "a ring whose region is removed waits and goes on when it is back" s::memory::slot_of_the_ring;
     "across-regions" "Memory regions" "a buffer may cross regions that touch" s::memory::across_regions;
     "log-marks" "Migration" "writes are in the dirty log while it is on, and only then" s::memory::log_marks;
+    "suspended-channel" "Suspended device state" "a suspended device sends nothing to the front-end" crate::judge::conformance::transfer::suspended_channel;
     "order-qemu" "Front-ends: QEMU" "QEMU's order of messages works, three times over" s::frontends::qemu;
     "order-old-qemu" "Front-ends: QEMU before 7.2" "protocol features without bit 30 in SET_FEATURES work" s::frontends::old_qemu;
     "order-cloud-hypervisor" "Front-ends: cloud-hypervisor" "cloud-hypervisor's order of messages works" s::frontends::cloud_hypervisor;

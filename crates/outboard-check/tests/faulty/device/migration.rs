@@ -1,5 +1,6 @@
 //! The dirty log, the in-flight region, the device's state, postcopy.
 
+use std::io::Read as _;
 use std::os::fd::OwnedFd;
 
 use outboard_memory::DirtyLog;
@@ -10,6 +11,15 @@ use outboard_queue::DeviceQueue;
 
 use super::raw::{Raw, WRITE, flat};
 use super::{Device, memfd, refused, size_of};
+
+/// The state of this device, whatever it has done.
+const STATE: &[u8] = b"outboard";
+
+/// A transfer of state.
+pub(super) enum Transfer {
+    Saved,
+    Loads(OwnedFd),
+}
 
 /// The log of the moment.
 pub(super) struct Marks {
@@ -48,11 +58,11 @@ impl Device {
                 self.backend.answer(ticket, if good { Ok(()) } else { Err(refused()) });
             }
             Effect::SetDeviceStateFd { direction, fd, ticket } => {
-                self.transfer = Some(self.transferred(direction, fd));
+                self.transfer(direction, fd);
                 self.backend.answer(ticket, Ok(None));
             }
             Effect::CheckDeviceState { ticket } => {
-                let good = self.transfer.take() == Some(true) || self.is("state-always-good");
+                let good = self.transferred() || self.is("state-always-good");
                 self.backend.answer(ticket, if good { Ok(()) } else { Err(refused()) });
             }
             Effect::PostcopyAdvise { ticket } => {
@@ -132,18 +142,39 @@ impl Device {
         (area, file)
     }
 
-    /// Saves or loads the state; whether that worked.
-    fn transferred(&mut self, direction: StateDirection, fd: OwnedFd) -> bool {
-        match direction {
+    /// Saves the state, or keeps the descriptor that it is to come from.
+    fn transfer(&mut self, direction: StateDirection, fd: OwnedFd) {
+        self.transfer = Some(match direction {
             StateDirection::Save => {
-                let _ = rustix::io::write(&fd, b"outboard");
+                let _ = rustix::io::write(&fd, STATE);
                 if self.is("state-never-ends") {
                     self.kept.push(fd);
                 }
-                true
+                Transfer::Saved
             }
-            // The test's peer sends what no save has made.
-            StateDirection::Load => self.is("loads-anything"),
+            StateDirection::Load if self.is("waits-for-state") => {
+                let _ = std::fs::File::from(fd).read_to_end(&mut Vec::new());
+                Transfer::Saved
+            }
+            StateDirection::Load => Transfer::Loads(fd),
+        });
+    }
+
+    /// Ends a transfer; whether it worked. The front-end has closed its end.
+    fn transferred(&mut self) -> bool {
+        match self.transfer.take() {
+            None => false,
+            Some(Transfer::Saved) => true,
+            Some(Transfer::Loads(fd)) => {
+                let mut state = Vec::new();
+                let _ = std::fs::File::from(fd).read_to_end(&mut state);
+                match self.fault.as_str() {
+                    "loads-anything" => true,
+                    "loads-nothing" => false,
+                    "loads-parts" => STATE.starts_with(&state),
+                    _ => state == STATE,
+                }
+            }
         }
     }
 }

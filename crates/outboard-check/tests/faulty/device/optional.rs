@@ -34,6 +34,9 @@ impl Device {
                 self.backend.answer(ticket, Ok(()));
             }
             Effect::GetStatus { ticket } => self.backend.answer(ticket, Ok(self.status)),
+            // Nobody asks this device to translate: the messages are what is judged.
+            Effect::Iotlb { ticket, .. } => self.backend.answer(ticket, Ok(())),
+            Effect::CreateCryptoSession { ticket, .. } => self.backend.answer(ticket, Ok(1)),
             Effect::GetSharedObject { ticket, .. } => {
                 let any = self.is("gives-any-object").then(|| memfd(4096));
                 self.backend.answer(ticket, Ok(any));
@@ -47,6 +50,12 @@ impl Device {
             // Dropping an effect refuses its request.
             _ => {}
         }
+    }
+
+    /// Says that the configuration has changed.
+    pub(crate) fn talk(&self) {
+        let Some(channel) = &self.channel else { return };
+        let _ = rustix::io::write(channel, [2u32, 1, 0].map(u32::to_ne_bytes).as_flattened());
     }
 
     /// Takes a back-end channel; whether it is one.

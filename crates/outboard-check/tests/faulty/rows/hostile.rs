@@ -19,7 +19,7 @@ pub(crate) const HOSTILE: &[Row] = &[
     ("leaks-kicks", &["leak-notifiers"]),
     ("leaks-memory-files", &["leak-tables"]),
     ("leaks-stray-fds", &["fd-stray", "fd-stray-often", "fds-253", "fds-32", "fds-9"]),
-    ("loads-anything", &["state-noise"]),
+    ("loads-anything", &["state-cut", "state-noise", "state-slow"]),
     ("reply-bit-unchecked", &["reply-bit"]),
     (
         "serves-three",
@@ -124,4 +124,8 @@ pub(crate) const HOSTILE: &[Row] = &[
     ("aborts-on-huge-files", &["region-huge-pages"]),
     ("logs-rings-anywhere", &["log-ring-outside"]),
     ("spins-without-descriptors", &["no-descriptor-left"]),
+    ("loads-parts", &["state-cut"]),
+    ("waits-for-state", &["state-cut", "state-noise", "state-slow"]),
+    ("state-at-any-time", &["state-while-running"]),
+    ("iotlb-any", &["iotlb-impossible"]),
 ];
