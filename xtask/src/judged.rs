@@ -77,7 +77,7 @@ const SUBJECTS: &[Subject] = &[
     Subject {
         name: "dpdk-net-vhost",
         origin: "Debian's packages dpdk-dev and librte-net-vhost23; testpmd with net_vhost",
-        version: Some(&["dpdk-testpmd", "--version"]),
+        version: Some(&["dpdk-testpmd", "-v", "--no-huge", "-m", "16", "--no-pci", "--no-shconf"]),
         command: &[
             "dpdk-testpmd",
             "--lcores=0@0,1@1",
@@ -219,7 +219,7 @@ fn judge(subject: &'static Subject, path: &OsString, quick: bool) -> Result<Judg
 fn version(words: &[&str], path: &OsString) -> Result<String> {
     let (name, arguments) = words.split_first().context("no command")?;
     let mut command = Command::new(program(name, path)?);
-    let said = command.args(arguments).output()?;
+    let said = command.args(arguments).stdin(std::process::Stdio::null()).output()?;
     let text = [said.stdout, said.stderr].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
     let line = text.lines().find(|line| line.contains("version") || line.contains("Version"));

@@ -19,6 +19,10 @@ fn idle(case: &Case<'_>, when: &str) -> Outcome {
     match case.peer.settles(&windows, REST) {
         None => Err(Finding::not_offered("its processor time cannot be read")),
         Some(Ok(())) => Ok(()),
+        Some(Err(load)) if load <= REST => {
+            let why = format!("a thread of it never sleeps {when}");
+            Err(Finding::new(Verdict::Spins, why))
+        }
         Some(Err(load)) => {
             let why = format!("it uses {:.0} % of a processor {when}", load * 100.0);
             Err(Finding::new(Verdict::Spins, why))

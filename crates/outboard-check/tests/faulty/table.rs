@@ -44,7 +44,7 @@ fn judged(fault: &str, groups: &[&str]) -> Report {
         "the_back_end_that_is_judged".into(),
     ];
     let options = Options {
-        limit: Duration::from_millis(700),
+        limit: Duration::from_millis(1500),
         quick: true,
         only: groups.iter().map(|&group| group.to_owned()).collect(),
         ..Options::default()
