@@ -138,7 +138,9 @@ fn reasons(report: &Value) -> String {
 
 /// Text for a cell of a table, without paths of one machine.
 fn cell(text: &str) -> String {
-    let words = text.split(' ').map(|word| match word.starts_with('/') && word.len() > 20 {
+    // "(/a/b/s)" is a path as well.
+    let is_path = |word: &str| word.trim_start_matches('(').starts_with('/') && word.len() > 20;
+    let words = text.split(' ').map(|word| match is_path(word) {
         true => word.rsplit('/').next().unwrap_or_default(),
         false => word,
     });

@@ -201,10 +201,10 @@ pub(crate) fn flipped(case: &mut Case<'_>) -> Outcome {
                 let _ = view.write(BASE + 16, &good);
             }
         });
-        let outcome = (0..rounds).try_for_each(|_| flipped_once(&mut disk, quiet));
+        // It may end the connection over such a ring; what counts is how it is afterwards.
+        let _ = (0..rounds).try_for_each(|_| flipped_once(&mut disk, quiet));
         over.store(true, Ordering::Relaxed);
-        outcome
-    })?;
+    });
     recover(case, disk)
 }
 
