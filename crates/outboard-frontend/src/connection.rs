@@ -224,7 +224,7 @@ impl Connection {
         self.acknowledged(Request::SetVringNum { index, size })
     }
 
-    /// SET_VRING_ADDR for a ring at these guest addresses of [`SharedMemory`].
+    /// SET_VRING_ADDR for a ring at these guest addresses of [`crate::SharedMemory`].
     ///
     /// # Errors
     /// As [`Self::call`].
