@@ -99,6 +99,12 @@ impl Window {
         self.checked(at, 1).ok().filter(|_| self.writable)
     }
 
+    /// The address of a part that lies inside a writable window.
+    pub(crate) fn part(&self, at: u64, len: u64) -> Option<*mut u8> {
+        let len = usize::try_from(len).ok()?;
+        self.checked(at, len).ok().filter(|_| self.writable)
+    }
+
     /// Whether the file was cut short and an access met the hole.
     pub(crate) fn is_poisoned(&self) -> bool {
         self.mapping.is_poisoned()

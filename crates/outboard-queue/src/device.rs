@@ -6,6 +6,7 @@ use crate::chain::Chain;
 use crate::error::RingError;
 use crate::layout::{QueueFeatures, QueueLayout};
 use crate::split::device::SplitDevice;
+use crate::split::inflight::InflightArea;
 use crate::split::log::RingLog;
 
 /// A queue that a device serves: takes chains, gives them back in any order, tells the driver in batches.
@@ -107,6 +108,32 @@ impl DeviceQueue {
     pub fn set_log(&mut self, log: Option<RingLog>) {
         let Ring::Split(ring) = &mut self.ring;
         ring.set_log(log);
+    }
+
+    /// Keeps track of requests in this area of an in-flight region from now on, before the first one is taken. What an
+    /// earlier process had taken and not shown as used is [`owed`](Self::owed) then, and the ring goes on behind it,
+    /// whatever base it was made with.
+    ///
+    /// # Errors
+    /// The area holds what no device leaves behind, or is not for a ring of this size. Nothing was written.
+    pub fn set_inflight(&mut self, area: InflightArea) -> Result<(), RingError> {
+        let Ring::Split(ring) = &mut self.ring;
+        ring.set_inflight(area)
+    }
+
+    /// Requests of an earlier process that are to be served again, and before any new one.
+    pub fn owed(&self) -> u16 {
+        let Ring::Split(ring) = &self.ring;
+        ring.owed()
+    }
+
+    /// The next of them, in the order in which the earlier process took them.
+    ///
+    /// # Errors
+    /// As for [`pop`](Self::pop).
+    pub fn pop_owed(&mut self) -> Result<Option<Chain>, RingError> {
+        let Ring::Split(ring) = &mut self.ring;
+        ring.pop_owed()
     }
 
     /// What GET_VRING_BASE answers: where the ring goes on.

@@ -134,6 +134,14 @@ pub enum RingError {
         /// What is wanted.
         source: AccessError,
     },
+    /// An in-flight region that no device leaves behind, or one of another version or for other rings.
+    #[error("in-flight region with {field} {value}")]
+    Inflight {
+        /// What is wrong.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+    },
     /// The file behind guest memory was cut short and an access met the hole.
     #[error("a file of guest memory was cut short")]
     MemoryLost,

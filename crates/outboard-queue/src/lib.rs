@@ -32,4 +32,5 @@ pub use driver::DriverQueue;
 pub use error::{QueueFull, RingError, ShortBuffer};
 pub use event::need_event;
 pub use layout::{QueueFeatures, QueueLayout};
+pub use split::inflight::InflightArea;
 pub use split::log::RingLog;

@@ -4,6 +4,7 @@ pub(crate) mod cells;
 pub(crate) mod chains;
 pub(crate) mod device;
 pub(crate) mod driver;
+pub(crate) mod inflight;
 pub(crate) mod log;
 mod tracked;
 pub(crate) mod walk;

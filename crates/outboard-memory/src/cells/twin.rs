@@ -35,6 +35,36 @@ pub fn without_fences<R>(model: impl FnOnce() -> R) -> R {
     model()
 }
 
+thread_local! {
+    static STEPS_LEFT: Cell<Option<u64>> = const { Cell::new(None) };
+}
+
+/// What [`dying_after`] ends with.
+#[derive(Clone, Copy, Debug)]
+pub struct Death;
+
+/// Runs `life` and ends it before its store number `steps` to memory that outlives it, counting from 0. `None`: it died;
+/// what it had is leaked, as a killed process leaves it.
+pub fn dying_after<R>(steps: u64, life: impl FnOnce() -> R) -> Option<R> {
+    STEPS_LEFT.set(Some(steps));
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(life));
+    STEPS_LEFT.set(None);
+    match outcome {
+        Ok(value) => Some(value),
+        Err(cause) if cause.is::<Death>() => None,
+        Err(cause) => std::panic::resume_unwind(cause),
+    }
+}
+
+/// A store is about to happen.
+pub(crate) fn step() {
+    match STEPS_LEFT.get() {
+        None => {}
+        Some(0) => std::panic::resume_unwind(Box::new(Death)),
+        Some(left) => STEPS_LEFT.set(Some(left - 1)),
+    }
+}
+
 /// The cells of one guest memory.
 #[derive(Default)]
 pub(crate) struct Store {
@@ -84,6 +114,7 @@ impl Cell16 {
 
     /// Replaces the value.
     pub fn store(&self, value: u16, order: Ordering) {
+        step();
         self.0.store(value, order);
     }
 }
@@ -112,6 +143,7 @@ impl Ring16 {
 
     /// Replaces element `at`, modulo the length.
     pub fn store(&self, at: u16, value: u16) {
+        step();
         self.cell(at).store(value, Ordering::Relaxed);
     }
 }
@@ -141,6 +173,7 @@ impl Pairs {
 
     /// Replaces pair `at`, modulo the length.
     pub fn store(&self, at: u16, first: u32, second: u32) {
+        step();
         self.cell(at).store(u64::from(first) | u64::from(second) << 32, Ordering::Relaxed);
     }
 }

@@ -16,6 +16,7 @@ use outboard_memory::{View, fence};
 
 use super::cells::SplitCells;
 use super::chains::Chains;
+use super::inflight::Inflight;
 use super::log::Logging;
 use super::walk::Source;
 use super::{NO_INTERRUPT, NO_NOTIFY};
@@ -65,6 +66,8 @@ pub(crate) struct SplitDevice {
     pub(super) chains: Chains,
     /// Where writes are noted, while they are.
     pub(super) log: Option<Box<Logging>>,
+    /// What outlives this process, when there is something.
+    pub(super) inflight: Option<Box<Inflight>>,
 }
 
 impl SplitDevice {
@@ -97,6 +100,7 @@ impl SplitDevice {
             fault: None,
             chains: Chains::new(layout.size),
             log: None,
+            inflight: None,
         })
     }
 

@@ -1,4 +1,5 @@
-//! The device side of a split ring whose requests are looked at twice: their writes are noted in a dirty log.
+//! The device side of a split ring whose requests are looked at twice: their writes are noted in a dirty log, or they
+//! themselves in an in-flight region.
 //!
 //! The quick way asks no question about it: it finds that the available index is too far ahead of a limit of 0 and that
 //! there is no place to put a chain back to, and comes here instead. Invariant: `is_tracked()` exactly when the chains
@@ -7,6 +8,7 @@
 use outboard_memory::Buffers;
 
 use super::device::{Health, SplitDevice};
+use super::inflight::{Inflight, InflightArea};
 use super::log::{Logging, RingLog};
 use crate::chain::{Chain, Parts};
 use crate::error::RingError;
@@ -14,7 +16,7 @@ use crate::layout::QueueLayout;
 
 impl SplitDevice {
     pub(super) fn is_tracked(&self) -> bool {
-        self.log.is_some()
+        self.log.is_some() || self.inflight.is_some()
     }
 
     /// Takes the quick way, or this one.
@@ -92,6 +94,15 @@ impl SplitDevice {
 
     fn take_tracked(&mut self) -> Result<Box<Parts>, RingError> {
         let head = self.cells.avail.load(self.next_avail);
+        let parts = self.take_head(head)?;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.taken(head);
+        }
+        Ok(parts)
+    }
+
+    #[inline(always)]
+    fn take_head(&mut self, head: u16) -> Result<Box<Parts>, RingError> {
         let mut parts = self.chains.take_aside(head, &self.source.view)?;
         if self.source.walk_quickly(head, &mut parts.buffers).is_none() {
             parts = self.walk_carefully(head, parts)?;
@@ -100,6 +111,48 @@ impl SplitDevice {
             log.taken(head, &parts.buffers);
         }
         Ok(parts)
+    }
+
+    /// Keeps track of requests in `area` from now on, and takes up what an earlier process left there: its requests are
+    /// owed, and the available index to go on from follows from them.
+    pub(crate) fn set_inflight(&mut self, area: InflightArea) -> Result<(), RingError> {
+        let (inflight, fresh) = Inflight::start(area, self.layout.size, self.next_used)?;
+        if !fresh {
+            // This overrides the base. What is owed is neither in flight here nor to be taken from the ring.
+            self.next_avail = self.next_used.wrapping_add(inflight.owed());
+            self.seen_avail = self.next_avail;
+            self.lead = inflight.owed();
+        }
+        self.inflight = Some(Box::new(inflight));
+        self.choose_way();
+        Ok(())
+    }
+
+    /// Requests of an earlier process that were not taken again.
+    pub(crate) fn owed(&self) -> u16 {
+        self.inflight.as_ref().map_or(0, |inflight| inflight.owed())
+    }
+
+    /// The oldest request of an earlier process.
+    pub(crate) fn pop_owed(&mut self) -> Result<Option<Chain>, RingError> {
+        if self.health != Health::Live {
+            return self.tell();
+        }
+        let owed = self.inflight.as_mut().and_then(|inflight| inflight.next_owed());
+        let Some(head) = owed else { return Ok(None) };
+        match self.take_head(head) {
+            Ok(parts) => {
+                self.lead = self.lead.wrapping_sub(1);
+                Ok(Some(Chain(parts)))
+            }
+            Err(error) => {
+                if let Some(inflight) = &mut self.inflight {
+                    inflight.put_back(head);
+                }
+                self.retire(error);
+                self.tell()
+            }
+        }
     }
 
     /// Gives a chain back that the quick way has no place for.
@@ -115,6 +168,9 @@ impl SplitDevice {
             log.completed(head);
             log.mark_elements(self.next_used, self.next_used.wrapping_add(1));
         }
+        if let Some(inflight) = &mut self.inflight {
+            inflight.completed(head);
+        }
         self.push_used(head, written);
     }
 
@@ -125,8 +181,13 @@ impl SplitDevice {
         }
     }
 
-    /// The used index covers elements `old..new`.
+    /// The used index covers elements `old..new`, unless memory is gone.
     pub(super) fn after_used_index(&mut self, old: u16, new: u16) {
+        if let Some(inflight) = &mut self.inflight
+            && self.told_used == new
+        {
+            inflight.published(new);
+        }
         if let Some(log) = &self.log {
             log.mark_elements(old, new);
             log.mark_index();
