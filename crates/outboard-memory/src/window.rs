@@ -106,7 +106,8 @@ impl Window {
     }
 
     /// Whether the file was cut short and an access met the hole.
-    pub(crate) fn is_poisoned(&self) -> bool {
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
         self.mapping.is_poisoned()
     }
 

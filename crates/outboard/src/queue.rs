@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use futures_channel::oneshot;
 use outboard_memory::{GuestMemory, View};
-use outboard_queue::{Chain, DeviceQueue, QueueLayout, RingError, RingLog};
+use outboard_queue::{Chain, DeviceQueue, InflightArea, QueueLayout, RingError, RingLog};
 use tracing::{debug, warn};
 
 use self::translation::{Translation, find_or_wait};
@@ -76,6 +76,8 @@ pub(crate) struct Setup {
     pub(crate) features: u64,
     /// Where writes are noted, when they are.
     pub(crate) log: Option<RingLog>,
+    /// Where requests are kept track of, for a process that follows this one after a crash.
+    pub(crate) inflight: Option<InflightArea>,
     pub(crate) base: u32,
     pub(crate) enabled: bool,
     pub(crate) kick: Kick,
@@ -127,6 +129,9 @@ pub struct Queue {
     broken: bool,
     /// Nothing is taken: the ring is broken, or the front-end was asked for a translation.
     resting: bool,
+    /// What an earlier process had taken is served first: nothing else is taken before all of it is
+    /// finished.
+    recovering: bool,
     translation: Translation,
 }
 
@@ -141,6 +146,7 @@ impl Queue {
         mailbox: Arc<Mailbox>,
     ) -> Result<Self, StartError> {
         let ring = find_or_wait(&setup, &memory)?;
+        let recovering = ring.as_ref().is_some_and(|ring| ring.owed() != 0);
         Ok(Self {
             setup,
             ring,
@@ -150,6 +156,7 @@ impl Queue {
             processing: Vec::new(),
             broken: false,
             resting: false,
+            recovering,
             translation: Translation::default(),
         })
     }
@@ -242,7 +249,7 @@ impl Queue {
     /// As [`Queue::pop`], for the library's own workers.
     pub(crate) fn pop_chain(&mut self) -> Option<Chain> {
         if !self.looks() {
-            return None;
+            return self.pop_owed();
         }
         let Some(ring) = self.ring.as_mut() else {
             self.seek_ring();
@@ -261,8 +268,53 @@ impl Queue {
         }
     }
 
-    /// Whether requests are taken from the ring at all now.
+    /// The next request that an earlier process had taken, in its order.
+    #[cold]
+    fn pop_owed(&mut self) -> Option<Chain> {
+        if !self.recovering || !self.may_look() {
+            return None;
+        }
+        let ring = self.ring.as_mut()?;
+        loop {
+            match ring.pop_owed() {
+                Ok(Some(chain)) if self.setup.enabled => return Some(chain),
+                Ok(Some(chain)) => ring.complete(chain, 0),
+                Ok(None) if ring.in_flight() == 0 => break,
+                Ok(None) => return None,
+                Err(error) => {
+                    self.failed(&error);
+                    return None;
+                }
+            }
+        }
+        self.recovering = false;
+        self.pop_chain()
+    }
+
+    /// Whether requests of an earlier process can be served now: the ring does not stop before.
+    pub(crate) fn owes(&self) -> bool {
+        let owed = self.ring.as_ref().is_some_and(|ring| ring.owed() != 0);
+        owed && self.recovering && self.may_look()
+    }
+
+    /// The requests of an earlier process may be finished now.
+    fn recovered(&mut self, changed: &mut Changed) {
+        let owed = self.ring.as_ref().map_or(0, DeviceQueue::owed);
+        if self.recovering && owed == 0 && self.in_flight() == 0 {
+            self.recovering = false;
+            changed.look = true;
+        }
+    }
+
+    /// Whether new requests are taken from the ring now.
+    #[inline(always)]
     fn looks(&self) -> bool {
+        !self.recovering && self.may_look()
+    }
+
+    /// Whether requests are taken from the ring at all now.
+    #[inline(always)]
+    fn may_look(&self) -> bool {
         !self.resting
             && self.next_memory.is_none()
             && (self.setup.enabled || self.setup.when_disabled == WhenDisabled::Discard)
@@ -350,6 +402,7 @@ impl Queue {
             self.settle(&mut changed);
         }
         self.settle(&mut changed);
+        self.recovered(&mut changed);
         changed
     }
 
@@ -358,9 +411,9 @@ impl Queue {
         self.mailbox.drain_wakes();
     }
 
-    /// Whether a generation of memory waits for what is in flight.
-    pub(crate) fn has_next_memory(&self) -> bool {
-        self.next_memory.is_some()
+    /// Whether something waits until nothing is in flight: a generation of memory, or new requests.
+    pub(crate) fn waits(&self) -> bool {
+        self.next_memory.is_some() || self.recovering
     }
 
     /// The way back for a request that leaves the queue's thread.
@@ -432,6 +485,7 @@ impl Queue {
         self.ring = None;
         match find_ring(&self.setup, self.setup.base, &memory) {
             Ok(ring) => {
+                self.recovering = ring.owed() != 0;
                 self.ring = Some(ring);
                 self.translation.ring_found();
                 changed.look = true;
@@ -450,7 +504,11 @@ impl Queue {
 
     /// Answers in-band kicks, once the ring was looked at and nothing of it is in flight.
     pub fn processed(&mut self) {
-        if !self.processing.is_empty() && self.in_flight() == 0 && !self.has_requests() {
+        if !self.processing.is_empty()
+            && self.in_flight() == 0
+            && !self.recovering
+            && !self.has_requests()
+        {
             let state = self.state();
             for done in self.processing.drain(..) {
                 let _ = done.send(state);
@@ -495,6 +553,9 @@ fn find_ring(
     let layout = guest_layout(setup, memory)?;
     let view = View::new(Arc::clone(memory));
     let mut ring = DeviceQueue::new(layout, setup.features, base, view)?;
+    if let Some(area) = &setup.inflight {
+        ring.set_inflight(area.clone())?;
+    }
     ring.set_log(setup.log.clone());
     Ok(ring)
 }

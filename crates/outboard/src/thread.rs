@@ -367,11 +367,11 @@ impl<W: Worker> Thread<W> {
     fn settle(&mut self) {
         let mut at = 0;
         while let Some(lane) = self.lanes.get_mut(at) {
-            if lane.queue.in_flight() == 0 && lane.queue.has_next_memory() {
+            if lane.queue.in_flight() == 0 && lane.queue.waits() {
                 poll_control(lane, self.events.as_mut());
             }
             lane.queue.processed();
-            if lane.stopping.is_none() || lane.queue.in_flight() != 0 {
+            if lane.stopping.is_none() || lane.queue.in_flight() != 0 || lane.queue.owes() {
                 at += 1;
                 continue;
             }
@@ -422,7 +422,7 @@ impl<W: Worker> Thread<W> {
 
 /// Serves what is in one ring, up to its budget; true when there may be more.
 fn turn<W: Worker>(worker: &mut W, lane: &mut Lane, events: &mut dyn EventLoop) -> bool {
-    if lane.stopping.is_some() {
+    if lane.stopping.is_some() && !lane.queue.owes() {
         return false;
     }
     lane.queue.disarm();

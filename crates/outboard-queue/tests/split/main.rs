@@ -5,6 +5,7 @@ mod dirty_log;
 mod driver_side;
 mod hostile_chains;
 mod hostile_races;
+mod inflight;
 mod layouts;
 mod life;
 mod model;

@@ -146,6 +146,9 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         if self.backend.features_set() {
             play.ask(Request::SetFeatures(self.backend.acked_features())).await?;
         }
+        if let Some(request) = self.inflight.again().map_err(HostError::io("dup"))? {
+            play.ask(request).await?;
+        }
         for request in self.log.again().map_err(HostError::io("dup"))? {
             play.ask(request).await?;
         }

@@ -14,6 +14,7 @@ mod by_hand;
 mod channel;
 mod extras;
 mod hand_over;
+mod inflight;
 mod iotlb;
 mod log;
 mod memory;
@@ -53,6 +54,7 @@ pub(crate) const RING_FEATURES: u64 = virtio::RING_INDIRECT_DESC
 /// Protocol features that the framework carries for every device.
 const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::LOG_SHMFD)
+    .union(ProtocolFeatures::INFLIGHT_SHMFD)
     .union(ProtocolFeatures::REPLY_ACK)
     .union(ProtocolFeatures::BACKEND_REQ)
     .union(ProtocolFeatures::RESET_DEVICE)

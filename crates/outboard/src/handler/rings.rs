@@ -272,6 +272,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             user: [addresses.desc, addresses.avail, addresses.used],
             features: self.backend.acked_features() & !virtio::LOG_ALL,
             log: self.ring_log(index, self.backend.acked_features()),
+            inflight: self.inflight.area(index),
             base: ring.base,
             enabled: ring.enabled,
             kick: host.kick.clone()?,

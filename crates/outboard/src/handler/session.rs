@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, info, warn};
 
 use super::channel::{Plug, drive};
+use super::inflight::SessionInflight;
 use super::iotlb::Iommu;
 use super::log::SessionLog;
 use super::postcopy::Postcopy;
@@ -116,6 +117,7 @@ pub(crate) struct Session<'h, D: VhostUserDevice, R: Reactor> {
     /// Guest memory, by guest-physical and front-end addresses.
     pub(super) memory: Arc<GuestMemory>,
     pub(super) log: SessionLog,
+    pub(super) inflight: SessionInflight,
     pub(super) iommu: Iommu,
     pub(super) rings: Vec<HostRing>,
     pub(super) postcopy: Option<Postcopy>,
@@ -154,6 +156,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             iommu: Iommu::new(&memory),
             memory,
             log: SessionLog::default(),
+            inflight: SessionInflight::default(),
             rings,
             postcopy: None,
             state: StateDesk::default(),
@@ -213,6 +216,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         loop {
             self.note_broken_rings();
             self.log.look();
+            self.inflight.look();
             let step = self.backend.poll();
             let step = match step {
                 Ok(step) => step,
@@ -283,7 +287,8 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
                 self.acknowledge(ticket, done);
             }
             Effect::RingConfigured { index, ticket } => {
-                let done = self.set_ring_log(index).await;
+                let done = self.check_ring_inflight(index);
+                let done = done.and(self.set_ring_log(index).await);
                 let done = done.and_then(|()| self.start_if_ready(index));
                 self.acknowledge(ticket, done);
             }
@@ -325,6 +330,14 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             }
             Effect::SetLogBase { log, fd, ticket } => {
                 let done = self.set_log_base(log, fd).await;
+                self.acknowledge(ticket, done);
+            }
+            Effect::GetInflightFd { num_queues, queue_size, ticket } => {
+                let made = self.get_inflight_fd(num_queues, queue_size);
+                self.backend.answer(ticket, made);
+            }
+            Effect::SetInflightFd { inflight, fd, ticket } => {
+                let done = self.set_inflight_fd(inflight, fd);
                 self.acknowledge(ticket, done);
             }
             Effect::SetLogFd { fd, ticket } => {

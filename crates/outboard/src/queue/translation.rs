@@ -143,6 +143,7 @@ impl Queue {
         }
         match find_ring(&self.setup, self.setup.base, &self.memory) {
             Ok(ring) => {
+                self.recovering = ring.owed() != 0;
                 self.ring = Some(ring);
                 self.translation.ring_found();
             }
