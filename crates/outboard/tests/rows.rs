@@ -89,8 +89,14 @@ const FRONT_END: &[(&str, Shown)] = &[
     ("POSTCOPY_ADVISE", By(&[POSTCOPY])),
     ("POSTCOPY_LISTEN", By(&[POSTCOPY])),
     ("POSTCOPY_END", By(&[POSTCOPY])),
-    ("GET_INFLIGHT_FD", Open("the in-flight region")),
-    ("SET_INFLIGHT_FD", Open("the in-flight region")),
+    (
+        "GET_INFLIGHT_FD",
+        By(&["inflight::a_region_is_made_of_zeros_and_its_length_cannot_be_changed"]),
+    ),
+    (
+        "SET_INFLIGHT_FD",
+        By(&["inflight::c7_what_was_in_flight_is_served_first_in_its_order_and_each_once"]),
+    ),
     ("GPU_SET_SOCKET", By(&["everything::the_display_socket_reaches_the_device"])),
     ("RESET_DEVICE", By(&["everything::a_reset_forgets_mappings_and_serves_again"])),
     ("VRING_KICK", By(&["everything::rings_are_kicked_and_call_by_messages"])),
