@@ -139,6 +139,7 @@ const BACK_END: &[(&str, Shown)] = &[
 
 const SOURCES: &[(&str, &str)] = &[
     ("everything", include_str!("everything.rs")),
+    ("inflight", include_str!("inflight.rs")),
     ("log", include_str!("log.rs")),
     ("memory", include_str!("memory.rs")),
     ("postcopy", include_str!("postcopy.rs")),
