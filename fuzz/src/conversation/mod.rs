@@ -17,6 +17,7 @@ pub mod guest;
 pub mod model;
 pub mod ring;
 pub mod script;
+pub mod start;
 pub mod world;
 
 use std::cell::RefCell;

@@ -4,14 +4,12 @@
 //! What a message's shape is (lengths, descriptors, features, forms of its errors) comes from the
 //! message table; what it means does not.
 
-use std::collections::VecDeque;
-use std::rc::Rc;
-
 use outboard_protocol::ProtocolFeatures as P;
 use outboard_protocol::table::{ErrorForm, MessageInfo, Negotiated, Side, info};
+use std::collections::VecDeque;
 
 use super::guest::{Guest, Mem, Reg};
-use super::ring::{Change, KickWay, Live, NoStart, Notify, Setup};
+use super::ring::{Change, KickWay, Live, Notify};
 use crate::cover::reached;
 
 /// Rings of the device.
@@ -73,8 +71,8 @@ pub struct Ring {
     /// Kicked, and something was missing.
     pub waits: bool,
     pub kick: Option<KickWay>,
-    call: Option<Notify>,
-    err: Option<Notify>,
+    pub(super) call: Option<Notify>,
+    pub(super) err: Option<Notify>,
     pub live: Option<Live>,
 }
 
@@ -85,7 +83,7 @@ pub struct No;
 #[derive(Default)]
 pub(super) struct Wait {
     /// Posted one after the other.
-    post: VecDeque<(usize, Change)>,
+    pub(super) post: VecDeque<(usize, Change)>,
     awaiting: VecDeque<usize>,
     stops: VecDeque<usize>,
 }
@@ -110,7 +108,7 @@ pub struct Model {
     pub protocol: P,
     pub acked: u64,
     pub own_acked: u64,
-    features_set: bool,
+    pub(super) features_set: bool,
     pub rings: [Ring; QUEUES],
     pub regions: Vec<([u64; 4], Reg)>,
     pub mem: Mem,
@@ -481,7 +479,7 @@ impl Model {
         self.config = [0; CONFIG];
     }
 
-    fn index(&self, index: u64) -> Result<usize, No> {
+    pub(super) fn index(&self, index: u64) -> Result<usize, No> {
         usize::try_from(index).ok().filter(|index| *index < QUEUES).ok_or(No)
     }
 
@@ -516,136 +514,5 @@ impl Model {
         }
         self.protocol = features;
         Ok(Then::Nothing)
-    }
-
-    /// NUM, ADDR, BASE: what was said before stays when the ring cannot start with it.
-    fn configure(
-        &mut self,
-        payload: &[u8],
-        guest: &Guest,
-        change: impl FnOnce(&mut Ring, &[u8]) -> Result<(), No>,
-    ) -> Result<Then, No> {
-        let index = self.index(half(payload, 0).into())?;
-        let ring = &mut self.rings[index];
-        if ring.live.is_some() && !matches!(payload.len(), 40) {
-            return Err(No);
-        }
-        let before = (ring.size, ring.addr, ring.base);
-        change(ring, payload)?;
-        if ring.waits && self.try_start(index, guest).is_err() {
-            let ring = &mut self.rings[index];
-            (ring.size, ring.addr, ring.base) = before;
-            return Err(No);
-        }
-        Ok(Then::Nothing)
-    }
-
-    fn addresses(&mut self, payload: &[u8], guest: &Guest) -> Result<Then, No> {
-        self.configure(payload, guest, |ring, p| {
-            let (desc, used, avail) = (word(p, 8), word(p, 16), word(p, 24));
-            let aligned =
-                desc.is_multiple_of(16) && avail.is_multiple_of(2) && used.is_multiple_of(4);
-            let addr = Some([desc, avail, used]);
-            if half(p, 4) > 1 || !aligned || (ring.live.is_some() && ring.addr != addr) {
-                return Err(No);
-            }
-            ring.addr = addr;
-            Ok(())
-        })
-    }
-
-    fn in_band(&self) -> bool {
-        self.protocol.contains(P::INBAND_NOTIFICATIONS)
-    }
-
-    fn notify_way(&self, given: Option<Given>) -> Option<Notify> {
-        match given {
-            Some(Given::Bell(bell)) => Some(Notify::Bell(bell)),
-            Some(_) => Some(Notify::Junk),
-            None => self.in_band().then_some(Notify::Message),
-        }
-    }
-
-    /// KICK, CALL, ERR.
-    fn notifier(&mut self, msg: &Msg, wait: &mut Wait, guest: &Guest) -> Result<Then, No> {
-        let value = word(&msg.payload, 0);
-        let index = self.index(value & !0x100)?;
-        let given = msg.fds.first().copied();
-        if given.is_some() != (value & 0x100 == 0) {
-            return Err(No);
-        }
-        let notify = self.notify_way(given);
-        match msg.id {
-            13 => {
-                self.rings[index].call = notify;
-                wait.post.push_back((index, Change::Call(notify)));
-            }
-            14 => {
-                self.rings[index].err = notify;
-                wait.post.push_back((index, Change::Err(notify)));
-            }
-            _ => {
-                let way = match given {
-                    Some(Given::Bell(bell)) => KickWay::Bell(bell),
-                    Some(_) => KickWay::Junk,
-                    None if self.in_band() => KickWay::Message,
-                    None => KickWay::Poll,
-                };
-                self.rings[index].kick = Some(way);
-                if self.rings[index].live.is_some() {
-                    wait.post.push_back((index, Change::Kick(way)));
-                } else {
-                    self.try_start(index, guest)?;
-                }
-                return Ok(Then::Kicked(index));
-            }
-        }
-        Ok(Then::Nothing)
-    }
-
-    fn start_all(&mut self, guest: &Guest) {
-        for ring in 0..QUEUES {
-            if self.rings[ring].waits && self.try_start(ring, guest).is_err() {
-                reached("conversation a waiting ring does not start".into());
-            }
-        }
-    }
-
-    /// Starts a ring when everything is there; it waits otherwise.
-    fn try_start(&mut self, index: usize, guest: &Guest) -> Result<(), No> {
-        let in_band = self.in_band().then_some(Notify::Message);
-        let ring = &self.rings[index];
-        let (Some(size), Some(user), Some(kick)) = (ring.size, ring.addr, ring.kick) else {
-            return Ok(());
-        };
-        if !self.features_set || self.mem.is_empty() || ring.live.is_some() {
-            return Ok(());
-        }
-        let setup = Setup {
-            size,
-            user,
-            features: self.acked,
-            base: ring.base,
-            enabled: ring.enabled,
-            transmits: index == TRANSMITS,
-            kick,
-            call: ring.call.or(in_band),
-            err: ring.err.or(in_band),
-        };
-        let live = match Live::start(setup, Rc::clone(&self.mem), guest) {
-            Ok(live) => live,
-            Err(NoStart::Absent) => {
-                reached("conversation a ring waits for its memory".into());
-                return Ok(());
-            }
-            Err(NoStart::Wrong) => return Err(No),
-        };
-        if std::mem::take(&mut self.refuse_start) {
-            return Err(No);
-        }
-        reached(format!("conversation ring {index} runs"));
-        self.rings[index].live = Some(live);
-        self.rings[index].waits = false;
-        Ok(())
     }
 }
