@@ -379,6 +379,14 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
                 let config = self.shmem_config();
                 self.backend.answer(ticket, Ok(config));
             }
+            other => self.carry_out_hook(other).await,
+        }
+        Ok(())
+    }
+
+    /// The messages that only some devices know, and postcopy.
+    async fn carry_out_hook(&mut self, effect: Effect<OwnedFd>) {
+        match effect {
             Effect::SendRarp { mac, ticket } => {
                 let done = self.hook(|hooks| hooks.send_rarp(mac));
                 self.acknowledge(ticket, done);
@@ -405,7 +413,6 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             }
             other => self.carry_out_postcopy(other).await,
         }
-        Ok(())
     }
 
     /// Has the device's hooks carry something out.
