@@ -12,6 +12,7 @@
 
 mod by_hand;
 mod channel;
+mod dispatch;
 mod extras;
 mod hand_over;
 mod inflight;

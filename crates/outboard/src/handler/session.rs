@@ -11,8 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use outboard_memory::GuestMemory;
-use outboard_protocol::ticket::Ack;
-use outboard_protocol::{Backend, Effect, Offer, Refusal, Step, Ticket, virtio};
+use outboard_protocol::{Backend, Offer, Refusal, Step, virtio};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, info, warn};
 
@@ -27,8 +26,7 @@ use super::{Ended, HandlerOptions, RING_FEATURES};
 use crate::channel::BackendChannel;
 use crate::connection::{Connection, Received};
 use crate::device::{ConfigWrite, VhostUserDevice};
-use crate::error::{Error, HostError};
-use crate::hooks::Hooks;
+use crate::error::HostError;
 use crate::reactor::{Raced, Reactor, block_on, race};
 use crate::serving::ACCEPT_PAUSE;
 use crate::take_over::{Door, Heir};
@@ -244,196 +242,11 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         Ok(())
     }
 
-    /// One line per message. What is not here cannot come: its feature is not offered; the dropped
-    /// ticket would refuse it.
-    async fn carry_out(&mut self, effect: Effect<OwnedFd>) -> Result<(), HostError> {
-        match effect {
-            Effect::SetFeatures { features, enable_all, ticket } => {
-                let done = self.set_features(features, enable_all).await;
-                let accepted = done.is_ok();
-                self.acknowledge(ticket, done);
-                let protocol = self.backend.acked_protocol_features();
-                self.channel.negotiate(protocol, self.backend.acked_features());
-                if let Err(refusal) = self.turn_iommu().await {
-                    warn!("IOMMU: {refusal}");
-                }
-                if accepted {
-                    // Kicked before the features were known: started before the answer is sent.
-                    self.start_all_ready();
-                }
-            }
-            Effect::SetProtocolFeatures { ticket, .. } => self.acknowledge(ticket, Ok(())),
-            Effect::ResetOwner { ticket } => {
-                let done = self.enable_all(false).await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::ResetDevice { ticket } => {
-                self.reset_device().await?;
-                self.acknowledge(ticket, Ok(()));
-                if let Err(refusal) = self.turn_iommu().await {
-                    warn!("IOMMU: {refusal}");
-                }
-            }
-            Effect::SetMemTable { regions, ticket } => {
-                let done = self.set_mem_table(regions).await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::AddMemRegion { region, fd, ticket } => {
-                let done = self.add_mem_region(region, fd).await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::RemMemRegion { region, ticket } => {
-                let done = self.rem_mem_region(region).await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::RingConfigured { index, ticket } => {
-                let done = self.check_ring_inflight(index);
-                let done = done.and(self.set_ring_log(index).await);
-                let done = done.and_then(|()| self.start_if_ready(index));
-                self.acknowledge(ticket, done);
-            }
-            Effect::SetVringKick { index, kick, ticket } => {
-                let done = self.set_kick(index, kick).await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::SetVringCall { index, call, ticket } => {
-                let done = self.set_call(index, call).await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::SetVringErr { index, err, ticket } => {
-                let done = self.set_err(index, err).await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::SetVringEnable { index, enabled, ticket } => {
-                let done = self.enable(index, enabled).await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::GetVringBase { index, ticket, .. } => {
-                let base = self.get_base(index).await?;
-                self.backend.answer(ticket, base);
-            }
-            other => self.carry_out_extra(other).await?,
-        }
-        Ok(())
-    }
-
-    /// The messages that concern the device, not its rings.
-    async fn carry_out_extra(&mut self, effect: Effect<OwnedFd>) -> Result<(), HostError> {
-        match effect {
-            Effect::ReadConfig { offset, size, ticket } => {
-                let bytes = self.read_config(offset, size);
-                self.backend.answer(ticket, bytes);
-            }
-            Effect::WriteConfig { offset, bytes, migration, ticket } => {
-                let done = self.write_config(offset, &bytes, migration);
-                self.acknowledge(ticket, done);
-            }
-            Effect::SetLogBase { log, fd, ticket } => {
-                let done = self.set_log_base(log, fd).await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::GetInflightFd { num_queues, queue_size, ticket } => {
-                let made = self.get_inflight_fd(num_queues, queue_size);
-                self.backend.answer(ticket, made);
-            }
-            Effect::SetInflightFd { inflight, fd, ticket } => {
-                let done = self.set_inflight_fd(inflight, fd);
-                self.acknowledge(ticket, done);
-            }
-            Effect::SetLogFd { fd, ticket } => {
-                let done = self.set_log_fd(fd).await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::Iotlb { message, ticket } => {
-                let done = self.iotlb_message(&message).await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::SetBackendReqFd { channel, ticket } => {
-                let done = self.set_channel(channel).await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::SetStatus { status, ticket } => {
-                self.set_status(status).await?;
-                self.acknowledge(ticket, Ok(()));
-            }
-            Effect::GetStatus { ticket } => {
-                let status = self.status();
-                self.backend.answer(ticket, Ok(status));
-            }
-            Effect::VringKick { index, ticket } => {
-                let done = self.kick_in_band(index).await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::SetDeviceStateFd { direction, fd, ticket } => {
-                let way = self.set_state_fd(direction, fd).await;
-                if let Err(refusal) = &way {
-                    warn!("refused: {refusal}");
-                }
-                self.backend.answer(ticket, way);
-            }
-            Effect::CheckDeviceState { ticket } => {
-                let done = self.check_state().await;
-                self.acknowledge(ticket, done);
-            }
-            Effect::GetShmemConfig { ticket } => {
-                let config = self.shmem_config();
-                self.backend.answer(ticket, Ok(config));
-            }
-            other => self.carry_out_hook(other).await,
-        }
-        Ok(())
-    }
-
-    /// The messages that only some devices know, and postcopy.
-    async fn carry_out_hook(&mut self, effect: Effect<OwnedFd>) {
-        match effect {
-            Effect::SendRarp { mac, ticket } => {
-                let done = self.hook(|hooks| hooks.send_rarp(mac));
-                self.acknowledge(ticket, done);
-            }
-            Effect::NetSetMtu { mtu, ticket } => {
-                let done = self.hook(|hooks| hooks.set_mtu(mtu));
-                self.acknowledge(ticket, done);
-            }
-            Effect::CreateCryptoSession { session, ticket } => {
-                let id = self.hook(|hooks| hooks.create_crypto_session(&session));
-                self.backend.answer(ticket, id);
-            }
-            Effect::CloseCryptoSession { id, ticket } => {
-                let done = self.hook(|hooks| hooks.close_crypto_session(id));
-                self.acknowledge(ticket, done);
-            }
-            Effect::GpuSetSocket { socket, ticket } => {
-                let done = self.hook(|hooks| hooks.set_gpu_socket(socket));
-                self.acknowledge(ticket, done);
-            }
-            Effect::GetSharedObject { uuid, ticket } => {
-                let object = self.hook(|hooks| hooks.shared_object(uuid.bytes));
-                self.backend.answer(ticket, object);
-            }
-            other => self.carry_out_postcopy(other).await,
-        }
-    }
-
-    /// Has the device's hooks carry something out.
-    fn hook<T>(
+    pub(super) async fn set_features(
         &mut self,
-        call: impl FnOnce(&mut dyn Hooks) -> Result<T, Error>,
-    ) -> Result<T, Refusal> {
-        let hooks = self.device.hooks();
-        let hooks = hooks.ok_or_else(|| Refusal::because("the device has no such hook"))?;
-        call(hooks).map_err(Refusal::because)
-    }
-
-    /// Answers a message that has no reply of its own; a refusal is worth a line in the log.
-    pub(super) fn acknowledge(&mut self, ticket: Ticket<Ack>, done: Result<(), Refusal>) {
-        if let Err(refusal) = &done {
-            warn!("refused: {refusal}");
-        }
-        self.backend.answer(ticket, done);
-    }
-
-    async fn set_features(&mut self, features: u64, enable_all: bool) -> Result<(), Refusal> {
+        features: u64,
+        enable_all: bool,
+    ) -> Result<(), Refusal> {
         let running = self.rings.iter().any(HostRing::is_running);
         let changed = self.backend.acked_features() ^ features;
         if running && changed & !(virtio::PROTOCOL_FEATURES | virtio::LOG_ALL) != 0 {
@@ -449,7 +262,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         Ok(())
     }
 
-    fn read_config(&self, offset: u32, size: u32) -> Result<Vec<u8>, Refusal> {
+    pub(super) fn read_config(&self, offset: u32, size: u32) -> Result<Vec<u8>, Refusal> {
         // Bytes past the device's configuration read as zero: front-ends ask for the whole struct
         // that they know, which may be longer than ours.
         let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
@@ -461,7 +274,12 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         Ok(bytes)
     }
 
-    fn write_config(&mut self, offset: u32, bytes: &[u8], migration: bool) -> Result<(), Refusal> {
+    pub(super) fn write_config(
+        &mut self,
+        offset: u32,
+        bytes: &[u8],
+        migration: bool,
+    ) -> Result<(), Refusal> {
         let size = self.device.config_size();
         let end = u64::from(offset) + bytes.len() as u64;
         if end > u64::from(size) {
@@ -474,7 +292,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
     }
 
     /// RESET_DEVICE: memory, protocol features and channel stay.
-    async fn reset_device(&mut self) -> Result<(), HostError> {
+    pub(super) async fn reset_device(&mut self) -> Result<(), HostError> {
         self.stop_all().await?;
         self.forget_state().await;
         self.device.reset().await?;

@@ -32,13 +32,7 @@ impl<R: Reactor> Play<R> {
         features: u64,
         protocol: ProtocolFeatures,
     ) -> Result<(), HandOverError> {
-        let Some(Answer::Features(offered)) = self.ask(Request::GetFeatures).await? else {
-            return Err(HandOverError::Refused { message: "GET_FEATURES" });
-        };
-        let lacks = features & !offered;
-        if lacks != 0 {
-            return Err(HandOverError::Lacks { what: "features", bits: lacks });
-        }
+        let offered = self.offered().await?;
         if offered & virtio::PROTOCOL_FEATURES == 0 {
             let bits = virtio::PROTOCOL_FEATURES;
             return Err(HandOverError::Lacks { what: "features", bits });
@@ -55,7 +49,19 @@ impl<R: Reactor> Play<R> {
         }
         self.ask(Request::SetProtocolFeatures(wanted)).await?;
         self.ask(Request::SetOwner).await?;
+        // What an IOMMU needs is offered only now.
+        let lacks = features & !self.offered().await?;
+        if lacks != 0 {
+            return Err(HandOverError::Lacks { what: "features", bits: lacks });
+        }
         Ok(())
+    }
+
+    async fn offered(&mut self) -> Result<u64, HandOverError> {
+        match self.ask(Request::GetFeatures).await? {
+            Some(Answer::Features(offered)) => Ok(offered),
+            _ => Err(HandOverError::Refused { message: "GET_FEATURES" }),
+        }
     }
 
     /// Acknowledgements as the front-end has them; the last thing of all.
