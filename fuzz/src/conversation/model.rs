@@ -335,15 +335,7 @@ impl Model {
         let p = &msg.payload;
         let number = |value: u64| Ok((Then::Nothing, Some(value.to_le_bytes().to_vec())));
         let then = match msg.id {
-            1 => return number(FEATURES),
-            15 => return number(PROTOCOL.bits()),
-            17 => return number(QUEUES as u64),
-            36 => return number(MEM_SLOTS),
-            40 => {
-                let broken = |ring: &Ring| ring.live.as_ref().is_some_and(|live| live.broken);
-                let broken = self.rings.iter().any(broken);
-                return number(u64::from(self.status | if broken { 0x40 } else { 0 }));
-            }
+            1 | 15 | 17 | 36 | 40 => return number(self.number(msg.id)),
             24 => return self.read_config(p).map(|reply| (Then::Nothing, reply)),
             2 => self.set_features(word(p, 0), wait)?,
             3 => Then::Nothing,
@@ -352,6 +344,48 @@ impl Model {
                 Then::DisableAll
             }
             5 | 37 | 38 => self.memory(msg, wait)?,
+            8..=14 | 18 | 35 => self.ring_message(msg, wait, guest)?,
+            16 => self.set_protocol(word(p, 0))?,
+            21 => {
+                if msg.fds != [Given::Channel] {
+                    return Err(No);
+                }
+                self.channel = true;
+                Then::Nothing
+            }
+            25 => self.write_config(p)?,
+            34 => {
+                wait.stops = self.live().into();
+                Then::ResetDevice
+            }
+            39 => {
+                let status = u8::try_from(word(p, 0)).map_err(|_| No)?;
+                if status == 0 {
+                    wait.stops = self.live().into();
+                }
+                Then::Status(status)
+            }
+            other => unreachable!("message {other} is not offered"),
+        };
+        Ok((then, None))
+    }
+
+    /// What a message that asks for a number is answered with.
+    fn number(&self, id: u32) -> u64 {
+        let broken = |ring: &Ring| ring.live.as_ref().is_some_and(|live| live.broken);
+        match id {
+            1 => FEATURES,
+            15 => PROTOCOL.bits(),
+            17 => QUEUES as u64,
+            36 => MEM_SLOTS,
+            _ => u64::from(self.status | if self.rings.iter().any(broken) { 0x40 } else { 0 }),
+        }
+    }
+
+    /// The messages that concern one ring.
+    fn ring_message(&mut self, msg: &Msg, wait: &mut Wait, guest: &Guest) -> Result<Then, No> {
+        let p = &msg.payload;
+        Ok(match msg.id {
             8 => self.configure(p, guest, |ring, p| {
                 let size = half(p, 4);
                 if !size.is_power_of_two() || size > MAX_SIZE {
@@ -379,7 +413,6 @@ impl Model {
                 Then::Base(ring, ran)
             }
             12..=14 => self.notifier(msg, wait, guest)?,
-            16 => self.set_protocol(word(p, 0))?,
             18 => {
                 let ring = self.index(half(p, 0).into())?;
                 if half(p, 4) > 1 {
@@ -389,19 +422,7 @@ impl Model {
                 wait.post.push_back((ring, Change::Enable(enabled)));
                 Then::Enable(ring, enabled)
             }
-            21 => {
-                if msg.fds != [Given::Channel] {
-                    return Err(No);
-                }
-                self.channel = true;
-                Then::Nothing
-            }
-            25 => self.write_config(p)?,
-            34 => {
-                wait.stops = self.live().into();
-                Then::ResetDevice
-            }
-            35 => {
+            _ => {
                 let ring = self.index(half(p, 0).into())?;
                 if self.rings[ring].live.is_none() {
                     self.rings[ring].kick = Some(KickWay::Message);
@@ -410,16 +431,7 @@ impl Model {
                 wait.post.push_back((ring, Change::Process));
                 Then::Kicked(ring)
             }
-            39 => {
-                let status = u8::try_from(word(p, 0)).map_err(|_| No)?;
-                if status == 0 {
-                    wait.stops = self.live().into();
-                }
-                Then::Status(status)
-            }
-            other => unreachable!("message {other} is not offered"),
-        };
-        Ok((then, None))
+        })
     }
 
     /// Everything that was waited for has happened.

@@ -379,9 +379,7 @@ fn other(fault: &str, m: &mut Message, device: &Device) -> Action {
             m.payload.extend([1, 0, 64, 0, 0, 0, 0, 0]);
         }
         ("state-any", 42) => m.set(0, 0),
-        ("rarp-refused", 19) | ("mtu-refused", 20) => {
-            return say(m, device, 1);
-        }
+        ("rarp-refused", 19) | ("mtu-refused", 20) => return say(m, device, 1),
         ("size-unchecked", _) if !legal && m.size < 4096 => return say(m, device, 0),
         ("version-unchecked", _) if m.flags & 3 != 1 => m.flags = m.flags & !3 | 1,
         ("reply-bit-unchecked", _) => m.flags &= !4,

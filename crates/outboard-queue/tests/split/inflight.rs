@@ -266,8 +266,8 @@ proptest! {
             raw.store16(14, used.wrapping_sub(u16::from(shape)));
         }
         if shape > 3 {
-            for head in 0..8 {
-                raw.store16(16 + 16 * head + 6, u16::from(bytes[head]) % 9);
+            for (head, byte) in bytes.iter().take(8).enumerate() {
+                raw.store16(16 + 16 * head + 6, u16::from(*byte) % 9);
             }
             raw.store16(12, u16::from(bytes[9]) % 9);
         }
