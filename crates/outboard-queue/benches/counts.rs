@@ -3,7 +3,8 @@
 //! `--list` prints the cases, `CASE ITERATIONS` runs one. An iteration is one block-shaped request: a 16-byte header, a
 //! data buffer and a status byte in three descriptors, taken, its header read, its status written, given back and
 //! shown to the driver. The driver costs one store per batch: its ring is filled beforehand and offered for ever.
-//! `regions`: header, data and status lie in different ones when there are eight.
+//! The cases with a dirty log or an in-flight region are those of a device whose guest moves, and of one that
+//! outlives a crash. `regions`: header, data and status lie in different ones when there are eight.
 
 #![expect(clippy::expect_used, reason = "a program of our own making, which may end")]
 
@@ -11,14 +12,24 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use outboard_memory::{Cell16, GuestMemory, Region, View};
-use outboard_queue::{DeviceQueue, QueueLayout};
+use outboard_memory::{Cell16, DirtyLog, GuestMemory, Region, View, Window};
+use outboard_queue::{DeviceQueue, InflightArea, QueueLayout, RingLog};
 
 /// Requests that lie in the ring.
 const REQUESTS: u16 = 64;
 const SIZE: u16 = 256;
 const REGION: u64 = 1 << 20;
 const DATA: u32 = 4096;
+
+/// What else is done for each request.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    Nothing,
+    /// Writes are noted in a dirty log, the used ring's too.
+    Log,
+    /// Requests are noted in an in-flight region.
+    Region,
+}
 
 #[derive(Clone, Copy)]
 struct Case {
@@ -27,9 +38,10 @@ struct Case {
     indirect: bool,
     event_idx: bool,
     batch: u16,
+    kept: Kept,
 }
 
-const CASES: [Case; 8] = {
+const CASES: [Case; 12] = {
     const fn case(
         name: &'static str,
         regions: u64,
@@ -37,7 +49,10 @@ const CASES: [Case; 8] = {
         event_idx: bool,
         batch: u16,
     ) -> Case {
-        Case { name, regions, indirect, event_idx, batch }
+        Case { name, regions, indirect, event_idx, batch, kept: Kept::Nothing }
+    }
+    const fn keeping(name: &'static str, kept: Kept, batch: u16) -> Case {
+        Case { name, regions: 1, indirect: false, event_idx: true, batch, kept }
     }
     [
         case("direct-1-region", 1, false, true, 1),
@@ -48,6 +63,10 @@ const CASES: [Case; 8] = {
         case("indirect-1-region", 1, true, true, 1),
         case("indirect-8-regions", 8, true, true, 1),
         case("indirect-8-regions-batch-32", 8, true, true, 32),
+        keeping("direct-1-region-inflight", Kept::Region, 1),
+        keeping("direct-1-region-inflight-batch-32", Kept::Region, 32),
+        keeping("direct-1-region-log", Kept::Log, 1),
+        keeping("direct-1-region-log-batch-32", Kept::Log, 32),
     ]
 };
 
@@ -131,7 +150,27 @@ fn filled(case: Case) -> (DeviceQueue, Cell16) {
     let features = u64::from(case.event_idx) << 29 | u64::from(case.indirect) << 28;
     let cells = view.cells(layout.avail, 4).expect("the available ring");
     let avail = cells.u16_at(2).expect("its index");
-    (DeviceQueue::new(layout, features, 0, view).expect("a ring"), avail)
+    let mut queue = DeviceQueue::new(layout, features, 0, view).expect("a ring");
+    keep(&mut queue, case.kept);
+    (queue, avail)
+}
+
+fn keep(queue: &mut DeviceQueue, kept: Kept) {
+    match kept {
+        Kept::Nothing => {}
+        Kept::Log => {
+            let (log, _file) = DirtyLog::memfd(REGION).expect("a log");
+            let used = Some(queue.layout().used);
+            queue.set_log(Some(RingLog { log: Arc::new(log), used, notify: None }));
+        }
+        Kept::Region => {
+            let size = InflightArea::size(SIZE);
+            let (_region, file) = Region::memfd(0, size).expect("a file");
+            let window = Window::map(file, 0, size, true).expect("mapped");
+            let area = InflightArea::new(&Arc::new(window), 0, SIZE).expect("inside");
+            queue.set_inflight(area).expect("a fresh area");
+        }
+    }
 }
 
 fn descriptor(addr: u64, len: u32, flags: u16, next: u16) -> Vec<u8> {
