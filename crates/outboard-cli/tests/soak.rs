@@ -76,6 +76,14 @@ fn the_dirty_log_is_switched_and_swapped_under_load_and_no_page_is_missed() {
     assert!(parts.iter().all(|part| figure(part, "pages noted") > 0.0), "{parts:#?}");
 }
 
+/// C7: verified requests, 32 at a time; the program is killed in the midst of them, and another goes on.
+#[test]
+fn c7_a_device_killed_fifty_times_loses_no_request_and_answers_none_twice() {
+    let parts = soaked("kill", 50);
+    assert_eq!(figure(&parts[0], "requests finished twice"), 0.0);
+    assert!(figure(&parts[0], "verified requests") > 1000.0, "{parts:#?}");
+}
+
 #[test]
 fn a_back_end_without_an_in_flight_region_is_not_killed_and_that_is_said() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -147,6 +147,10 @@ impl Queue {
     ) -> Result<Self, StartError> {
         let ring = find_or_wait(&setup, &memory)?;
         let recovering = ring.as_ref().is_some_and(|ring| ring.owed() != 0);
+        if let (Some(_), Some(call)) = (&setup.inflight, &setup.call) {
+            // A process that was killed may have shown answers and not have called.
+            call.signal();
+        }
         Ok(Self {
             setup,
             ring,

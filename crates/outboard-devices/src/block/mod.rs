@@ -29,6 +29,7 @@ mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use outboard::{ConfigWrite, Error, MakeWorker, Model, QueueSpec, Saved, Snapshot, WorkerContext};
 
@@ -42,6 +43,8 @@ pub use worker::BlockWorker;
 
 /// Bytes of the answer to GET_ID.
 const ID_SIZE: usize = 20;
+/// How long a start waits for a device on the same image that is just ending.
+const ENDING: Duration = Duration::from_secs(1);
 
 /// When finished writes are durable (virtio 1.3 §5.2.6.2).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -274,7 +277,8 @@ impl Model for Block {
     }
 
     fn resume(&mut self) -> Result<(), Error> {
-        self.disk.image.lock().map_err(|error| Error::refused(error.to_string()))
+        let locked = self.disk.image.lock_after(ENDING);
+        locked.map_err(|error| Error::refused(error.to_string()))
     }
 
     fn suspend(&mut self) -> Result<(), Error> {
