@@ -330,6 +330,8 @@ fn a76_a_region_that_cannot_be_is_refused_and_the_old_one_stays() {
         (good, read_only.as_fd()),
         (bad(&|r| r.mmap_size = 3 * AREA - 1), file.as_fd()),
         (bad(&|r| r.mmap_size = 0), file.as_fd()),
+        (bad(&|r| r.mmap_size = 3 * AREA + 1), file.as_fd()),
+        (bad(&|r| r.mmap_size = u64::MAX), file.as_fd()),
         (bad(&|r| r.mmap_offset = 8), file.as_fd()),
         (bad(&|r| r.mmap_offset = 4), file.as_fd()),
         (bad(&|r| r.mmap_offset = u64::MAX - 7), file.as_fd()),

@@ -100,16 +100,16 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         description: Inflight,
         file: OwnedFd,
     ) -> Result<(), Refusal> {
-        let Inflight { mmap_offset, num_queues, queue_size, .. } = description;
+        let Inflight { mmap_size, mmap_offset, num_queues, queue_size, .. } = description;
         if self.backend.acked_features() & virtio::RING_PACKED != 0 {
             return Err(Refusal::because("no in-flight region for packed rings"));
         }
         if !mmap_offset.is_multiple_of(8) {
             return Err(Refusal::because(format_args!("in-flight region at byte {mmap_offset}")));
         }
-        let size = u64::from(num_queues) * InflightArea::size(queue_size);
         let kept = file.try_clone().map_err(Refusal::because)?;
-        let window = Window::map(file, mmap_offset, size, true).map_err(Refusal::because)?;
+        // All of what is announced must be there, also what no ring needs.
+        let window = Window::map(file, mmap_offset, mmap_size, true).map_err(Refusal::because)?;
         let region = Region { description, file: kept, window: Arc::new(window), told: false };
         let new = SessionInflight { region: Some(region) };
         for (index, ring) in (0u16..).zip(self.backend.rings()) {
