@@ -330,9 +330,48 @@ fn race(writes: u64) {
     assert_eq!(used_copy[at..end], ring[at..end], "the used ring was written and not marked");
 }
 
-/// OUTBOARD_WRITES sets how many there are, for a longer look.
+// OUTBOARD_WRITES sets how many there are, for a longer look.
 #[test]
 fn c16_every_page_written_while_marks_are_taken_and_logs_are_swapped_is_in_a_log() {
     let asked = std::env::var("OUTBOARD_WRITES").ok();
     race(asked.and_then(|writes| writes.parse().ok()).unwrap_or(100_000));
+}
+
+/// The log knows guest-physical pages, whatever the addresses of ring and buffers are.
+#[test]
+fn behind_an_iommu_marks_are_at_guest_physical_addresses() {
+    let memory = memory();
+    let user = |guest: u64| {
+        let region = memory.regions().iter().rev().find(|r| r.spec().guest_addr <= guest).unwrap();
+        region.spec().user_addr + guest - region.spec().guest_addr
+    };
+    let mut iotlb = Iotlb::new();
+    // The ring at an I/O address of its own, the data at two that change places.
+    let (ring, data) = (1 << 40, 1 << 41);
+    iotlb.update(&memory, ring, LOG_PAGE, user(DATA), Permission::BOTH).unwrap();
+    iotlb.update(&memory, data, LOG_PAGE, user(DATA + 0x5000), Permission::BOTH).unwrap();
+    iotlb
+        .update(&memory, data + LOG_PAGE, LOG_PAGE, user(DATA + 0x3000), Permission::BOTH)
+        .unwrap();
+    let view = View::new(Arc::new(iotlb.view(2, &memory)));
+    let physical = View::new(Arc::clone(&memory));
+    let (layout, _) = QueueLayout::split_at(ring, 8).unwrap();
+    let mut device = DeviceQueue::new(layout, 0, 0, view).unwrap();
+    let log = log();
+    device.set_log(to(&log, Some(layout.used)));
+    let mut bytes = data.to_le_bytes().to_vec();
+    bytes.extend([0, 0x20, 0, 0, 2, 0, 0, 0]);
+    physical.write(DATA, &bytes).unwrap();
+    physical.write(DATA + layout.avail - ring + 2, &[1, 0]).unwrap();
+    let chain = device.pop().unwrap().unwrap();
+    assert_eq!(taken(&log), [DATA + 0x3000, DATA + 0x5000]);
+    device.complete(chain, 1);
+    device.publish().unwrap();
+    assert_eq!(taken(&log), [DATA, DATA + 0x3000, DATA + 0x5000]);
+    // The ring lies elsewhere in another generation.
+    iotlb.update(&memory, ring, LOG_PAGE, user(DATA + 0x7000), Permission::BOTH).unwrap();
+    device.set_memory(View::new(Arc::new(iotlb.view(3, &memory)))).unwrap();
+    device.arm();
+    device.disarm();
+    assert_eq!((taken(&log), log.outside()), (vec![DATA + 0x7000], 0));
 }
