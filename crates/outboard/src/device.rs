@@ -54,7 +54,8 @@ pub trait VhostUserDevice: Send {
     /// requests already: they are served without waiting for a kick.
     ///
     /// # Errors
-    /// The front-end gets a NAK; the ring stays stopped and can be set up again.
+    /// The front-end gets a NAK; the ring stays stopped and can be set up again. After
+    /// [`Error::Busy`] the handler first tries again for a while, with the same ring.
     fn start_queue(&mut self, index: u16, queue: Queue) -> Result<(), Error>;
 
     /// Stops serving and gives the queue back. Afterwards nothing of it is in flight, and there is

@@ -19,6 +19,10 @@ pub enum Error {
     /// The device declines; the text says why.
     #[error("{0}")]
     Refused(String),
+    /// Somebody else still holds what the device needs; the text says what. A start is tried again
+    /// ([`HandlerOptions::claim_patience`](crate::HandlerOptions::claim_patience)).
+    #[error("{0}")]
+    Busy(String),
     /// The driver's buffers are too short for the request.
     #[error("{0}")]
     Short(#[from] ShortBuffer),
@@ -32,6 +36,12 @@ impl Error {
     #[must_use]
     pub fn refused(why: impl Into<String>) -> Self {
         Self::Refused(why.into())
+    }
+
+    /// Somebody else holds it still, in one lower-case clause.
+    #[must_use]
+    pub fn busy(what: impl Into<String>) -> Self {
+        Self::Busy(what.into())
     }
 }
 

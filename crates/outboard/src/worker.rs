@@ -160,7 +160,8 @@ pub trait Model: Send + 'static {
         Err(Error::refused(format!("configuration byte {offset} is read-only")))
     }
 
-    /// The first ring is about to start: take locks, open doors.
+    /// The first ring is about to start: take locks, open doors. Returns at once: what somebody else
+    /// still holds is [`Error::Busy`], and the handler asks again for a while.
     ///
     /// # Errors
     /// The ring does not start and the front-end hears of it.

@@ -9,7 +9,6 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FileType, OFlags, SeekFrom, StatxFlags};
 use thiserror::Error;
@@ -245,24 +244,6 @@ impl Image {
             Err(TryLockError::Error(error)) => {
                 tracing::warn!("image {} cannot be locked: {error}", self.path.display());
                 Ok(())
-            }
-        }
-    }
-
-    /// As [`Image::lock`], after a device that is just ending, for `patience` at most. A killed process keeps its claim for
-    /// as long as the kernel works on what it asked for: whoever has the claim then knows that none of its writes is still
-    /// under way.
-    ///
-    /// # Errors
-    /// As [`Image::lock`].
-    pub fn lock_after(&self, patience: Duration) -> Result<(), ImageError> {
-        let late = Instant::now() + patience;
-        loop {
-            match self.lock() {
-                Err(ImageError::Locked { .. }) if Instant::now() < late => {
-                    std::thread::sleep(Duration::from_micros(200));
-                }
-                outcome => return outcome,
             }
         }
     }

@@ -29,7 +29,6 @@ mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use outboard::{ConfigWrite, Error, MakeWorker, Model, QueueSpec, Saved, Snapshot, WorkerContext};
 
@@ -43,8 +42,6 @@ pub use worker::BlockWorker;
 
 /// Bytes of the answer to GET_ID.
 const ID_SIZE: usize = 20;
-/// How long a start waits for a device on the same image that is just ending.
-const ENDING: Duration = Duration::from_secs(1);
 
 /// When finished writes are durable (virtio 1.3 §5.2.6.2).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -277,8 +274,9 @@ impl Model for Block {
     }
 
     fn resume(&mut self) -> Result<(), Error> {
-        let locked = self.disk.image.lock_after(ENDING);
-        locked.map_err(|error| Error::refused(error.to_string()))
+        // A killed process keeps its claim for as long as the kernel works on what it asked for:
+        // whoever has it then knows that none of those writes is still under way.
+        self.disk.image.lock().map_err(|error| Error::busy(error.to_string()))
     }
 
     fn suspend(&mut self) -> Result<(), Error> {
@@ -324,6 +322,20 @@ mod tests {
         let geometry = Geometry { size: 1 << 20, block_size: 512, physical_block_size: 512 };
         let image = Image::for_tests(geometry, false);
         Block::new(image, BlockOptions { cache, ..BlockOptions::default() }).expect("a disk")
+    }
+
+    #[test]
+    fn a_claim_that_another_has_is_asked_for_again_by_the_handler() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        file.as_file().set_len(1 << 20).expect("room");
+        let open = || Image::open(file.path(), ImageOptions::default()).expect("opens");
+        let other = open();
+        let mut block = Block::new(open(), BlockOptions::default()).expect("a disk");
+        other.lock().expect("free");
+        let error = block.resume().expect_err("the other one runs");
+        assert!(matches!(&error, Error::Busy(why) if why.contains("in use by another")), "{error}");
+        other.unlock();
+        block.resume().expect("free again");
     }
 
     #[test]

@@ -31,7 +31,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
                 }
                 if accepted {
                     // Kicked before the features were known: started before the answer is sent.
-                    self.start_all_ready();
+                    self.start_all_ready().await;
                 }
             }
             Effect::SetProtocolFeatures { ticket, .. } => self.acknowledge(ticket, Ok(())),
@@ -109,7 +109,11 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             Effect::RingConfigured { index, ticket } => {
                 let done = self.check_ring_inflight(index);
                 let done = done.and(self.set_ring_log(index).await);
-                let done = done.and_then(|()| self.start_if_ready(index));
+                let late = self.claim_deadline();
+                let done = match done {
+                    Ok(()) => self.start_if_ready(index, late).await,
+                    refused => refused,
+                };
                 self.acknowledge(ticket, done);
             }
             Effect::SetVringKick { index, kick, ticket } => {

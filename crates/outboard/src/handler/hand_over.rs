@@ -83,7 +83,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         let _ = heir.send(Letter::Refused(error.to_string())).await;
         drop(heir);
         self.plug.set(channel.1);
-        self.go_on(&rings);
+        self.go_on(&rings).await;
         Ok(false)
     }
 
@@ -248,10 +248,11 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     }
 
     /// The new process did not want it: the rings start again where they stood.
-    fn go_on(&mut self, rings: &[Stood]) {
+    async fn go_on(&mut self, rings: &[Stood]) {
+        let late = self.claim_deadline();
         for ring in rings.iter().filter(|ring| ring.ran) {
             self.backend.resume(ring.index, ring.record.kick, ring.base);
-            if let Err(refusal) = self.start_if_ready(ring.index) {
+            if let Err(refusal) = self.start_if_ready(ring.index, late).await {
                 warn!(queue = ring.index, "ring not started again: {refusal}");
                 self.backend.ring_event(ring.index, RingEvent::Broken);
             }

@@ -77,7 +77,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             self.iommu.flush();
         }
         let installed = self.install_space(drain).await;
-        self.start_all_ready();
+        self.start_all_ready().await;
         installed
     }
 

@@ -76,6 +76,10 @@ pub struct HandlerOptions {
     pub drain_deadline: Duration,
     /// The same once the server was told to stop.
     pub stop_deadline: Duration,
+    /// How long a start waits for what another process still holds ([`Error::Busy`]): one that was
+    /// killed keeps its locks for as long as the kernel works on what it had asked for. Zero: it is
+    /// refused at once.
+    pub claim_patience: Duration,
     /// Keep what a new process needs to take over: the descriptors of guest memory.
     pub hand_over: bool,
     /// Bytes that a device's own state may have, saved or loaded.
@@ -93,6 +97,7 @@ impl Default for HandlerOptions {
             without_protocol_features: ProtocolFeatures::empty(),
             drain_deadline: Duration::from_secs(30),
             stop_deadline: Duration::from_secs(2),
+            claim_patience: Duration::from_secs(1),
             hand_over: false,
             state_limit: 64 << 20,
             state_deadline: Duration::from_secs(60),

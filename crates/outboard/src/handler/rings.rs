@@ -7,6 +7,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use futures_channel::oneshot;
 use outboard_protocol::{Notifier, Refusal, RingEvent, RunState, virtio};
@@ -14,11 +15,14 @@ use tracing::{debug, info, warn};
 
 use super::session::Session;
 use crate::device::VhostUserDevice;
-use crate::error::HostError;
+use crate::error::{Error, HostError};
 use crate::mailbox::{Applied, Change, Mailbox, QueueControl};
 use crate::notify::{Call, InBand, Kick};
 use crate::queue::{Queue, Setup, StartError};
 use crate::reactor::{Raced, Reactor, race};
+
+/// Between two tries to start a ring of a device that is held elsewhere.
+const CLAIM_PAUSE: Duration = Duration::from_micros(200);
 
 /// What the host holds of one ring.
 #[derive(Debug, Default)]
@@ -96,7 +100,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         if ring.is_running() {
             return self.change(index, Change::Kick(kick)).await;
         }
-        self.try_start(index)
+        self.start(index, self.claim_deadline()).await
     }
 
     /// SET_VRING_CALL: in use before it is acknowledged.
@@ -203,47 +207,72 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
 
     /// Starts every ring that was kicked and lacked something until now. What came is in force
     /// whether or not they start: a ring that cannot goes on waiting, the others do not.
-    pub(super) fn start_all_ready(&mut self) {
+    pub(super) async fn start_all_ready(&mut self) {
+        let late = self.claim_deadline();
         for index in 0..u16::try_from(self.rings.len()).unwrap_or(u16::MAX) {
-            if let Err(refusal) = self.start_if_ready(index) {
+            if let Err(refusal) = self.start_if_ready(index, late).await {
                 warn!(queue = index, "ring not started: {refusal}");
             }
         }
     }
 
     /// Starts a ring if it was kicked before.
-    pub(super) fn start_if_ready(&mut self, index: u16) -> Result<(), Refusal> {
+    pub(super) async fn start_if_ready(
+        &mut self,
+        index: u16,
+        late: Instant,
+    ) -> Result<(), Refusal> {
         match self.backend.ring(index).map(|ring| ring.run) {
-            Some(RunState::Waiting) => self.try_start(index),
+            Some(RunState::Waiting) => self.start(index, late).await,
             _ => Ok(()),
         }
     }
 
+    /// When a start that comes now gives up waiting for what another process holds.
+    pub(super) fn claim_deadline(&self) -> Instant {
+        Instant::now() + self.options.claim_patience
+    }
+
+    /// Starts a ring as [`Self::try_start`] does; asks again until `late` while the device is held
+    /// elsewhere. This front-end waits meanwhile, nobody else does.
+    async fn start(&mut self, index: u16, late: Instant) -> Result<(), Refusal> {
+        loop {
+            match self.try_start(index) {
+                Err(Error::Busy(_)) if Instant::now() < late => {
+                    self.reactor.sleep(CLAIM_PAUSE).await;
+                }
+                outcome => return outcome.map_err(Refusal::because),
+            }
+        }
+    }
+
     /// Starts a ring if everything it needs is there; it waits otherwise.
-    fn try_start(&mut self, index: u16) -> Result<(), Refusal> {
+    fn try_start(&mut self, index: u16) -> Result<(), Error> {
         let Some(setup) = self.setup(index) else { return Ok(()) };
-        let mailbox = Mailbox::new().map_err(Refusal::because)?;
+        let mailbox = Mailbox::new()?;
         let control = QueueControl::new(Arc::clone(&mailbox));
         let queue = match Queue::new(setup, Arc::clone(self.iommu.space()), mailbox) {
             Ok(queue) => queue,
             Err(error @ StartError::Unmapped { address, .. }) => {
                 // Wholly outside: its region may still come. Over the end of one: never right.
                 if self.memory.user_to_guest(address, 1).is_some() {
-                    return Err(Refusal::because(error));
+                    return Err(Error::refused(error.to_string()));
                 }
                 debug!(queue = index, "ring waits: {error}");
                 return Ok(());
             }
-            Err(error) => return Err(Refusal::because(error)),
+            Err(error) => return Err(Error::refused(error.to_string())),
         };
         self.channel.set_suspended(false);
         let parked = queue.is_parked();
         if let Err(error) = self.device.start_queue(index, queue) {
             self.channel.set_suspended(self.running().is_empty());
-            return Err(Refusal::because(error));
+            return Err(error);
         }
         self.state.ring_started();
-        self.ring(index)?.control = Some(control);
+        if let Some(ring) = self.rings.get_mut(usize::from(index)) {
+            ring.control = Some(control);
+        }
         self.backend.ring_event(index, RingEvent::Started);
         if parked {
             self.backend.ring_event(index, RingEvent::Parked);

@@ -163,7 +163,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             info!("device state: {direction:?} done");
         }
         // Kicked while the state came in.
-        self.start_all_ready();
+        self.start_all_ready().await;
         done.map_err(Refusal::because)
     }
 
