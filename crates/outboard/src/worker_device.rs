@@ -9,6 +9,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use futures_channel::oneshot;
+use rustix::process::{Resource, getrlimit};
 
 use crate::device::{ConfigWrite, VhostUserDevice};
 use crate::error::{Error, HostError};
@@ -18,6 +19,10 @@ use crate::queue::{Queue, QueueSpec};
 use crate::snapshot::{Saved, Snapshot};
 use crate::thread::{self, Order, Port};
 use crate::worker::{MakeWorker, Model, Plain, Worker, WorkerContext};
+
+/// Bytes of address space: a stack, and the 64 MiB in one aligned piece out of twice as much that
+/// glibc's malloc(3) reserves for each thread, with some to spare.
+const THREAD_ROOM: usize = 160 << 20;
 
 /// What an operator can set about worker threads.
 #[derive(Clone, Copy, Debug)]
@@ -118,6 +123,7 @@ impl<M: Model> WorkerDevice<M> {
         // One after the other: where memory is short it is a thread's stack that is refused, not
         // some small thing of a thread that is just starting.
         for number in 0..count {
+            room_for_a_thread()?;
             let (built, result) = mpsc::channel();
             let handle = spawn(device.model.make_worker(), options, number, built)?;
             device.threads.push(handle);
@@ -146,6 +152,21 @@ impl<M: Model> WorkerDevice<M> {
     fn no_such(&self, index: u16) -> HostError {
         HostError::NoSuchQueue { index, queues: self.queues.len() }
     }
+}
+
+/// Where address space is limited (RLIMIT_AS), whether a thread fits beside what it allocates as it
+/// starts. The system refuses a stack, which can be told; small things that nobody can do without,
+/// which end the process, are short when the last of the space went into a stack.
+fn room_for_a_thread() -> Result<(), Error> {
+    if getrlimit(Resource::As).current.is_none() {
+        return Ok(());
+    }
+    let mut room: Vec<u8> = Vec::new();
+    room.try_reserve_exact(THREAD_ROOM).map_err(|_| {
+        Error::refused(format!("no room for a thread: it may take {} MiB", THREAD_ROOM >> 20))
+    })?;
+    std::hint::black_box(room);
+    Ok(())
 }
 
 fn spawn<W: Worker + 'static>(

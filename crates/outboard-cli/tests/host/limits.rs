@@ -8,7 +8,7 @@ use outboard_frontend::block::{BlockDevice, BlockOptions, Operation};
 use outboard_frontend::{Connection, Error};
 use rustix::process::{Resource, Signal};
 
-use crate::program::{Program, command, folder, serves};
+use crate::program::{PATIENCE, Program, command, folder, serves};
 
 /// How long a device is watched for signs of spinning; it may want to run for half of that.
 const WATCHED: Duration = Duration::from_secs(1);
@@ -100,9 +100,9 @@ fn starts_or_says_why(limit: &str, args: &[&str]) -> bool {
     }
     let program = Program::of(child, log, folder.path());
     // It may have to turn a front-end away; it must not end of it.
-    let options = BlockOptions { timeout: Duration::from_secs(3), ..BlockOptions::default() };
-    let connected =
-        Connection::connect_patiently(program.socket(), options.timeout, options.timeout);
+    let options = BlockOptions { timeout: PATIENCE, ..BlockOptions::default() };
+    // It listens already, or has given up.
+    let connected = Connection::connect(program.socket(), options.timeout);
     let opened = connected.and_then(|connection| BlockDevice::open(connection, options));
     let served = opened.map(|mut disk| serves(&mut disk, 9));
     program.terminate();
