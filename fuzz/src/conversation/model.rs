@@ -215,10 +215,15 @@ impl Model {
         self.inbox.clear();
         for ring in &mut self.rings {
             let Some(mut live) = ring.live.take() else { continue };
+            // What comes back to a queue is shown at once. A batch that was complete before is shown
+            // at its stop, behind the changes: a new call hears of it besides the one of the swap.
+            let comes_back = !live.held.is_empty();
             for taken in std::mem::take(&mut live.held) {
                 live.put_used(guest, taken.head, 0);
             }
-            live.publish(guest);
+            if comes_back {
+                live.publish(guest);
+            }
             live.poll_control(guest);
             live.publish(guest);
             self.signals.append(&mut live.signals);
