@@ -5,6 +5,7 @@
 //! can be played again.
 
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::Duration;
 
 use outboard_protocol::FrontendCode as Code;
 use outboard_protocol::features::ProtocolFeatures as P;
@@ -16,6 +17,9 @@ use super::message::{self, Msg};
 use super::ring::{Ring, eventfd};
 use super::session::PLAIN;
 use super::wire::{Came, Wire};
+
+/// How long a back-end may take to say something or to close, after everything was said to it.
+const FAREWELL: Duration = Duration::from_millis(250);
 
 /// Numbers that look random and are the same for the same seed (xorshift64*).
 pub(crate) struct Random(u64);
@@ -195,8 +199,9 @@ pub(crate) fn converse(wire: &mut Wire, traits: &Traits, random: &mut Random) ->
         sent += u64::from(!wire.closed());
     }
     conversation.ring.kick()?;
-    // What it says to that is its own business; it must have been read, or the connection ended.
-    while let Came::Reply(_) = wire.receive(std::time::Duration::from_millis(1))? {}
+    // What it says to that is its own business. Once it closes it has read everything.
+    wire.say_no_more();
+    while let Came::Reply(_) = wire.receive(FAREWELL)? {}
     Ok(sent)
 }
 

@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
 };
 
 use super::finding::{Finding, Outcome, ensure};
@@ -155,6 +155,12 @@ impl Wire {
         }
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         rustix::net::sendmsg(&self.fd, &[IoSlice::new(bytes)], &mut control, flags)
+    }
+
+    /// The back-end sees the end behind what was sent; its answers can still be read.
+    pub(crate) fn say_no_more(&self) {
+        // A connection that has ended already needs no end.
+        let _ = rustix::net::shutdown(&self.fd, Shutdown::Write);
     }
 
     /// Waits for the next message.

@@ -10,7 +10,7 @@ use outboard_frontend::block::{BlockDevice, BlockOptions};
 use outboard_frontend::{Connection, Error};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Sectors of every disk here.
 pub(crate) const SECTORS: u64 = 16 << 11;

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-use crate::scripted::{Peer, TIMEOUT, connect};
+use crate::scripted::{PATIENCE, Peer, TIMEOUT, connect};
 use outboard_frontend::block::{BlockDevice, BlockOptions};
 use outboard_frontend::{Error, SharedMemory};
 use outboard_protocol::Frame;
@@ -61,11 +61,18 @@ impl Ring {
 
 /// What the first read of a device ends with that treats its ring like this.
 fn first_read(nonsense: impl FnOnce(&Ring) + Send + 'static) -> Result<(), Error> {
+    first_read_for(PATIENCE, nonsense)
+}
+
+/// The same with a timeout.
+fn first_read_for(
+    timeout: Duration,
+    nonsense: impl FnOnce(&Ring) + Send + 'static,
+) -> Result<(), Error> {
     let (mut ring, mut nonsense) = (None, Some(nonsense));
     let (connection, _peer) =
-        connect(move |peer, header| serve(peer, header, &mut ring, &mut nonsense));
-    let options =
-        BlockOptions { timeout: TIMEOUT, queue_size: 16, depth: 4, ..BlockOptions::default() };
+        connect(timeout, move |peer, header| serve(peer, header, &mut ring, &mut nonsense));
+    let options = BlockOptions { timeout, queue_size: 16, depth: 4, ..BlockOptions::default() };
     let mut disk = BlockDevice::open(connection, options).expect("it negotiates well");
     let mut sector = [0; 512];
     disk.read(0, &mut sector)
@@ -151,7 +158,7 @@ fn a_call_that_never_comes_costs_the_timeout_and_no_request() {
         finish(ring, 0, 513);
         std::thread::sleep(TIMEOUT * 10);
     };
-    first_read(late).expect("the last look finds it");
+    first_read_for(TIMEOUT, late).expect("the last look finds it");
 }
 
 #[test]
@@ -194,6 +201,6 @@ fn a_used_index_that_runs_ahead_is_an_error() {
 
 #[test]
 fn a_device_that_never_answers_a_request_is_an_error() {
-    let stuck = first_read(|_| {}).expect_err("it never ends");
+    let stuck = first_read_for(TIMEOUT, |_| {}).expect_err("it never ends");
     assert!(matches!(stuck, Error::Stuck { queue: 0, in_flight: 1, .. }), "{stuck}");
 }

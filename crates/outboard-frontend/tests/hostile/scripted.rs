@@ -11,8 +11,10 @@ use outboard_protocol::Frame;
 use outboard_protocol::header::{HEADER_SIZE, Header};
 use outboard_protocol::payload;
 
-/// How long the front-end waits in these tests.
-pub(crate) const TIMEOUT: Duration = Duration::from_millis(300);
+/// How long the front-end waits where an answer comes.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+/// How long it waits where the test is about none.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(1);
 /// Message 1.
 pub(crate) const GET_FEATURES: u32 = 1;
 /// A modern device with protocol features.
@@ -50,6 +52,7 @@ impl Playing {
 
 /// A connection to a peer that calls `script` for each request until that answers false.
 pub(crate) fn connect(
+    timeout: Duration,
     mut script: impl FnMut(&mut Peer, Header) -> bool + Send + 'static,
 ) -> (Connection, Playing) {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
@@ -64,7 +67,7 @@ pub(crate) fn connect(
         // Stays open until the front-end goes: silence is not a closed socket.
         let _ = peer.stream.read_to_end(&mut Vec::new());
     });
-    let connection = Connection::from_fd(ours.into(), TIMEOUT).expect("a socket");
+    let connection = Connection::from_fd(ours.into(), timeout).expect("a socket");
     (connection, Playing { thread, stream })
 }
 
