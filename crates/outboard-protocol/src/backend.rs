@@ -62,7 +62,6 @@ pub struct Backend<Fd> {
     decoder: Decoder<Fd>,
     out: VecDeque<Frame<Fd>>,
     pending: Option<Pending>,
-    closed: Option<Violation>,
 }
 
 /// Where postcopy stands.
@@ -185,7 +184,6 @@ impl<Fd> Backend<Fd> {
             decoder: Decoder::new(Expects::Requests),
             out: VecDeque::new(),
             pending: None,
-            closed: None,
         }
     }
 
@@ -193,9 +191,7 @@ impl<Fd> Backend<Fd> {
     /// first of the bytes; read at most [`wanted`](Self::wanted) bytes at a time to make that true.
     /// What comes after a fatal violation is dropped.
     pub fn receive(&mut self, bytes: &[u8], fds: Vec<Fd>) {
-        if self.closed.is_none() {
-            self.decoder.receive(bytes, fds);
-        }
+        self.decoder.receive(bytes, fds);
     }
 
     /// Bytes that are missing from the message that is coming in, or from its header: never 0
@@ -215,15 +211,11 @@ impl<Fd> Backend<Fd> {
     /// The stream is out of step, or a request without an error form was turned down: the
     /// connection has to end. Every later call returns the same.
     pub fn poll(&mut self) -> Result<Option<Step<Fd>>, Violation> {
-        if let Some(fatal) = &self.closed {
-            return Err(fatal.clone());
-        }
         if !self.settle_forgotten()? {
             return Ok(None);
         }
         loop {
-            let message = self.decoder.next_message().map_err(|violation| self.close(violation))?;
-            let Some(message) = message else { return Ok(None) };
+            let Some(message) = self.decoder.next_message()? else { return Ok(None) };
             match self.handle(message)? {
                 Ok(Some(effect)) => return Ok(Some(Step::Effect(effect))),
                 Ok(None) => {}
@@ -327,16 +319,12 @@ impl<Fd> Backend<Fd> {
     /// Looks after a ticket that was dropped. `true`: none is outstanding (any more).
     fn settle_forgotten(&mut self) -> Result<bool, Violation> {
         let Some(pending) = self.pending.take_if(|p| p.watch.strong_count() == 0) else {
-            return match &self.closed {
-                Some(fatal) => Err(fatal.clone()),
-                None => Ok(self.pending.is_none()),
-            };
+            self.decoder.check_open()?;
+            return Ok(self.pending.is_none());
         };
         self.finish(pending, Err(Refusal::Forgotten));
-        match &self.closed {
-            Some(fatal) => Err(fatal.clone()),
-            None => Ok(true),
-        }
+        self.decoder.check_open()?;
+        Ok(true)
     }
 
     /// Checks a message against the table and hands it to its handler. The outer error is fatal,
@@ -355,9 +343,8 @@ impl<Fd> Backend<Fd> {
     }
 
     fn close(&mut self, violation: Violation) -> Violation {
-        self.closed = Some(violation.clone());
         self.pending = None;
-        violation
+        self.decoder.close(violation)
     }
 
     /// Opens a ticket for a request.

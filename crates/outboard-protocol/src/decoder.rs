@@ -7,7 +7,8 @@
 //! Invariant: a message gets exactly the descriptors that came with its first byte; descriptors
 //! that came elsewhere are dropped at once and counted, so that no peer piles them up here. Nothing
 //! is allocated for bytes that have not come: a header that is out of step is refused before its
-//! payload is waited for.
+//! payload is waited for. A violation is the end: nothing is taken after it, and every later call
+//! returns the same.
 
 use std::collections::VecDeque;
 
@@ -54,6 +55,7 @@ pub struct Decoder<Fd> {
     /// Bytes at the front of `bytes` that were taken already.
     taken: usize,
     arrived: VecDeque<Arrived<Fd>>,
+    closed: Option<Violation>,
 }
 
 /// The descriptors that came with one message.
@@ -71,11 +73,15 @@ impl<Fd> Decoder<Fd> {
     /// A decoder at the start of a stream.
     #[must_use]
     pub const fn new(expects: Expects) -> Self {
-        Self { expects, bytes: Vec::new(), taken: 0, arrived: VecDeque::new() }
+        Self { expects, bytes: Vec::new(), taken: 0, arrived: VecDeque::new(), closed: None }
     }
 
-    /// Takes what one `recvmsg` returned; the descriptors belong to the first of the bytes.
+    /// Takes what one `recvmsg` returned; the descriptors belong to the first of the bytes. What
+    /// comes after a violation is dropped.
     pub fn receive(&mut self, bytes: &[u8], fds: Vec<Fd>) {
+        if self.closed.is_some() {
+            return;
+        }
         self.bytes.drain(..self.taken);
         for arrived in &mut self.arrived {
             arrived.at = arrived.at.saturating_sub(self.taken);
@@ -107,13 +113,37 @@ impl<Fd> Decoder<Fd> {
         }
     }
 
+    /// The violation that ended the stream.
+    #[must_use]
+    pub const fn closed(&self) -> Option<&Violation> {
+        self.closed.as_ref()
+    }
+
+    /// Ends the stream because of what a message says. Returns the violation that ended it, which
+    /// is the first one.
+    pub fn close(&mut self, violation: Violation) -> Violation {
+        self.closed.get_or_insert(violation).clone()
+    }
+
+    /// Nothing, or the violation that ended the stream.
+    ///
+    /// # Errors
+    /// That violation.
+    pub fn check_open(&self) -> Result<(), Violation> {
+        self.closed.clone().map_or(Ok(()), Err)
+    }
+
     /// The next whole message.
     ///
     /// # Errors
-    /// The stream is out of step: wrong version, wrong direction, or a payload no message has.
+    /// The stream is out of step: wrong version, wrong direction, or a payload no message has; or
+    /// it was ended before.
     pub fn next_message(&mut self) -> Result<Option<Message<Fd>>, Violation> {
+        self.check_open()?;
         let Some(header) = self.peek() else { return Ok(None) };
-        self.check(&header)?;
+        if let Err(violation) = self.check(&header) {
+            return Err(self.close(violation));
+        }
         let start = self.taken;
         let body = start + HEADER_SIZE;
         let end = body + to_usize(header.size);

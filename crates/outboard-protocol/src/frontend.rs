@@ -43,7 +43,6 @@ pub struct Frontend<Fd> {
     waiting: VecDeque<Waiting>,
     decoder: Decoder<Fd>,
     out: VecDeque<Frame<Fd>>,
-    closed: Option<Violation>,
 }
 
 /// A request whose answer has not come.
@@ -74,7 +73,6 @@ impl<Fd> Frontend<Fd> {
             waiting: VecDeque::new(),
             decoder: Decoder::new(Expects::Replies),
             out: VecDeque::new(),
-            closed: None,
         }
     }
 
@@ -108,9 +106,7 @@ impl<Fd> Frontend<Fd> {
     /// Takes what one `recvmsg` returned; the descriptors belong to the first of the bytes. What
     /// comes after a violation is dropped.
     pub fn receive(&mut self, bytes: &[u8], fds: Vec<Fd>) {
-        if self.closed.is_none() {
-            self.decoder.receive(bytes, fds);
-        }
+        self.decoder.receive(bytes, fds);
     }
 
     /// Bytes that are missing from the reply that is coming in, or from its header. A transport
@@ -125,21 +121,8 @@ impl<Fd> Frontend<Fd> {
     /// # Errors
     /// The back-end broke a rule: the connection has to end. Every later call returns the same.
     pub fn poll(&mut self) -> Result<Option<Answer<Fd>>, Violation> {
-        if let Some(fatal) = &self.closed {
-            return Err(fatal.clone());
-        }
-        let answer = match self.decoder.next_message() {
-            Ok(Some(message)) => self.take(message),
-            Ok(None) => return Ok(None),
-            Err(violation) => Err(violation),
-        };
-        match answer {
-            Ok(answer) => Ok(Some(answer)),
-            Err(violation) => {
-                self.closed = Some(violation.clone());
-                Err(violation)
-            }
-        }
+        let Some(message) = self.decoder.next_message()? else { return Ok(None) };
+        self.take(message).map(Some).map_err(|violation| self.decoder.close(violation))
     }
 
     /// Requests whose answers have not come.

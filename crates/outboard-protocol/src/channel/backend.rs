@@ -63,7 +63,6 @@ pub struct ChannelBackend<Fd> {
     waiting: VecDeque<Waiting>,
     decoder: Decoder<Fd>,
     out: VecDeque<(RequestId, Frame<Fd>)>,
-    closed: Option<Violation>,
 }
 
 /// A request whose answer has not come.
@@ -85,7 +84,6 @@ impl<Fd> ChannelBackend<Fd> {
             waiting: VecDeque::new(),
             decoder: Decoder::new(Expects::ChannelReplies),
             out: VecDeque::new(),
-            closed: None,
         }
     }
 
@@ -102,7 +100,7 @@ impl<Fd> ChannelBackend<Fd> {
     /// Its feature was not negotiated, its values are not legal, or the channel is over; nothing is
     /// queued.
     pub fn send(&mut self, request: ChannelRequest<Fd>) -> Result<Sent, Refusal> {
-        if let Some(fatal) = &self.closed {
+        if let Some(fatal) = self.decoder.closed() {
             return Err(Refusal::because(format_args!("the channel is over: {fatal}")));
         }
         let code = request.code();
@@ -140,9 +138,7 @@ impl<Fd> ChannelBackend<Fd> {
     /// Takes what one `recvmsg` returned; the descriptors belong to the first of the bytes. What
     /// comes after a violation is dropped.
     pub fn receive(&mut self, bytes: &[u8], fds: Vec<Fd>) {
-        if self.closed.is_none() {
-            self.decoder.receive(bytes, fds);
-        }
+        self.decoder.receive(bytes, fds);
     }
 
     /// Bytes that are missing from the answer that is coming in, or from its header. A transport
@@ -157,25 +153,19 @@ impl<Fd> ChannelBackend<Fd> {
     /// # Errors
     /// The front-end broke a rule: the channel has to end. Every later call returns the same.
     pub fn poll(&mut self) -> Result<Option<ChannelAnswer<Fd>>, Violation> {
-        if let Some(fatal) = &self.closed {
-            return Err(fatal.clone());
-        }
-        loop {
-            let taken = match self.decoder.next_message() {
-                Ok(Some(message)) => self.take(message),
-                Ok(None) => return Ok(None),
-                Err(violation) => Err(violation),
-            };
-            match taken {
-                Ok(Some(answer)) => return Ok(Some(answer)),
-                Ok(None) => {}
-                Err(violation) => {
-                    self.closed = Some(violation.clone());
-                    self.out.clear();
-                    return Err(violation);
-                }
+        self.answer().inspect_err(|violation| {
+            self.decoder.close(violation.clone());
+            self.out.clear();
+        })
+    }
+
+    fn answer(&mut self) -> Result<Option<ChannelAnswer<Fd>>, Violation> {
+        while let Some(message) = self.decoder.next_message()? {
+            if let Some(answer) = self.take(message)? {
+                return Ok(Some(answer));
             }
         }
+        Ok(None)
     }
 
     /// Nobody waits for the answer any more: a deadline has passed. `true`: the request had not

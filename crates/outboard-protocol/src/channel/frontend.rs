@@ -66,7 +66,6 @@ pub struct ChannelFrontend<Fd> {
     pending: VecDeque<Pending<Fd>>,
     decoder: Decoder<Fd>,
     out: VecDeque<Frame<Fd>>,
-    closed: Option<Violation>,
 }
 
 /// A request that was handed out as an effect, or turned down behind one.
@@ -99,7 +98,6 @@ impl<Fd> ChannelFrontend<Fd> {
             pending: VecDeque::new(),
             decoder: Decoder::new(Expects::Requests),
             out: VecDeque::new(),
-            closed: None,
         }
     }
 
@@ -112,9 +110,7 @@ impl<Fd> ChannelFrontend<Fd> {
     /// Takes what one `recvmsg` returned; the descriptors belong to the first of the bytes. What
     /// comes after a fatal violation is dropped.
     pub fn receive(&mut self, bytes: &[u8], fds: Vec<Fd>) {
-        if self.closed.is_none() {
-            self.decoder.receive(bytes, fds);
-        }
+        self.decoder.receive(bytes, fds);
     }
 
     /// Bytes that are missing from the request that is coming in, or from its header. 0 while
@@ -131,22 +127,13 @@ impl<Fd> ChannelFrontend<Fd> {
     /// # Errors
     /// The stream is out of step: the channel has to end. Every later call returns the same.
     pub fn poll(&mut self) -> Result<Option<ChannelStep<Fd>>, Violation> {
-        if let Some(fatal) = &self.closed {
-            return Err(fatal.clone());
-        }
+        self.decoder.check_open()?;
         self.settle();
         if self.is_full() {
             return Ok(None);
         }
-        match self.decoder.next_message() {
-            Ok(Some(message)) => Ok(Some(self.handle(message))),
-            Ok(None) => Ok(None),
-            Err(violation) => {
-                self.closed = Some(violation.clone());
-                self.pending.clear();
-                Err(violation)
-            }
-        }
+        let message = self.decoder.next_message().inspect_err(|_| self.pending.clear())?;
+        Ok(message.map(|message| self.handle(message)))
     }
 
     /// Answers the request of a ticket; its reply is queued if one is due, behind those of earlier
