@@ -333,7 +333,7 @@ impl Vmm {
     /// Anything the connection can fail with.
     pub fn reset(&mut self, queues: Vec<Virtqueue>) -> Result<(), Error> {
         self.asleep = None;
-        self.stop()?;
+        self.stop(false)?;
         self.forget_mappings();
         self.inflight = None;
         drop(queues);
@@ -346,10 +346,14 @@ impl Vmm {
     /// # Errors
     /// Anything the connection can fail with.
     pub fn sleep(&mut self) -> Result<Option<Vec<(u16, u32)>>, Error> {
+        self.fall_asleep(false)
+    }
+
+    fn fall_asleep(&mut self, skip_drain: bool) -> Result<Option<Vec<(u16, u32)>>, Error> {
         if self.active.is_empty() {
             return Ok(None);
         }
-        let kept = self.stop()?;
+        let kept = self.stop(skip_drain)?;
         let bases = kept.iter().map(|(ring, base)| (ring.index, *base)).collect();
         self.asleep = Some(kept);
         Ok(Some(bases))
@@ -372,7 +376,7 @@ impl Vmm {
     /// Some of these were started, some not.
     fn back_to_sleep(&mut self, mut rings: Vec<(Arc<RingShare>, u32)>) {
         // Of a connection that is lost nothing more can be known.
-        for (stopped, base) in self.stop().unwrap_or_default() {
+        for (stopped, base) in self.stop(false).unwrap_or_default() {
             for (_, kept) in rings.iter_mut().filter(|(ring, _)| ring.index == stopped.index) {
                 *kept = base;
             }
@@ -451,14 +455,17 @@ impl Vmm {
         }
     }
 
-    fn stop(&mut self) -> Result<Vec<(Arc<RingShare>, u32)>, Error> {
+    fn stop(&mut self, skip_drain: bool) -> Result<Vec<(Arc<RingShare>, u32)>, Error> {
         let disables = self.acked & virtio::PROTOCOL_FEATURES != 0;
         let mut kept = Vec::with_capacity(self.active.len());
         for ring in &self.active {
             if disables {
                 self.connection.set_vring_enable(ring.index, false)?;
             }
-            let base = self.connection.get_vring_base(ring.index)?;
+            let base = match skip_drain {
+                true => self.connection.get_vring_base_skip_drain(ring.index)?,
+                false => self.connection.get_vring_base(ring.index)?,
+            };
             kept.push((Arc::clone(ring), base));
         }
         // Only now: after an error the back-end may still use every ring, and none is freed.

@@ -260,6 +260,7 @@ impl Buffers {
     pub fn shrink(&mut self) {
         (self.readable, self.writable, self.tail) = Default::default();
         (self.list, self.scratch) = Default::default();
+        self.room = 0;
     }
 
     /// Lets go of guest memory that is not the one of `view`, and of the buffers with it.

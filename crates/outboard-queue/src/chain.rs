@@ -77,6 +77,11 @@ impl Chain {
         }
     }
 
+    /// Puts every byte out of reach: all cursors are empty from now on, and there is no tail.
+    pub fn close(&mut self) {
+        self.0.buffers.shrink();
+    }
+
     /// Writes to the front of the reserved tail.
     ///
     /// # Errors

@@ -66,6 +66,41 @@ pub trait VhostUserDevice: Send {
     /// connection.
     fn stop_queue(&mut self, index: u16) -> impl Future<Output = Result<Queue, HostError>> + Send;
 
+    /// Whether [`VhostUserDevice::abandon_queue`] does what it says: GET_VRING_BASE_INFLIGHT and
+    /// GET_VRING_BASE_SKIP_DRAIN are offered then.
+    fn can_abandon(&self) -> bool {
+        false
+    }
+
+    /// Stops serving without finishing what is under way, and gives the queue back. Asked only of
+    /// queues that have an in-flight region, at once or after a [`VhostUserDevice::stop_queue`] that
+    /// was given up waiting for. Afterwards there is no access to guest memory and no call, now or
+    /// later; requests that were not finished are left in the region and are never answered from
+    /// here. Their effects elsewhere (writes to a disk) may still be coming: see
+    /// [`VhostUserDevice::is_settled`].
+    ///
+    /// # Errors
+    /// As [`VhostUserDevice::stop_queue`].
+    fn abandon_queue(
+        &mut self,
+        index: u16,
+    ) -> impl Future<Output = Result<Queue, HostError>> + Send {
+        self.stop_queue(index)
+    }
+
+    /// False after [`VhostUserDevice::enter_suspended_state`] when the device keeps what it has
+    /// claimed, because something of abandoned requests is still under way: nobody else may work
+    /// with it yet.
+    fn is_settled(&self) -> bool {
+        true
+    }
+
+    /// Resolves when nothing of abandoned requests is under way any more; the suspended state is
+    /// asked for again then.
+    fn settle(&mut self) -> impl Future<Output = ()> + Send {
+        ready(())
+    }
+
     /// To the power-on state. No queue is started.
     ///
     /// # Errors

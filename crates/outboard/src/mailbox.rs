@@ -68,10 +68,17 @@ pub(crate) struct Posted {
     pub(crate) done: oneshot::Sender<Applied>,
 }
 
+/// In [`Mailbox::doors`]: nobody comes in any more.
+const CLOSED: usize = 1 << (usize::BITS - 1);
+
 /// What both ends share.
 #[derive(Debug)]
 pub(crate) struct Mailbox {
     waker: Waker,
+    /// Whether the queue may leave requests behind: then whoever has one elsewhere reaches guest memory through the doors.
+    has_doors: bool,
+    /// How many are in guest memory with such a request, and [`CLOSED`].
+    doors: AtomicUsize,
     /// None: the queue is gone, nobody would answer.
     changes: Mutex<Option<VecDeque<Posted>>>,
     returned: Mutex<Vec<(Chain, u32)>>,
@@ -80,10 +87,12 @@ pub(crate) struct Mailbox {
 }
 
 impl Mailbox {
-    /// An empty mailbox.
-    pub(crate) fn new() -> io::Result<Arc<Self>> {
+    /// An empty mailbox. `has_doors`: [`Mailbox::shut`] may come.
+    pub(crate) fn new(has_doors: bool) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             waker: Waker::new()?,
+            has_doors,
+            doors: AtomicUsize::new(0),
             changes: Mutex::new(Some(VecDeque::new())),
             returned: Mutex::default(),
             returned_count: AtomicUsize::new(0),
@@ -104,9 +113,13 @@ impl Mailbox {
         lock(&self.changes).as_mut()?.pop_front()
     }
 
-    /// Gives a request back that was finished, or dropped, away from the queue.
+    /// Gives a request back that was finished, or dropped, away from the queue. After [`Mailbox::shut`]
+    /// it stays as it is: in flight.
     pub(crate) fn give_back(&self, chain: Chain, written: u32) {
         let mut returned = lock(&self.returned);
+        if self.doors.load(Ordering::Acquire) & CLOSED != 0 {
+            return;
+        }
         returned.push((chain, written));
         self.returned_count.store(returned.len(), Ordering::Release);
         drop(returned);
@@ -123,6 +136,41 @@ impl Mailbox {
         let mut returned = lock(&self.returned);
         self.returned_count.store(0, Ordering::Release);
         std::mem::take(&mut *returned)
+    }
+
+    /// Comes in with a request that left its queue, to where guest memory can be reached; to be
+    /// followed by [`Mailbox::go`]. `None`: the queue has left the request behind. `false`: there are
+    /// no doors.
+    pub(crate) fn come(&self) -> Option<bool> {
+        if !self.has_doors {
+            return Some(false);
+        }
+        if self.doors.fetch_add(1, Ordering::AcqRel) & CLOSED == 0 {
+            return Some(true);
+        }
+        self.go();
+        None
+    }
+
+    /// Leaves guest memory alone again.
+    pub(crate) fn go(&self) {
+        if self.doors.fetch_sub(1, Ordering::AcqRel) == CLOSED + 1 {
+            self.waker.wake();
+        }
+    }
+
+    /// Shuts the doors: requests that are elsewhere and were not given back stay there. Returns those
+    /// that were.
+    pub(crate) fn shut(&self) -> Vec<(Chain, u32)> {
+        let mut returned = lock(&self.returned);
+        self.doors.fetch_or(CLOSED, Ordering::AcqRel);
+        self.returned_count.store(0, Ordering::Release);
+        std::mem::take(&mut *returned)
+    }
+
+    /// Whether nobody is in guest memory any more; the waker tells when the last one goes.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.doors.load(Ordering::Acquire) & !CLOSED == 0
     }
 
     /// Takes back the wake-ups so far.

@@ -13,6 +13,7 @@
 //! ```
 //! Behind an IOMMU a queue may lack a translation: see `translation.rs`.
 
+mod abandon;
 mod translation;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

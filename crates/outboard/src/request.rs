@@ -6,6 +6,7 @@
 //! values out of guest memory and into it, and what was read once cannot be read again.
 
 use std::io;
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use outboard_queue::{Chain, Readable, ShortBuffer, Writable};
@@ -122,11 +123,7 @@ impl<'a> Request<'a> {
     }
 
     fn chain_mut(&mut self) -> &mut Chain {
-        // Only `done`, `defer` and `submit` take the chain, and they consume the request.
-        match &mut self.chain {
-            Some(chain) => chain,
-            None => unreachable!("a request holds its chain until it is consumed"),
-        }
+        chain_of(&mut self.chain)
     }
 }
 
@@ -138,8 +135,43 @@ impl Drop for Request<'_> {
     }
 }
 
+/// A cursor of a [`Deferred`] request. Its ring does not stop, nor leave the request behind, while
+/// this lives.
+#[derive(Debug)]
+pub struct Held<'a, C> {
+    cursor: C,
+    /// Whom to tell at the end.
+    home: Option<&'a Mailbox>,
+}
+
+impl<C> Deref for Held<'_, C> {
+    type Target = C;
+
+    fn deref(&self) -> &C {
+        &self.cursor
+    }
+}
+
+impl<C> DerefMut for Held<'_, C> {
+    fn deref_mut(&mut self) -> &mut C {
+        &mut self.cursor
+    }
+}
+
+impl<C> Drop for Held<'_, C> {
+    fn drop(&mut self) {
+        if let Some(home) = self.home {
+            home.go();
+        }
+    }
+}
+
 /// A request that left its queue's thread. It keeps its guest memory mapped and its ring from
 /// stopping until it is answered or dropped.
+///
+/// With an in-flight region the ring may leave it behind
+/// ([`VhostUserDevice::abandon_queue`](crate::VhostUserDevice::abandon_queue)): then there is nothing
+/// left to read and no room to write, and an answer goes nowhere; the next process serves the request.
 #[derive(Debug)]
 pub struct Deferred {
     chain: Option<Chain>,
@@ -148,13 +180,37 @@ pub struct Deferred {
 
 impl Deferred {
     /// What the driver wrote for the device.
-    pub fn readable(&mut self) -> Readable<'_> {
-        self.chain_mut().readable()
+    pub fn readable(&mut self) -> Held<'_, Readable<'_>> {
+        let home = self.enter();
+        let home = home.then_some(&*self.home);
+        Held { cursor: chain_of(&mut self.chain).readable(), home }
     }
 
     /// What the device may write for the driver.
-    pub fn writable(&mut self) -> Writable<'_> {
-        self.chain_mut().writable()
+    pub fn writable(&mut self) -> Held<'_, Writable<'_>> {
+        let home = self.enter();
+        let home = home.then_some(&*self.home);
+        Held { cursor: chain_of(&mut self.chain).writable(), home }
+    }
+
+    /// Whether the ring was stopped and left this request behind: nothing that is done for it now
+    /// reaches the driver, and somebody else will serve it.
+    #[must_use]
+    pub fn is_abandoned(&self) -> bool {
+        match self.home.come() {
+            Some(true) => self.home.go(),
+            Some(false) => {}
+            None => return true,
+        }
+        false
+    }
+
+    /// Where guest memory can be reached; or nowhere, with nothing in reach. True: to be left again.
+    fn enter(&mut self) -> bool {
+        self.home.come().unwrap_or_else(|| {
+            chain_of(&mut self.chain).close();
+            false
+        })
     }
 
     /// As [`Request::reserve_tail`].
@@ -162,7 +218,7 @@ impl Deferred {
     /// # Errors
     /// The driver offered fewer writable bytes.
     pub fn reserve_tail(&mut self, length: usize) -> Result<(), ShortBuffer> {
-        self.chain_mut().reserve_tail(length)
+        chain_of(&mut self.chain).reserve_tail(length)
     }
 
     /// As [`Request::write_tail`].
@@ -170,7 +226,9 @@ impl Deferred {
     /// # Errors
     /// `bytes` is longer than what was set aside.
     pub fn write_tail(&mut self, bytes: &[u8]) -> Result<(), ShortBuffer> {
-        self.chain_mut().write_tail(bytes)
+        let home = self.enter();
+        let _held = Held { cursor: (), home: home.then_some(&*self.home) };
+        chain_of(&mut self.chain).write_tail(bytes)
     }
 
     /// Answers: the device wrote the first `written` bytes.
@@ -179,12 +237,13 @@ impl Deferred {
             self.home.give_back(chain, written);
         }
     }
+}
 
-    fn chain_mut(&mut self) -> &mut Chain {
-        match &mut self.chain {
-            Some(chain) => chain,
-            None => unreachable!("a deferred request holds its chain until it is consumed"),
-        }
+/// The chain of a request, which `done`, `defer` and `submit` take, and they consume the request.
+fn chain_of(chain: &mut Option<Chain>) -> &mut Chain {
+    match chain {
+        Some(chain) => chain,
+        None => unreachable!("a request holds its chain until it is consumed"),
     }
 }
 

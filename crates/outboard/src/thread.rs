@@ -8,13 +8,15 @@
 //! ```
 //!
 //! Invariants: a lane waits for its kick only after it has armed the ring and looked once more; a
-//! lane stops only when nothing of it is in flight and everything is published; a worker that
-//! panics costs its rings, not the thread.
+//! lane stops only when nothing of it is in flight and everything is published, or, when it is
+//! abandoned, when nothing of it can reach guest memory any more; a worker that panics costs its
+//! rings, not the thread.
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_channel::oneshot;
@@ -43,6 +45,8 @@ pub(crate) enum Order {
     Start(Box<Queue>),
     /// Give the queue back when nothing of it is in flight.
     Stop { index: u16, reply: oneshot::Sender<Box<Queue>> },
+    /// A queue that is to stop: give it back as soon as nothing of it can reach guest memory.
+    Abandon { index: u16 },
     /// End the thread.
     Quit,
 }
@@ -51,21 +55,62 @@ pub(crate) enum Order {
 pub(crate) struct Port {
     waker: Waker,
     orders: Mutex<VecDeque<Order>>,
+    abandoned: Abandoned,
+}
+
+/// Operations of abandoned requests that the kernel has not ended, counted by their thread.
+#[derive(Default)]
+struct Abandoned {
+    count: AtomicUsize,
+    /// Who waits for the last one to end.
+    waiting: Mutex<Vec<oneshot::Sender<()>>>,
 }
 
 impl Port {
     pub(crate) fn new() -> std::io::Result<Self> {
-        Ok(Self { waker: Waker::new()?, orders: Mutex::default() })
+        Ok(Self { waker: Waker::new()?, orders: Mutex::default(), abandoned: Abandoned::default() })
+    }
+
+    /// Whether operations of abandoned requests are under way.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.abandoned.count.load(Ordering::Acquire) != 0
+    }
+
+    /// Resolves, or fails, when none is.
+    pub(crate) fn quiet(&self) -> oneshot::Receiver<()> {
+        let (done, quiet) = oneshot::channel();
+        let mut waiting = lock(&self.abandoned.waiting);
+        if self.is_busy() {
+            waiting.push(done);
+        }
+        quiet
+    }
+
+    fn abandon(&self, operations: usize) {
+        self.abandoned.count.fetch_add(operations, Ordering::AcqRel);
+    }
+
+    fn ended(&self) {
+        // Under the lock: who looks and finds some is on the list before the last one ends.
+        let mut waiting = lock(&self.abandoned.waiting);
+        if self.abandoned.count.fetch_sub(1, Ordering::AcqRel) == 1 {
+            waiting.clear();
+        }
     }
 
     pub(crate) fn send(&self, order: Order) {
-        self.orders.lock().unwrap_or_else(PoisonError::into_inner).push_back(order);
+        lock(&self.orders).push_back(order);
         self.waker.wake();
     }
 
     fn take(&self) -> Option<Order> {
-        self.orders.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+        lock(&self.orders).pop_front()
     }
+}
+
+/// A lock that a panic elsewhere cannot poison: what it guards is whole between any two lines.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A queue on this thread.
@@ -81,6 +126,22 @@ struct Lane {
     /// Nor are changes heard, for want of a descriptor: they are looked for as well.
     deaf: bool,
     stopping: Option<oneshot::Sender<Box<Queue>>>,
+    /// It stops without finishing what is under way.
+    abandoning: bool,
+}
+
+impl Lane {
+    /// Whether the queue can be given back; called again and again while it stops.
+    fn has_stopped(&mut self, events: &dyn EventLoop) -> bool {
+        if self.stopping.is_none() {
+            return false;
+        }
+        if self.abandoning {
+            let queue = self.queue.index();
+            return self.queue.abandon() && events.flying(queue).into_memory == 0;
+        }
+        self.queue.in_flight() == 0 && !self.queue.owes()
+    }
 }
 
 /// What a token means: the upper half is the kind, the lower one a queue or the device's number.
@@ -313,8 +374,12 @@ impl<W: Worker> Thread<W> {
         chain: outboard_queue::Chain,
         outcome: crate::request::Outcome,
     ) {
-        let Some(lane) = self.lanes.iter_mut().find(|lane| lane.queue.index() == index) else {
-            // Cannot be: a lane leaves only when nothing of it is in flight.
+        let lane = self.lanes.iter_mut().find(|lane| lane.queue.index() == index);
+        let Some(lane) = lane.filter(|lane| !lane.abandoning) else {
+            // Its queue is as good as gone, and is not started again before the last one has ended.
+            drop(chain);
+            self.worker.abandoned(token, outcome);
+            self.port.ended();
             return;
         };
         let request = Request::new(chain, &mut lane.queue, Some(self.events.as_mut()));
@@ -331,8 +396,23 @@ impl<W: Worker> Thread<W> {
                     lane.stopping = Some(reply);
                 }
             }
+            Order::Abandon { index } => self.abandon(index),
             Order::Quit => self.quit = true,
         }
+    }
+
+    /// Nothing of a queue that stops is finished from now on.
+    fn abandon(&mut self, index: u16) {
+        let Some(lane) = self.lanes.iter_mut().find(|lane| lane.queue.index() == index) else {
+            return;
+        };
+        if lane.stopping.is_none() || !lane.queue.can_abandon() || lane.abandoning {
+            return;
+        }
+        lane.abandoning = true;
+        self.port.abandon(self.events.flying(index).all);
+        self.events.cancel(index);
+        debug!(queue = index, "queue abandoned");
     }
 
     fn start(&mut self, queue: Box<Queue>) {
@@ -349,6 +429,7 @@ impl<W: Worker> Thread<W> {
             polled: false,
             deaf: watched.is_err(),
             stopping: None,
+            abandoning: false,
         };
         watch_kick(&mut lane, self.events.as_mut());
         self.lanes.push(lane);
@@ -371,7 +452,7 @@ impl<W: Worker> Thread<W> {
                 poll_control(lane, self.events.as_mut());
             }
             lane.queue.processed();
-            if lane.stopping.is_none() || lane.queue.in_flight() != 0 || lane.queue.owes() {
+            if !lane.has_stopped(self.events.as_ref()) {
                 at += 1;
                 continue;
             }
@@ -422,7 +503,7 @@ impl<W: Worker> Thread<W> {
 
 /// Serves what is in one ring, up to its budget; true when there may be more.
 fn turn<W: Worker>(worker: &mut W, lane: &mut Lane, events: &mut dyn EventLoop) -> bool {
-    if lane.stopping.is_some() && !lane.queue.owes() {
+    if lane.stopping.is_some() && (lane.abandoning || !lane.queue.owes()) {
         return false;
     }
     lane.queue.disarm();

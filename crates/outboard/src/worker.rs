@@ -41,6 +41,13 @@ pub trait Worker {
         Ok(request.done(outcome.unwrap_or(0)))
     }
 
+    /// A file operation started by [`Request::submit`] has ended, long after its request was left in
+    /// the in-flight region ([`crate::VhostUserDevice::abandon_queue`]). There is nothing to answer;
+    /// the operation may have been carried out in part.
+    fn abandoned(&mut self, token: u64, outcome: Outcome) {
+        let _ = (token, outcome);
+    }
+
     /// A descriptor given to [`WorkerContext::watch`] became readable.
     ///
     /// # Errors

@@ -71,6 +71,8 @@ pub struct WorkerDevice<M: Model> {
     threads: Vec<Handle>,
     runs: Vec<Run>,
     suspended: bool,
+    /// The model is to be suspended when the last operation of abandoned requests has ended.
+    owes_suspension: bool,
 }
 
 impl<M: Model> std::fmt::Debug for WorkerDevice<M> {
@@ -118,6 +120,7 @@ impl<M: Model> WorkerDevice<M> {
             queues,
             threads: Vec::with_capacity(count),
             suspended: true,
+            owes_suspension: false,
             model,
         };
         // One after the other: where memory is short it is a thread's stack that is refused, not
@@ -147,6 +150,32 @@ impl<M: Model> WorkerDevice<M> {
 
     fn thread_of(&self, index: u16) -> Option<&Handle> {
         self.threads.get(usize::from(index) % self.threads.len().max(1))
+    }
+
+    /// Whether operations of abandoned requests are under way.
+    fn is_busy(&self) -> bool {
+        self.threads.iter().any(|thread| thread.port.is_busy())
+    }
+
+    /// Has a thread give a queue back: when it is finished, or at once.
+    async fn give_back(&mut self, index: u16, abandon: bool) -> Result<Queue, HostError> {
+        let thread = self.thread_of(index).map(|thread| Arc::clone(&thread.port));
+        let missing = self.no_such(index);
+        let (Some(run), Some(port)) = (self.runs.get_mut(usize::from(index)), thread) else {
+            return Err(missing);
+        };
+        if matches!(run, Run::Started) {
+            let (reply, queue) = oneshot::channel();
+            *run = Run::Stopping(queue);
+            port.send(Order::Stop { index, reply });
+        }
+        let Run::Stopping(back) = run else { return Err(HostError::NotStarted(index)) };
+        if abandon {
+            port.send(Order::Abandon { index });
+        }
+        let queue = back.await;
+        *run = Run::Stopped;
+        queue.map(|queue| *queue).map_err(|_| HostError::WorkerGone(index))
     }
 
     fn no_such(&self, index: u16) -> HostError {
@@ -234,6 +263,10 @@ impl<M: Model> VhostUserDevice for WorkerDevice<M> {
             return Err(HostError::WorkerGone(index).into());
         }
         let port = Arc::clone(&thread.port);
+        if self.is_busy() {
+            return Err(Error::busy("what abandoned requests asked for is still under way"));
+        }
+        self.owes_suspension = false;
         // Last: nothing fails once the doors are open.
         if self.suspended {
             self.model.resume()?;
@@ -247,20 +280,26 @@ impl<M: Model> VhostUserDevice for WorkerDevice<M> {
     }
 
     async fn stop_queue(&mut self, index: u16) -> Result<Queue, HostError> {
-        let thread = self.thread_of(index).map(|thread| Arc::clone(&thread.port));
-        let missing = self.no_such(index);
-        let (Some(run), Some(port)) = (self.runs.get_mut(usize::from(index)), thread) else {
-            return Err(missing);
-        };
-        if matches!(run, Run::Started) {
-            let (reply, queue) = oneshot::channel();
-            *run = Run::Stopping(queue);
-            port.send(Order::Stop { index, reply });
+        self.give_back(index, false).await
+    }
+
+    fn can_abandon(&self) -> bool {
+        true
+    }
+
+    async fn abandon_queue(&mut self, index: u16) -> Result<Queue, HostError> {
+        self.give_back(index, true).await
+    }
+
+    fn is_settled(&self) -> bool {
+        !self.owes_suspension
+    }
+
+    async fn settle(&mut self) {
+        for thread in &self.threads {
+            // It fails when the thread is gone, and what it had with it.
+            let _ = thread.port.quiet().await;
         }
-        let Run::Stopping(back) = run else { return Err(HostError::NotStarted(index)) };
-        let queue = back.await;
-        *run = Run::Stopped;
-        queue.map(|queue| *queue).map_err(|_| HostError::WorkerGone(index))
     }
 
     async fn reset(&mut self) -> Result<(), Error> {
@@ -268,6 +307,11 @@ impl<M: Model> VhostUserDevice for WorkerDevice<M> {
     }
 
     async fn enter_suspended_state(&mut self) -> Result<(), Error> {
+        // What abandoned requests asked for may still be coming: nobody else is let in before.
+        self.owes_suspension = !self.suspended && self.is_busy();
+        if self.owes_suspension {
+            return Ok(());
+        }
         self.suspended = true;
         self.model.suspend()
     }

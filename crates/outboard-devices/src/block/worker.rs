@@ -210,6 +210,16 @@ impl Worker for BlockWorker {
             }
         }
     }
+
+    fn abandoned(&mut self, token: u64, outcome: Outcome) {
+        let job = usize::try_from(token).ok().and_then(|token| self.jobs.try_remove(token));
+        let Some(job) = job else { return };
+        let ended = |error: &io::Error| not_now(error) || is_cancelled(error);
+        if job.op() == Op::Sync && outcome.is_err_and(|error| !ended(&error)) {
+            self.disk.set_flush_failed();
+        }
+        self.spare.extend(job.into_ranges());
+    }
 }
 
 impl std::fmt::Debug for BlockWorker {
@@ -252,6 +262,11 @@ fn consume(op: Op, request: &mut Request<'_>, moved: u32) -> io::Result<u64> {
 /// Whether the kernel only says that it would have to wait.
 fn not_now(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
+}
+
+/// Whether the kernel only says that it was told to give up.
+fn is_cancelled(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::CANCELED.raw_os_error())
 }
 
 /// A failing disk is told about once a second, not once per request.

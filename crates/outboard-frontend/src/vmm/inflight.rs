@@ -34,19 +34,37 @@ impl Wanted {
         self.protocol |= ProtocolFeatures::INFLIGHT_SHMFD;
         self
     }
+
+    /// Also [`Vmm::park`], which needs the in-flight region.
+    #[must_use]
+    pub fn with_skip_drain(self) -> Self {
+        let mut this = self.with_inflight();
+        this.protocol |= ProtocolFeatures::GET_VRING_BASE_INFLIGHT | ProtocolFeatures::SKIP_DRAIN;
+        this
+    }
 }
 
 impl Vmm {
-    /// Goes on with a new back-end where the last one left everything: at a crash, or a restart. The queues'
-    /// drivers need not know. When this fails it can be tried again with another connection.
+    /// As [`Vmm::sleep`], but requests under way are not waited for (GET_VRING_BASE_SKIP_DRAIN): they stay noted in
+    /// the in-flight region, and whoever [`Vmm::wake`] starts the queues with finishes them, this back-end or, after
+    /// [`Vmm::reconnect`], another one.
     ///
     /// # Errors
-    /// [`Error::NotOffered`] when the new one lacks what the last one had, [`Error::State`] while the device is
-    /// asleep, and anything the connection can fail with.
-    pub fn reconnect(&mut self, mut connection: Connection) -> Result<(), Error> {
-        if self.asleep.is_some() {
-            return Err(Error::State("a sleeping device has nobody to go on with"));
+    /// [`Error::NotOffered`] without SKIP_DRAIN, and anything the connection can fail with.
+    pub fn park(&mut self) -> Result<Option<Vec<(u16, u32)>>, Error> {
+        if !self.acked_protocol.contains(ProtocolFeatures::SKIP_DRAIN) {
+            return Err(Error::NotOffered("GET_VRING_BASE_SKIP_DRAIN"));
         }
+        self.fall_asleep(true)
+    }
+
+    /// Goes on with a new back-end where the last one left everything: at a crash, or a restart. The queues'
+    /// drivers need not know. When this fails it can be tried again with another connection. Queues that sleep go on
+    /// sleeping until [`Vmm::wake`].
+    ///
+    /// # Errors
+    /// [`Error::NotOffered`] when the new one lacks what the last one had, and anything the connection can fail with.
+    pub fn reconnect(&mut self, mut connection: Connection) -> Result<(), Error> {
         connection.set_owner()?;
         let offered = connection.get_features()?;
         if offered & self.acked != self.acked {
@@ -61,6 +79,9 @@ impl Vmm {
         self.connection = connection;
         self.slots_sent = false;
         self.forget_mappings();
+        if self.asleep.is_some() {
+            return Ok(());
+        }
         let lost = std::mem::take(&mut self.active);
         let outcome = self.resume(&lost);
         if outcome.is_err() {

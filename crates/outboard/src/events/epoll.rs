@@ -13,7 +13,7 @@ use outboard_queue::Chain;
 use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 
-use super::{Event, EventLoop, FileId, FileOp};
+use super::{Event, EventLoop, FileId, FileOp, Flights};
 
 const BATCH: usize = 64;
 
@@ -74,6 +74,12 @@ impl EventLoop for EpollLoop {
 
     fn submit(&mut self, _: FileOp, _: u16, _: u64, chain: Chain) -> Result<(), Chain> {
         Err(chain)
+    }
+
+    fn cancel(&mut self, _: u16) {}
+
+    fn flying(&self, _: u16) -> Flights {
+        Flights::default()
     }
 
     fn wait(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {

@@ -80,6 +80,14 @@ pub(crate) enum Event {
     Done { queue: u16, token: u64, chain: Chain, outcome: Outcome },
 }
 
+/// Operations that the kernel has not ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Flights {
+    pub(crate) all: usize,
+    /// Those that may still write to guest memory.
+    pub(crate) into_memory: usize,
+}
+
 /// Waits for many things at once. Used by one thread only.
 pub(crate) trait EventLoop: fmt::Debug {
     /// Reports `token` whenever `fd` becomes readable, and once if it is now. A descriptor that
@@ -100,6 +108,12 @@ pub(crate) trait EventLoop: fmt::Debug {
     /// # Errors
     /// The request, when the loop has no room or carries no operations.
     fn submit(&mut self, op: FileOp, queue: u16, token: u64, chain: Chain) -> Result<(), Chain>;
+
+    /// Asks the kernel to end the operations of a queue; they end with an event each, soon or late.
+    fn cancel(&mut self, queue: u16);
+
+    /// The operations of a queue that have not ended.
+    fn flying(&self, queue: u16) -> Flights;
 
     /// Adds what happened to `events`; waits up to `timeout` for the first event, for ever without
     /// one. `Some(Duration::ZERO)` only looks.

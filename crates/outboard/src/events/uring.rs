@@ -23,7 +23,7 @@ use outboard_memory::Segment;
 use outboard_queue::Chain;
 use rustix::event::{PollFlags, epoll};
 
-use super::{Event, EventLoop, FileId, FileOp};
+use super::{Event, EventLoop, FileId, FileOp, Flights};
 
 const ENTRIES: u32 = 256;
 const WATCH: u64 = 1 << 62;
@@ -49,6 +49,8 @@ struct Watch {
 #[derive(Debug)]
 struct Flying {
     queue: u16,
+    /// Whether it writes to guest memory.
+    into_memory: bool,
     token: u64,
     chain: Chain,
 }
@@ -180,7 +182,7 @@ impl UringLoop {
             self.free.push(slot);
             let outcome = u32::try_from(result)
                 .map_err(|_| io::Error::from_raw_os_error(result.saturating_neg()));
-            let Flying { queue, token, chain } = flying;
+            let Flying { queue, token, chain, .. } = flying;
             events.push(Event::Done { queue, token, chain, outcome });
         }
     }
@@ -247,13 +249,14 @@ impl EventLoop for UringLoop {
         mut chain: Chain,
     ) -> Result<(), Chain> {
         let Some(entry) = self.entry(op, &mut chain) else { return Err(chain) };
+        let into_memory = matches!(op, FileOp::Read { .. });
         let slot = self.free.pop().unwrap_or_else(|| {
             self.flying.push(None);
             self.flying.len() - 1
         });
         // In `flying` before the kernel hears of it.
         if let Some(place) = self.flying.get_mut(slot) {
-            *place = Some(Flying { queue, token, chain });
+            *place = Some(Flying { queue, into_memory, token, chain });
         }
         if self.push(&entry.user_data(slot as u64)).is_ok() {
             return Ok(());
@@ -263,6 +266,27 @@ impl EventLoop for UringLoop {
             Some(flying) => Err(flying.chain),
             None => Ok(()),
         }
+    }
+
+    fn cancel(&mut self, queue: u16) {
+        for slot in 0..self.flying.len() {
+            let theirs = matches!(self.flying.get(slot), Some(Some(of)) if of.queue == queue);
+            // One that cannot be asked for ends by itself, or not: as one that the kernel cannot end.
+            if theirs {
+                let cancel = opcode::AsyncCancel::new(slot as u64).build().user_data(IGNORE);
+                let _ = self.push(&cancel);
+            }
+        }
+        let _ = self.ring.submit();
+    }
+
+    fn flying(&self, queue: u16) -> Flights {
+        let mut flights = Flights::default();
+        for flying in self.flying.iter().flatten().filter(|flying| flying.queue == queue) {
+            flights.all += 1;
+            flights.into_memory += usize::from(flying.into_memory);
+        }
+        flights
     }
 
     fn wait(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {

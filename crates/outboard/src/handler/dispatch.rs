@@ -132,8 +132,8 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
                 let done = self.enable(index, enabled).await;
                 self.acknowledge(ticket, done);
             }
-            Effect::GetVringBase { index, ticket, .. } => {
-                let base = self.get_base(index).await?;
+            Effect::GetVringBase { index, skip_drain, ticket } => {
+                let base = self.get_base(index, skip_drain).await?;
                 self.backend.answer(ticket, base);
             }
             Effect::VringKick { index, ticket } => {

@@ -235,8 +235,19 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
         if device.config_size() > 0 {
             protocol_features |= ProtocolFeatures::CONFIG;
         }
+        if device.can_abandon() {
+            protocol_features |=
+                ProtocolFeatures::GET_VRING_BASE_INFLIGHT | ProtocolFeatures::SKIP_DRAIN;
+        }
         let largest = device.queues().iter().map(|queue| queue.max_size).max();
-        let protocol_features = protocol_features - self.options.without_protocol_features;
+        let mut protocol_features = protocol_features - self.options.without_protocol_features;
+        // Each needs the one before.
+        if !protocol_features.contains(ProtocolFeatures::INFLIGHT_SHMFD) {
+            protocol_features -= ProtocolFeatures::GET_VRING_BASE_INFLIGHT;
+        }
+        if !protocol_features.contains(ProtocolFeatures::GET_VRING_BASE_INFLIGHT) {
+            protocol_features -= ProtocolFeatures::SKIP_DRAIN;
+        }
         let mut features = (RING_FEATURES | device.features()) & !self.options.without_features;
         // Misses are told over the channel.
         if !protocol_features.contains(ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::REPLY_ACK)

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_channel::oneshot;
-use outboard_protocol::{Notifier, Refusal, RingEvent, RunState, virtio};
+use outboard_protocol::{Notifier, ProtocolFeatures, Refusal, RingEvent, RunState, virtio};
 use tracing::{debug, info, warn};
 
 use super::session::Session;
@@ -148,11 +148,16 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     }
 
     /// GET_VRING_BASE: drained, then the true next index; on a ring that never started the base
-    /// last set.
-    pub(super) async fn get_base(&mut self, index: u16) -> Result<Result<u32, Refusal>, HostError> {
+    /// last set. What does not finish in time is left in the in-flight region, where that was
+    /// negotiated; with `skip_drain` at once.
+    pub(super) async fn get_base(
+        &mut self,
+        index: u16,
+        skip_drain: bool,
+    ) -> Result<Result<u32, Refusal>, HostError> {
         let was_running = self.is_running(index);
         let base = if was_running {
-            self.stop(index).await?.base()
+            self.stop_or_abandon(index, skip_drain).await?.base()
         } else {
             self.backend.ring(index).map_or(0, |ring| ring.base)
         };
@@ -168,18 +173,60 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     /// Takes a queue back from its worker. The ring counts as running until it is back, so that a
     /// session dropped meanwhile waits for it.
     pub(super) async fn stop(&mut self, index: u16) -> Result<Queue, HostError> {
-        let bound = self.bound;
-        let stopping = self.device.stop_queue(index);
-        let queue = match race(stopping, self.reactor.sleep(bound)).await {
+        let queue = self.drained(index).await;
+        self.stopped(index);
+        queue
+    }
+
+    /// As [`Self::stop`]; requests that do not finish in time, or that are not to be waited for,
+    /// are left where the next process finds them.
+    async fn stop_or_abandon(&mut self, index: u16, now: bool) -> Result<Queue, HostError> {
+        let left = self.may_abandon(index);
+        let mut queue =
+            if now && left { self.abandoned(index).await } else { self.drained(index).await };
+        if left && matches!(queue, Err(HostError::DrainDeadline { .. })) {
+            warn!(queue = index, "requests do not finish: left in the in-flight region");
+            queue = self.abandoned(index).await;
+        }
+        self.stopped(index);
+        queue
+    }
+
+    /// Whether requests of a ring can be left in the in-flight region.
+    fn may_abandon(&self, index: u16) -> bool {
+        let negotiated = ProtocolFeatures::GET_VRING_BASE_INFLIGHT;
+        self.backend.acked_protocol_features().contains(negotiated)
+            && self.inflight.area(index).is_some_and(|area| !area.is_poisoned())
+    }
+
+    /// Waits for a worker to finish.
+    async fn drained(&mut self, index: u16) -> Result<Queue, HostError> {
+        let late = self.reactor.sleep(self.bound);
+        match race(self.device.stop_queue(index), late).await {
             Raced::First(queue) => queue,
-            Raced::Second(()) => Err(HostError::DrainDeadline { index, seconds: bound.as_secs() }),
-        };
+            Raced::Second(()) => Err(self.too_late(index)),
+        }
+    }
+
+    /// Waits until nothing of a ring can reach guest memory.
+    async fn abandoned(&mut self, index: u16) -> Result<Queue, HostError> {
+        let late = self.reactor.sleep(self.bound);
+        match race(self.device.abandon_queue(index), late).await {
+            Raced::First(queue) => queue,
+            Raced::Second(()) => Err(self.too_late(index)),
+        }
+    }
+
+    fn too_late(&self, index: u16) -> HostError {
+        HostError::DrainDeadline { index, seconds: self.bound.as_secs() }
+    }
+
+    fn stopped(&mut self, index: u16) {
         if let Some(ring) = self.rings.get_mut(usize::from(index)) {
             ring.control = None;
         }
         self.backend.ring_event(index, RingEvent::Stopped);
         info!(queue = index, "ring stopped");
-        queue
     }
 
     /// Stops all rings; the first failure is reported, the others are stopped all the same.
@@ -249,7 +296,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     /// Starts a ring if everything it needs is there; it waits otherwise.
     fn try_start(&mut self, index: u16) -> Result<(), Error> {
         let Some(setup) = self.setup(index) else { return Ok(()) };
-        let mailbox = Mailbox::new()?;
+        let mailbox = Mailbox::new(setup.inflight.is_some())?;
         let control = QueueControl::new(Arc::clone(&mailbox));
         let queue = match Queue::new(setup, Arc::clone(self.iommu.space()), mailbox) {
             Ok(queue) => queue,

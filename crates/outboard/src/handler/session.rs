@@ -188,9 +188,17 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             let room = buffer.get_mut(..want).unwrap_or_default();
             let between = self.backend.at_message_boundary();
             let heir = async { if between { attention.heir().await } else { pending().await } };
-            let received = match race(self.connection.receive(room), heir).await {
+            let device = &mut *self.device;
+            let settled =
+                async { if device.is_settled() { pending().await } else { device.settle().await } };
+            let beside = race(heir, settled);
+            let received = match race(self.connection.receive(room), beside).await {
                 Raced::First(received) => received?,
-                Raced::Second(heir) => {
+                Raced::Second(Raced::Second(())) => {
+                    self.device.enter_suspended_state().await?;
+                    continue;
+                }
+                Raced::Second(Raced::First(heir)) => {
                     let Some(door) = attention.door else { continue };
                     let estate = door.estate().map_err(HostError::io("dup"));
                     if self.hand_over(heir, estate).await? {
@@ -300,10 +308,25 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         Ok(())
     }
 
+    /// Waits for what abandoned requests asked for, so that the device can let go of what it holds.
+    async fn settle(&mut self) -> Result<(), HostError> {
+        if self.device.is_settled() {
+            return Ok(());
+        }
+        let late = self.reactor.sleep(self.bound);
+        match race(self.device.settle(), late).await {
+            Raced::First(()) => Ok(self.device.enter_suspended_state().await?),
+            Raced::Second(()) => {
+                warn!("abandoned requests are still under way: the device keeps its claim");
+                Ok(())
+            }
+        }
+    }
+
     /// Stops what runs and closes what was received.
     pub(crate) async fn close(&mut self) -> Result<(), HostError> {
         self.postcopy_abandon();
-        let stopped = self.stop_all().await;
+        let stopped = self.stop_all().await.and(self.settle().await);
         self.end_transfer().await;
         self.channel.close();
         self.closed = true;

@@ -1,0 +1,24 @@
+//! Stopping a ring without finishing what it holds (vhost-user, GET_VRING_BASE_SKIP_DRAIN): requests under way stay
+//! noted in the in-flight region, for whoever serves the ring next.
+//!
+//! Invariant: after the queue has been given up nothing of it reaches guest memory: no data, no used element, no
+//! call. What was finished before is shown first.
+
+use super::Queue;
+
+impl Queue {
+    /// Whether requests may be left behind: somebody will know of them.
+    pub(crate) fn can_abandon(&self) -> bool {
+        self.setup.inflight.as_ref().is_some_and(|area| !area.is_poisoned())
+    }
+
+    /// Shows what is finished and shuts out who still has a request elsewhere. True once nobody is in guest memory
+    /// with one; the mailbox wakes when that may have become so.
+    pub(crate) fn abandon(&mut self) -> bool {
+        for (chain, written) in self.mailbox.shut() {
+            self.complete(chain, written);
+        }
+        self.publish();
+        self.mailbox.is_empty()
+    }
+}
