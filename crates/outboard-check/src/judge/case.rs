@@ -100,6 +100,26 @@ impl Case<'_> {
         }
     }
 
+    /// That the judge may kill the process and start another one.
+    pub(crate) fn needs_restarts(&self) -> Outcome {
+        match self.peer.was_started_here() {
+            true => Ok(()),
+            false => Err(Finding::not_offered(
+                "its process was found running: only one that the judge starts can be killed",
+            )),
+        }
+    }
+
+    /// Kills the process with SIGKILL, wherever it is, and starts another one in its place. Connections are
+    /// the caller's to make anew.
+    pub(crate) fn restart(&mut self) -> Outcome {
+        self.needs_restarts()?;
+        self.lives()?;
+        self.peer.replace(Duration::from_secs(10)).map_err(|why| {
+            Finding::hangs(format!("killed and started again it does not come up: {why}"))
+        })
+    }
+
     /// Rings that the device may have at most. GET_QUEUE_NUM counts "queues" ("Multiple queue support"), which of
     /// a network device are pairs for some (DPDK), and one more controls them.
     pub(crate) const fn most_rings(&self) -> u64 {

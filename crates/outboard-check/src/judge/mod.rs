@@ -8,6 +8,7 @@
 //! nothing here is built on `outboard`; what is judged is a process behind a socket, whoever wrote it.
 
 pub(crate) mod case;
+mod channel;
 mod disk;
 mod expected;
 pub(crate) mod finding;

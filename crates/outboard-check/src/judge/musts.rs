@@ -55,21 +55,20 @@ musts! {
     "Ring states" "kick descriptors may change while a ring runs" ["kick-swapped"];
     "Ring states" "memory may change while a ring runs"
         ["table-again" "table-grows" "table-moves" "table-without-ring" "slots-under-load"];
-    "Ring states" "LOG_ALL may be switched while a ring runs" ["log-toggle" "log-marks"];
+    "Ring states" "LOG_ALL may be switched while a ring runs" ["log-toggle" "log-marks" "log-switched-off" "log-swapped"];
     "Suspended device state" "no guest memory is written" ["drains" "silent-when-stopped"];
     "Suspended device state" "no notification is sent to the guest" ["silent-when-stopped"];
     "Suspended device state" "no message is sent to the front-end" ["suspended-channel"];
     "Suspended device state" "messages of the front-end are answered" ["stop-twice" "any-order"];
     "Multiple queue support" "the number of queues is answered, and every queue works"
         ["queue-count" "many-rings" "rings-independent"];
-    "Migration" "writes are marked in the log, the used ring's at its own address" ["log-marks"];
+    "Migration" "writes are marked in the log, the used ring's at its own address" ["log-marks" "log-every-page" "log-indirect" "log-used-ring"];
     "Migration" "the log is large enough for what is marked in it"
         ["log-short" "log-ring-outside" "log-impossible"];
-    "Migration" "pages that have not come yet are not touched in postcopy"
-        unseen "the judge has no userfaultfd to serve";
+    "Migration" "pages that have not come yet are not touched in postcopy" ["postcopy-fault"];
     "Migrating back-end state" "the writing end writes all of the state and closes its end" ["state-saved"];
-    "Migrating back-end state" "the reading end reads to the end" ["state-loaded" "state-noise"];
-    "Migrating back-end state" "the state is taken up so that the driver goes on" ["state-loaded"];
+    "Migrating back-end state" "the reading end reads to the end" ["state-loaded" "state-noise" "state-foreign"];
+    "Migrating back-end state" "the state is taken up so that the driver goes on" ["state-loaded" "state-restored" "state-twice"];
     "GET_PROTOCOL_FEATURES" "supported before SET_FEATURES"
         ["protocol-features-answered" "features-before-owner"];
     "SET_PROTOCOL_FEATURES" "supported before SET_FEATURES" ["owner-late" "order-qemu"];
@@ -81,11 +80,16 @@ musts! {
     "REPLY_ACK" "a message that asks for it is answered with 0 or an error"
         ["ack-when-asked" "ack-only-when-asked" "ack-not-before-agreed" "own-reply-once" "unknown-refused"];
     "IOTLB_MSG" "answered with 0 for success" ["iotlb-answered" "iotlb-impossible"];
+    "IOTLB_MSG" "misses and access failures are sent over the back-end channel"
+        ["iotlb-misses" "iotlb-invalidated" "iotlb-access-failure"];
+    "IOTLB_MSG" "memory is reached as the entries of the moment permit"
+        ["iotlb-translated" "iotlb-permission" "iotlb-invalidation-waits" "iotlb-ring-follows"];
     "GET_CONFIG" "the answer is as long as the request" ["config-answered" "config-head" "config-past-end"];
     "SET_CONFIG" "read-only fields are not written without the migration flag" ["config-read-only"];
     "CREATE_CRYPTO_SESSION" "answered with an id, negative for a failure" ["crypto-session"];
     "POSTCOPY_ADVISE" "a userfaultfd is opened and sent" ["postcopy"];
-    "POSTCOPY_LISTEN" "memory that comes afterwards is registered" ["postcopy-unadvised"];
+    "POSTCOPY_LISTEN" "memory that comes afterwards is registered"
+        ["postcopy-unadvised" "postcopy-order" "postcopy-fault"];
     "POSTCOPY_END" "the userfaultfd is closed" ["postcopy-often"];
     "ADD_MEM_REG" "the region is mapped" ["slot-added-removed" "slots-serve" "slots-all"];
     "REM_MEM_REG" "the region is unmapped" ["slot-unknown" "slot-of-the-ring" "leak-slots"];
@@ -95,6 +99,10 @@ musts! {
     "CHECK_DEVICE_STATE" "0 for success, anything else for a failure"
         ["state-saved" "state-without-transfer" "state-noise"];
     "GET_INFLIGHT_FD" "a region that is as large as it says" ["inflight-given" "inflight-impossible"];
+    "Inflight I/O tracking" "the region is kept while requests come and go"
+        ["inflight-described" "inflight-cleared" "inflight-counted" "inflight-listed"];
+    "Inflight I/O tracking" "what was in flight is served again, in the order of the counters"
+        ["inflight-resubmitted" "inflight-order" "inflight-last-batch" "inflight-killed"];
     "GET_SHMEM_CONFIG" "the regions are counted" ["shmem-config"];
     "Back-end program conventions" "the program does not daemonize itself"
         unseen "a command that ends before it listens cannot be judged: exit code 2";

@@ -78,10 +78,15 @@ impl Peer {
         let child = launch(words, &socket, &folder)?;
         let process = Process { words: words.to_vec(), child, folder, ended: None };
         let mut peer = Self { socket, process: Some(process), pid: None, met: false };
+        peer.await_socket(patience)?;
+        Ok(peer)
+    }
+
+    fn await_socket(&mut self, patience: Duration) -> Result<(), String> {
         let until = Instant::now() + patience;
-        while !peer.socket.exists() {
-            if let Life::Left | Life::Died(_) = peer.life() {
-                return Err(format!("the command ended before it listened{}", peer.last_words()));
+        while !self.socket.exists() {
+            if let Life::Left | Life::Died(_) = self.life() {
+                return Err(format!("the command ended before it listened{}", self.last_words()));
             }
             if Instant::now() > until {
                 let secs = patience.as_secs();
@@ -89,7 +94,21 @@ impl Peer {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        Ok(peer)
+        Ok(())
+    }
+
+    /// Whether the process is the judge's own.
+    pub(crate) const fn was_started_here(&self) -> bool {
+        self.process.is_some()
+    }
+
+    /// Kills the process and starts another one in its place; waits until it listens.
+    pub(crate) fn replace(&mut self, patience: Duration) -> Result<(), String> {
+        self.kill();
+        // Not every program takes the socket of a dead one.
+        let _ = std::fs::remove_file(&self.socket);
+        self.restart()?;
+        self.await_socket(patience)
     }
 
     /// Where it listens.

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use outboard_frontend::SharedMemory;
+use outboard_frontend::{SharedMemory, USER_OFFSET};
 use outboard_memory::View;
 use outboard_protocol::FrontendCode as Code;
 use outboard_protocol::features::virtio;
@@ -66,6 +66,8 @@ pub(crate) struct Ring {
     pub(crate) err: OwnedFd,
     pub(crate) next_avail: u16,
     pub(crate) last_used: u16,
+    /// What SET_VRING_ADDR adds to guest addresses.
+    pub(crate) user: u64,
     view: View,
 }
 
@@ -88,6 +90,7 @@ impl Ring {
             err: eventfd()?,
             next_avail: 0,
             last_used: 0,
+            user: USER_OFFSET,
             view,
         })
     }
@@ -97,9 +100,9 @@ impl Ring {
         VringAddr {
             index: u32::from(self.index),
             flags: 0,
-            desc: SharedMemory::user_address(self.desc),
-            used: SharedMemory::user_address(self.used),
-            avail: SharedMemory::user_address(self.avail),
+            desc: self.desc + self.user,
+            used: self.used + self.user,
+            avail: self.avail + self.user,
             log_guest_addr: 0,
         }
     }

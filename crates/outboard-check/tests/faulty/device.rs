@@ -1,9 +1,12 @@
 //! The device itself: a disk of 1 MiB in memory, on the protocol's state machine and the device side of
 //! the queues. It knows its fault and breaks the rule where the rule is kept.
 
+mod inflight;
+mod iommu;
 mod migration;
 mod notify;
 mod optional;
+mod postcopy;
 mod raw;
 mod requests;
 
@@ -13,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use notify::{add_one, descriptor};
-use outboard_memory::{GuestMemory, MapOptions, Region, RegionSpec, View};
+use outboard_memory::{GuestMemory, MapOptions, Region, RegionSpec, UserFault, View};
 use outboard_protocol::features::{ProtocolFeatures as P, virtio};
 use outboard_protocol::payload::MemRegion;
 use outboard_protocol::{Backend, Effect, Notifier, Offer, Refusal, RingEvent};
@@ -56,6 +59,12 @@ pub(crate) struct Device {
     status: u8,
     channel: Option<OwnedFd>,
     transfer: Option<migration::Transfer>,
+    /// It has saved its state.
+    saved: bool,
+    iommu: iommu::Iommu,
+    held: Vec<iommu::Held>,
+    region: Option<inflight::Region>,
+    incoming: postcopy::Incoming,
     kept: Vec<OwnedFd>,
     marks: Option<migration::Marks>,
     log_fd: Option<OwnedFd>,
@@ -70,6 +79,7 @@ pub(crate) struct Device {
 }
 
 fn offer(fault: &str) -> Offer {
+    let faults = if UserFault::is_available() { P::PAGEFAULT } else { P::empty() };
     let read_only = if fault == "writes-read-only" { READ_ONLY } else { 0 };
     Offer {
         features: read_only
@@ -92,7 +102,7 @@ fn offer(fault: &str) -> Offer {
             | P::BACKEND_REQ
             | P::INFLIGHT_SHMFD
             | P::LOG_SHMFD
-            | P::PAGEFAULT
+            | faults
             | P::CRYPTO_SESSION
             | P::DEVICE_STATE
             | P::SHMEM
@@ -129,6 +139,11 @@ impl Device {
             status: 0,
             channel: None,
             transfer: None,
+            saved: false,
+            iommu: iommu::Iommu::new(),
+            held: Vec::new(),
+            region: None,
+            incoming: postcopy::Incoming::default(),
             kept: Vec::new(),
             marks: None,
             log_fd: None,
@@ -190,6 +205,7 @@ impl Device {
             Effect::RemMemRegion { region, ticket } => {
                 let done = self.memory.without_region(&spec(&region));
                 let done = done.map(|memory| self.memory = Arc::new(memory));
+                self.flush_iotlb();
                 self.backend.answer(ticket, done.map_err(|_| refused()));
             }
             Effect::SetVringKick { index, kick, ticket } => {
@@ -241,6 +257,7 @@ impl Device {
         }
         let memory = GuestMemory::new(1, mapped).map_err(|_| refused())?;
         self.memory = Arc::new(memory);
+        self.flush_iotlb();
         Ok(())
     }
 
@@ -252,6 +269,7 @@ impl Device {
             Region::map(spec(&region), fd, MapOptions { dont_fork: true, ..MapOptions::default() });
         let region = region.map_err(|_| refused())?;
         self.memory = Arc::new(self.memory.with_region(region).map_err(|_| refused())?);
+        self.flush_iotlb();
         Ok(())
     }
 
@@ -270,15 +288,24 @@ impl Device {
 
     /// Gives a running ring the memory of the moment.
     fn refresh(&mut self, index: usize) {
+        let space = self.space();
         let ring = &mut self.rings[index];
         let Some(queue) = &mut ring.queue else { return };
-        if ring.broken || Arc::ptr_eq(queue.view().memory(), &self.memory) {
+        if ring.broken || Arc::ptr_eq(queue.view().memory(), &space) {
             return;
         }
-        let good = queue.set_memory(View::new(Arc::clone(&self.memory))).is_ok();
-        ring.parked = !good;
-        if !good && self.fault == "gives-up-without-memory" {
+        let done = queue.set_memory(View::new(space));
+        ring.parked = done.is_err();
+        if done.is_err() && self.fault == "gives-up-without-memory" {
             ring.broken = true;
+        }
+        match done {
+            // It goes on where the ring was.
+            Err(_) if self.is("iotlb-ring-stays") && self.translates() => {
+                self.rings[index].parked = false;
+            }
+            Err(error) if self.translates() => _ = self.need(index, &error),
+            _ => {}
         }
     }
 
@@ -302,7 +329,7 @@ impl Device {
         }
         self.ran = true;
         let base = state.base;
-        let view = View::new(Arc::clone(&self.memory));
+        let view = View::new(self.space());
         if self.is("used-follows-base") {
             let used = layout.used + 2;
             let _ = view.write(used, &u16::try_from(base).expect("16 bits").to_le_bytes());
@@ -318,11 +345,22 @@ impl Device {
         } else {
             features
         };
-        if let Ok(queue) = DeviceQueue::new(layout, features, base, view)
-            && self.backend.ring_event(number, RingEvent::Started)
-        {
+        let mut queue = match DeviceQueue::new(layout, features, base, view) {
+            Ok(queue) => queue,
+            Err(error) => {
+                if self.translates() {
+                    self.need(index, &error);
+                }
+                return;
+            }
+        };
+        let good = self.take_up(index, &mut queue);
+        if self.backend.ring_event(number, RingEvent::Started) {
             let ring = &mut self.rings[index];
             (ring.queue, ring.parked, ring.broken) = (Some(queue), false, false);
+            if !good {
+                self.broke(index);
+            }
         }
     }
 
@@ -330,11 +368,12 @@ impl Device {
         let state = self.backend.ring(index)?;
         let (size, addr) = (state.size?, state.addresses?);
         let (desc, avail, used) = QueueLayout::split_sizes(size);
+        let space = self.space();
         Some(QueueLayout {
             size,
-            desc: self.memory.user_to_guest(addr.desc, desc)?,
-            avail: self.memory.user_to_guest(addr.avail, avail)?,
-            used: self.memory.user_to_guest(addr.used, used)?,
+            desc: space.user_to_guest(addr.desc, desc)?,
+            avail: space.user_to_guest(addr.avail, avail)?,
+            used: space.user_to_guest(addr.used, used)?,
         })
     }
 
@@ -354,6 +393,7 @@ impl Device {
         } else if self.fault == "base-0-when-stopped" {
             base = 0;
         }
+        self.spoil_stop();
         if self.fault == "base-off-by-one" && base != fallback { base + 1 } else { base }
     }
 
@@ -390,7 +430,9 @@ impl Device {
         let Some(mut queue) = ring.queue.take() else { return };
         if !ring.parked && !ring.broken {
             let outcome = self.drain(index, &mut queue);
-            if outcome.is_err() {
+            if let Err(error) = outcome
+                && (!self.translates() || self.need(index, &error))
+            {
                 self.broke(index);
             }
         }
@@ -406,13 +448,21 @@ impl Device {
             let (base, view) = (queue.base(), queue.view().clone());
             *queue = DeviceQueue::new(*queue.layout(), queue.features().bits(), base, view)?;
         }
+        if self.holds(index, queue)? {
+            return Ok(());
+        }
         loop {
+            let mut done = Vec::new();
             loop {
+                self.looks_at_region();
                 if !self.trips(index, queue) {
                     return Ok(());
                 }
                 let raw = raw::next(queue).map(|(_, parts)| parts).unwrap_or_default();
-                let Some(mut chain) = queue.pop()? else { break };
+                let owed = queue.pop_owed()?;
+                let next = if owed.is_some() { owed } else { queue.pop()? };
+                let Some(mut chain) = next else { break };
+                let head = chain.head();
                 self.rings[index].requests += 1;
                 if self.is("tires-of-requests") && self.rings[index].requests > 35 {
                     continue;
@@ -423,10 +473,13 @@ impl Device {
                 }
                 self.mark(index, queue, &raw);
                 queue.complete(chain, written);
+                self.confess();
+                self.clears_late(&mut done, head, queue);
                 if self.is("one-per-kick") {
                     break;
                 }
             }
+            self.clears_now(done);
             let call = queue.publish()? || self.is("ignores-event-idx");
             if (call && !self.is("never-calls")) || self.is("always-calls") {
                 self.call(index);

@@ -116,7 +116,11 @@ pub(crate) fn before(fault: &str, m: &mut Message, device: &Device) -> Action {
         return second;
     }
     let third = memory(fault, m, device);
-    if !matches!(third, Action::Pass) { third } else { other(fault, m, device) }
+    if !matches!(third, Action::Pass) {
+        return third;
+    }
+    let fourth = kept(fault, m, device);
+    if !matches!(fourth, Action::Pass) { fourth } else { other(fault, m, device) }
 }
 
 /// A ring number that is not checked.
@@ -331,9 +335,45 @@ fn is_read_only_file(fd: &OwnedFd) -> bool {
     kind == Ok(FileType::RegularFile) && flags & OFlags::RWMODE == OFlags::RDONLY
 }
 
+/// What outlives a process, or moves to another one.
+fn kept(fault: &str, m: &mut Message, device: &Device) -> Action {
+    let live = device.state().ring(0).is_some_and(|ring| ring.run.is_live());
+    match (fault, m.id) {
+        ("state-at-any-time", 42) if live => return Action::Answer(number(42, 0x100)),
+        ("state-loads-into-running", 42) if live && m.word(0) == 1 => {
+            device.trap.set(true);
+            return Action::Answer(number(42, 0x100));
+        }
+        ("state-loads-into-running", 43) if device.trap.replace(false) => {
+            return Action::Answer(number(43, 0));
+        }
+        ("log-fd-refused", 7) => return say(m, device, 1),
+        ("listens-unadvised", 29) if !device.is_advised() => return say(m, device, 0),
+        ("postcopy-despite-slots", 28)
+            if device.state().acked_protocol_features().contains(P::CONFIGURE_MEM_SLOTS) =>
+        {
+            let header = Header { request: 28, flags: REPLY_FLAGS, size: 0 };
+            let bytes = header.as_bytes().to_vec();
+            return Action::Answer(Frame { bytes, fds: vec![memfd(1)] });
+        }
+        ("inflight-any-number", 31) if m.word(16) == 0 || m.word(16) >> 16 == 0 => {
+            let header = Header { request: 31, flags: REPLY_FLAGS, size: 24 };
+            let bytes = [header.as_bytes(), &[1; 24]].concat();
+            return Action::Answer(Frame { bytes, fds: vec![memfd(1)] });
+        }
+        ("inflight-any", 32) => return say(m, device, 0),
+        ("inflight-too-much", 31) => {
+            m.payload = m.payload[..16].to_vec();
+            m.payload.extend([1, 0, 64, 0, 0, 0, 0, 0]);
+        }
+        ("state-any", 42) => m.set(0, 0),
+        _ => {}
+    }
+    Action::Pass
+}
+
 fn other(fault: &str, m: &mut Message, device: &Device) -> Action {
     let legal = info(Side::FrontEnd, m.id).is_some_and(|row| row.payload.sizes().allows(m.size));
-    let live = device.state().ring(0).is_some_and(|ring| ring.run.is_live());
     let no_fds = info(Side::FrontEnd, m.id).is_none_or(|row| row.fds == FdRule::None);
     match (fault, m.id) {
         ("config-offset-ignored", 24) => m.set(0, 0),
@@ -352,7 +392,6 @@ fn other(fault: &str, m: &mut Message, device: &Device) -> Action {
         ("reset-refused", 34) => return say(m, device, 1),
         ("status-refused", 39) => m.set_number(0),
         ("channel-fd-missing", 21) if m.fds.is_empty() => return say(m, device, 0),
-        ("state-at-any-time", 42) if live => return Action::Answer(number(42, 0x100)),
         ("iotlb-refused", 22) => return Action::Answer(number(22, 1)),
         ("iotlb-any", 22) => return Action::Answer(number(22, 0)),
         ("crypto-any", 26) if m.payload.len() == 1072 => {
@@ -361,24 +400,6 @@ fn other(fault: &str, m: &mut Message, device: &Device) -> Action {
             return Action::Answer(Frame { bytes, fds: Vec::new() });
         }
         ("talks-when-suspended", 11) => device.talk(),
-        ("log-fd-refused", 7) => return say(m, device, 1),
-        ("listens-unadvised", 29) => return say(m, device, 0),
-        ("postcopy-despite-slots", 28) => {
-            let header = Header { request: 28, flags: REPLY_FLAGS, size: 0 };
-            let bytes = header.as_bytes().to_vec();
-            return Action::Answer(Frame { bytes, fds: vec![memfd(1)] });
-        }
-        ("inflight-any-number", 31) if m.word(16) == 0 || m.word(16) >> 16 == 0 => {
-            let header = Header { request: 31, flags: REPLY_FLAGS, size: 24 };
-            let bytes = [header.as_bytes(), &[1; 24]].concat();
-            return Action::Answer(Frame { bytes, fds: vec![memfd(1)] });
-        }
-        ("inflight-any", 32) => return say(m, device, 0),
-        ("inflight-too-much", 31) => {
-            m.payload = m.payload[..16].to_vec();
-            m.payload.extend([1, 0, 64, 0, 0, 0, 0, 0]);
-        }
-        ("state-any", 42) => m.set(0, 0),
         ("rarp-refused", 19) | ("mtu-refused", 20) => return say(m, device, 1),
         ("size-unchecked", _) if !legal && m.size < 4096 => return say(m, device, 0),
         ("version-unchecked", _) if m.flags & 3 != 1 => m.flags = m.flags & !3 | 1,

@@ -3,9 +3,11 @@
 
 mod hostile;
 mod rings;
+mod state;
 
 pub(super) use hostile::HOSTILE;
 pub(super) use rings::RINGS;
+pub(super) use state::STATE;
 
 use super::table::Row;
 

@@ -109,7 +109,8 @@ fn wait(listener: &UnixListener, peer: Option<&Peer>, fault: &str) {
         polls |= peer.bytes.len() > HEADER_SIZE && fault == "spins-in-a-message";
     }
     let short = Timespec { tv_sec: 0, tv_nsec: if polls { 0 } else { 1_000_000 } };
-    let asleep = !polls && !ghostly && !peer.is_some_and(|peer| peer.device.polls());
+    let busy = peer.is_some_and(|peer| peer.device.polls() || peer.device.is_slow());
+    let asleep = !polls && !ghostly && !busy;
     let _ = rustix::event::poll(&mut set, (!asleep).then_some(&short));
 }
 

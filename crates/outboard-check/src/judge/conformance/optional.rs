@@ -102,7 +102,11 @@ pub(crate) fn log_toggle(case: &mut Case<'_>) -> Outcome {
     session.alive()
 }
 
-fn inflight(session: &mut Session, queues: u16, size: u16) -> Outcome<(Inflight, Vec<OwnedFd>)> {
+pub(crate) fn inflight(
+    session: &mut Session,
+    queues: u16,
+    size: u16,
+) -> Outcome<(Inflight, Vec<OwnedFd>)> {
     let body = Inflight { num_queues: queues, queue_size: size, ..Inflight::default() };
     let reply = session.ask(&Msg::new(Code::GetInflightFd.id(), body.as_bytes().to_vec()))?;
     let area = payload::decode_inflight(&reply.payload).ok_or_else(|| {

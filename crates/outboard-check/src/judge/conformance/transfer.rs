@@ -37,7 +37,7 @@ fn check(session: &mut Session) -> Outcome<u64> {
 }
 
 /// The state of the device as it is.
-fn saved(case: &Case<'_>, session: &mut Session) -> Outcome<Vec<u8>> {
+pub(crate) fn saved(case: &Case<'_>, session: &mut Session) -> Outcome<Vec<u8>> {
     let refused = || Finding::breaks("saving the state of a stopped device is refused");
     let mut channel = begin(session, 0)?.ok_or_else(refused)?;
     let own = |error| Finding::own("set a limit", error);
@@ -52,7 +52,7 @@ fn saved(case: &Case<'_>, session: &mut Session) -> Outcome<Vec<u8>> {
 }
 
 /// Loads these bytes; whether they were taken.
-fn loaded(session: &mut Session, state: &[u8]) -> Outcome<bool> {
+pub(crate) fn loaded(session: &mut Session, state: &[u8]) -> Outcome<bool> {
     let Some(mut channel) = begin(session, 1)? else { return Ok(false) };
     // It may have read enough before the end.
     let _ = channel.write_all(state);

@@ -6,6 +6,7 @@
 
 pub(super) mod descriptors;
 pub(super) mod framing;
+pub(super) mod inflight;
 pub(super) mod memory;
 pub(super) mod notifiers;
 pub(super) mod states;

@@ -5,6 +5,11 @@
 
 pub(super) mod enabling;
 pub(super) mod frontends;
+pub(super) mod inflight;
+pub(super) mod iommu;
+pub(super) mod log;
 pub(super) mod memory;
 pub(super) mod notify;
+pub(super) mod postcopy;
+pub(super) mod state;
 pub(super) mod stopping;

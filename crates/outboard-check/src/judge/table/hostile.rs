@@ -74,12 +74,17 @@ rows! { Hostile
     "log-ring-outside" "SET_VRING_ADDR (A74)" "a used ring whose log address lies outside of the log does no harm" h::states::log_ring_outside;
     "inflight-lies" "SET_INFLIGHT_FD (A76)" "in-flight regions that lie are refused" h::states::inflight_lies;
     "inflight-garbage" "SET_INFLIGHT_FD (A77)" "an in-flight region of noise does no harm" h::states::inflight_garbage;
+    "inflight-contents" "SET_INFLIGHT_FD (A77)" "in-flight regions that no device leaves behind do no harm" h::inflight::contents;
+    "inflight-all-marked" "SET_INFLIGHT_FD (A77)" "a region in which every head is marked does no harm" h::inflight::all_marked;
+    "inflight-cut" "SET_INFLIGHT_FD (A76)" "a region that is cut short under its ring does no harm" h::inflight::cut;
     "inflight-often" "GET_INFLIGHT_FD (A75)" "in-flight regions that are replaced are closed" h::states::inflight_often;
     "state-noise" "SET_DEVICE_STATE_FD (A80)" "a device state of noise is refused" h::states::state_of_noise;
     "state-cut" "SET_DEVICE_STATE_FD (A80)" "a part of a state is refused" t::state_cut;
     "state-slow" "SET_DEVICE_STATE_FD (A80)" "a state that does not come keeps nobody waiting" t::state_slow;
     "state-while-running" "SET_DEVICE_STATE_FD (A79)" "no state is transferred while a ring runs" t::state_while_running;
     "iotlb-impossible" "IOTLB_MSG (A87)" "impossible IOTLB messages are refused" t::iotlb_impossible;
+    "state-flipped" "CHECK_DEVICE_STATE (A80)" "a state with a bit turned over is refused, and the device serves" crate::judge::semantics::state::flipped;
+    "state-foreign" "CHECK_DEVICE_STATE (A80)" "what is no state of this device is refused, and the device serves" crate::judge::semantics::state::foreign;
     "postcopy-often" "POSTCOPY_ADVISE (A89)" "fifty POSTCOPY_ADVISE leave nothing" h::states::postcopy_often;
     "foreign" "Front-end message types (A87, A90)" "messages for other kinds of device do no harm" h::states::foreign;
     "reset-busy" "RESET_DEVICE (A91)" "resets while requests are under way do no harm" h::states::reset_while_busy;

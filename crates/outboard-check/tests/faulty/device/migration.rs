@@ -48,40 +48,31 @@ impl Device {
                 self.backend.answer(ticket, Ok(Some(area)));
             }
             Effect::SetInflightFd { inflight, fd, ticket } => {
-                let end = inflight.mmap_offset.saturating_add(inflight.mmap_size);
-                let mut first = [0; 8];
-                let _ = rustix::io::pread(&fd, &mut first, inflight.mmap_offset);
-                if self.is("follows-inflight-noise") && first != [0; 8] {
-                    std::process::abort();
-                }
-                let good = end <= size_of(&fd);
+                let good = self.set_inflight(inflight, fd);
                 self.backend.answer(ticket, if good { Ok(()) } else { Err(refused()) });
             }
             Effect::SetDeviceStateFd { direction, fd, ticket } => {
-                self.transfer(direction, fd);
-                self.backend.answer(ticket, Ok(None));
+                let again = direction == StateDirection::Save && self.saved;
+                if again && self.is("saves-once") {
+                    self.backend.answer(ticket, Err(refused()));
+                } else {
+                    self.transfer(direction, fd);
+                    self.backend.answer(ticket, Ok(None));
+                }
             }
             Effect::CheckDeviceState { ticket } => {
                 let good = self.transferred() || self.is("state-always-good");
                 self.backend.answer(ticket, if good { Ok(()) } else { Err(refused()) });
             }
-            Effect::PostcopyAdvise { ticket } => {
-                // A userfaultfd needs rights; any descriptor stands for it here.
-                let fd = memfd(1);
-                if self.is("leaks-userfaults") {
-                    std::mem::forget(fd.try_clone().expect("a descriptor"));
-                }
-                self.backend.answer(ticket, Ok(fd));
-            }
-            Effect::PostcopyListen { ticket } | Effect::PostcopyEnd { ticket } => {
-                self.backend.answer(ticket, Ok(()));
-            }
-            other => return Some(other),
+            other => return self.carry_out_postcopy(other),
         }
         None
     }
 
     fn set_log(&mut self, log: Log, fd: OwnedFd) -> bool {
+        if self.is("keeps-old-log") && self.marks.is_some() {
+            return true;
+        }
         let file = fd.try_clone().expect("a descriptor");
         if self.is("aborts-on-huge-logs") && log.mmap_size > 1 << 40 {
             std::process::abort();
@@ -99,17 +90,23 @@ impl Device {
     pub(super) fn mark(&self, index: usize, queue: &DeviceQueue, parts: &[Raw]) {
         let on = self.backend.acked_features() & virtio::LOG_ALL != 0;
         let Some(marks) = &self.marks else { return };
-        if self.is("marks-nothing") || !(on || self.is("marks-too-early")) {
+        self.trap.set(self.trap.get() || (on && self.is("marks-after-off")));
+        let still = self.is("marks-after-off") && self.trap.get();
+        if self.is("marks-nothing") || !(on || still || self.is("marks-too-early")) {
             return;
         }
-        for part in flat(queue, parts).iter().filter(|part| part.flags & WRITE != 0) {
-            self.mark_range(marks, part.addr, u64::from(part.len));
+        let parts = if self.is("marks-no-tables") { parts.to_vec() } else { flat(queue, parts) };
+        for part in parts.iter().filter(|part| part.flags & WRITE != 0) {
+            let len = if self.is("marks-first-pages") { 1 } else { part.len };
+            self.mark_range(marks, part.addr, u64::from(len));
         }
         let ring = self.backend.ring(u16::try_from(index).expect("small"));
         let addresses = ring.and_then(|ring| ring.addresses).filter(|addr| addr.flags & 1 != 0);
         if let Some(addresses) = addresses {
             let size = 6 + 8 * u64::from(queue.size());
-            self.mark_range(marks, addresses.log_guest_addr, size);
+            let in_place = self.is("marks-used-ring-in-place");
+            let place = if in_place { queue.layout().used } else { addresses.log_guest_addr };
+            self.mark_range(marks, place, size);
         }
     }
 
@@ -146,7 +143,8 @@ impl Device {
     fn transfer(&mut self, direction: StateDirection, fd: OwnedFd) {
         self.transfer = Some(match direction {
             StateDirection::Save => {
-                let _ = rustix::io::write(&fd, STATE);
+                let _ = rustix::io::write(&fd, &self.own_state());
+                self.saved = true;
                 if self.is("state-never-ends") {
                     self.kept.push(fd);
                 }
@@ -158,6 +156,14 @@ impl Device {
             }
             StateDirection::Load => Transfer::Loads(fd),
         });
+    }
+
+    fn own_state(&self) -> Vec<u8> {
+        let mut state = STATE.to_vec();
+        if self.is("state-of-this-process") {
+            state.extend(std::process::id().to_ne_bytes());
+        }
+        state
     }
 
     /// Ends a transfer; whether it worked. The front-end has closed its end.
@@ -172,7 +178,9 @@ impl Device {
                     "loads-anything" => true,
                     "loads-nothing" => false,
                     "loads-parts" => STATE.starts_with(&state),
-                    _ => state == STATE,
+                    "loads-tails" => state.starts_with(STATE),
+                    "loads-turned-bits" => state.len() == STATE.len(),
+                    _ => state == self.own_state(),
                 }
             }
         }

@@ -60,6 +60,7 @@ impl Device {
 
     /// Kicks that came in.
     pub(crate) fn serve_rings(&mut self) {
+        self.perform_held();
         for index in 0..self.rings.len() {
             let kick = match &self.rings[index].kick {
                 Some(Notifier::Fd(kick)) if readable(kick) => {

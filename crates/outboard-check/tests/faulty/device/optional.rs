@@ -34,8 +34,10 @@ impl Device {
                 self.backend.answer(ticket, Ok(()));
             }
             Effect::GetStatus { ticket } => self.backend.answer(ticket, Ok(self.status)),
-            // Nobody asks this device to translate: the messages are what is judged.
-            Effect::Iotlb { ticket, .. } => self.backend.answer(ticket, Ok(())),
+            Effect::Iotlb { message, ticket } => {
+                let good = self.iotlb(&message);
+                self.backend.answer(ticket, if good { Ok(()) } else { Err(refused()) });
+            }
             Effect::CreateCryptoSession { ticket, .. } => self.backend.answer(ticket, Ok(1)),
             Effect::GetSharedObject { ticket, .. } => {
                 let any = self.is("gives-any-object").then(|| memfd(4096));
@@ -65,7 +67,7 @@ impl Device {
         if self.is("leaks-channels") {
             self.kept.extend(self.channel.take());
         }
-        self.channel = Some(channel);
+        self.channel_is(channel);
         (socket && first) || self.is("channel-unchecked")
     }
 }

@@ -7,6 +7,8 @@ pub(crate) const HOSTILE: &[Row] = &[
     ("aborts-on-bad-kicks", &["kick-closed-pipe", "kick-file", "kick-socket", "kick-zero"]),
     ("aborts-on-many-fds", &["fds-253", "regions-253", "regions-40"]),
     ("aborts-on-ones", &["all-ones", "features-absurd", "foreign"]),
+    ("aborts-on-full-regions", &["inflight-all-marked"]),
+    ("aborts-on-odd-lists", &["inflight-contents"]),
     ("aborts-when-short", &["bare-ids", "size-empty", "size-longer", "size-shorter", "size-wrong"]),
     ("blocks-on-calls", &["call-full-pipe"]),
     ("flag-means-reply", &["flags-reserved"]),
@@ -19,7 +21,13 @@ pub(crate) const HOSTILE: &[Row] = &[
     ("leaks-kicks", &["leak-notifiers"]),
     ("leaks-memory-files", &["leak-tables"]),
     ("leaks-stray-fds", &["fd-stray", "fd-stray-often", "fds-253", "fds-32", "fds-9"]),
-    ("loads-anything", &["state-cut", "state-noise", "state-slow"]),
+    (
+        "loads-anything",
+        &["state-cut", "state-flipped", "state-foreign", "state-noise", "state-slow"],
+    ),
+    ("loads-tails", &["state-foreign"]),
+    ("loads-turned-bits", &["state-flipped"]),
+    ("writes-into-cut-regions", &["inflight-cut"]),
     ("reply-bit-unchecked", &["reply-bit"]),
     (
         "serves-three",
