@@ -148,10 +148,6 @@ impl Queue {
     ) -> Result<Self, StartError> {
         let ring = find_or_wait(&setup, &memory)?;
         let recovering = ring.as_ref().is_some_and(|ring| ring.owed() != 0);
-        if let (Some(_), Some(call)) = (&setup.inflight, &setup.call) {
-            // A process that was killed may have shown answers and not have called.
-            call.signal();
-        }
         Ok(Self {
             setup,
             ring,
@@ -164,6 +160,14 @@ impl Queue {
             recovering,
             translation: Translation::default(),
         })
+    }
+
+    /// Calls the driver of a ring with an in-flight region, once: a process that was killed may have shown
+    /// answers and not have called.
+    pub(crate) fn call_after_kill(&self) {
+        if let (Some(_), Some(call)) = (&self.setup.inflight, &self.setup.call) {
+            call.signal();
+        }
     }
 
     /// Which of the device's queues this is.
@@ -509,10 +513,9 @@ impl Queue {
 
     /// Answers in-band kicks, once the ring was looked at and nothing of it is in flight.
     pub fn processed(&mut self) {
-        if !self.processing.is_empty()
-            && self.in_flight() == 0
-            && !self.recovering
-            && !self.has_requests()
+        // What an earlier process had taken waits on a ring that is disabled or broken: nobody waits for it here.
+        let recovers = self.recovering && self.may_look();
+        if !self.processing.is_empty() && self.in_flight() == 0 && !recovers && !self.has_requests()
         {
             let state = self.state();
             for done in self.processing.drain(..) {

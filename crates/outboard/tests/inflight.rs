@@ -5,7 +5,9 @@
 
 mod common;
 
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
@@ -202,6 +204,66 @@ fn a_disabled_ring_keeps_what_it_owes_and_stops_without_it() {
     rig.front.set_vring_kick(0, &ring.kick).unwrap();
     rig.front.set_vring_enable(0, true).unwrap();
     assert_eq!(answers(&mut ring, 3), [2, 1, 3]);
+}
+
+/// With kicks and calls as messages; the front-end's end of the channel.
+fn in_band() -> (Rig, UnixStream) {
+    let mut rig = Rig::bare(LoopKind::Auto, HandlerOptions::default());
+    let channel = ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::REPLY_ACK;
+    let features = ALL | channel | ProtocolFeatures::INBAND_NOTIFICATIONS;
+    rig.front.get_features().unwrap();
+    rig.front.get_protocol_features().unwrap();
+    rig.front.set_protocol_features(features).unwrap();
+    rig.front.set_features(FEATURES).unwrap();
+    rig.front.set_mem_table(rig.memory.regions()).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    rig.front.set_backend_req_fd(&theirs).unwrap();
+    (rig, ours)
+}
+
+/// Who waits for the answer of an in-band kick does not wait for what cannot be served now.
+#[test]
+fn an_in_band_kick_of_a_disabled_or_broken_ring_that_owes_is_answered() {
+    let (mut rig, _channel) = in_band();
+    let (_, file) = region(&mut rig.front);
+    let mut ring = rig.ring(0);
+    let heads = offer(&mut ring, &[1, 2]);
+    in_flight(&file, &[heads[1], heads[0]]);
+    rig.set_up(&ring);
+    rig.front.vring_kick(0).unwrap();
+    rig.front.set_vring_enable(0, true).unwrap();
+    rig.front.vring_kick(0).unwrap();
+    assert_eq!(answers(&mut ring, 2), [2, 1]);
+    rig.front.get_vring_base(0).unwrap();
+    // A head that was in flight, says the region, and leads out of memory.
+    ring.data.write(0, b"?").unwrap();
+    let nowhere = ring.driver.add(&[(1 << 40, 1)], &[], 3).unwrap();
+    in_flight(&file, &[nowhere]);
+    let used = u16_at(&file, 14).wrapping_add(2);
+    pwrite(&file, &used.to_le_bytes(), 14).unwrap();
+    rig.front.vring_kick(0).unwrap();
+    assert!(rang(&ring.err, PATIENCE), "broken");
+    rig.front.vring_kick(0).unwrap();
+}
+
+/// A killed process may have shown answers and not have called: whoever follows it calls, by whatever way.
+#[test]
+fn the_call_at_the_start_of_a_ring_with_a_region_goes_by_message_too() {
+    let (mut rig, mut channel) = in_band();
+    region(&mut rig.front);
+    let ring = rig.ring(0);
+    rig.front.set_vring_num(0, SIZE).unwrap();
+    rig.front.set_vring_addr(0, &ring.layout).unwrap();
+    rig.front.vring_kick(0).unwrap();
+    let mut message = [0; 20];
+    channel.read_exact(&mut message).unwrap();
+    assert_eq!(message[..4], 4_u32.to_le_bytes(), "VRING_CALL");
+    // Suspended, and back: the channel is open again when the call goes out.
+    rig.front.get_vring_base(0).unwrap();
+    rig.front.vring_kick(0).unwrap();
+    channel.read_exact(&mut message).unwrap();
+    assert_eq!(message[..4], 4_u32.to_le_bytes(), "VRING_CALL");
 }
 
 /// Hands every request to the test.

@@ -311,6 +311,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             Err(error) => return Err(Error::refused(error.to_string())),
         };
         self.channel.set_suspended(false);
+        queue.call_after_kill();
         let parked = queue.is_parked();
         if let Err(error) = self.device.start_queue(index, queue) {
             self.channel.set_suspended(self.running().is_empty());
