@@ -120,6 +120,8 @@ const SUBJECTS: &[Subject] = &[
 struct Judged {
     subject: &'static Subject,
     version: String,
+    /// With smaller counts, as `--quick` has them.
+    quick: bool,
     report: Value,
 }
 
@@ -212,7 +214,7 @@ fn judge(subject: &'static Subject, path: &OsString, quick: bool) -> Result<Judg
     let report: Value = serde_json::from_slice(&done.stdout)
         .with_context(|| format!("{} could not be judged: {}", subject.name, said.trim_end()))?;
     said.lines().for_each(|line| println!("{line}"));
-    Ok(Judged { subject, version, report })
+    Ok(Judged { subject, version, quick, report })
 }
 
 /// The first line with a number in it that the program says of itself.
@@ -241,10 +243,13 @@ fn defects_are_found(judged: &Judged) -> Result<()> {
     Ok(())
 }
 
-/// How to judge one program as the page says.
-fn repeated(subject: &Subject) -> (String, String) {
-    let words: Vec<_> = subject.command.to_vec();
-    (format!("cargo xtask judged --only {}", subject.name), words.join(" "))
+/// How to judge a program in the same way again, and the options of the judge.
+fn repeated(judged: &Judged) -> (String, String) {
+    let Judged { subject, quick, .. } = judged;
+    let quick = if *quick { " --quick" } else { "" };
+    let expect = list(subject).map(|list| format!(" --expect {list}")).unwrap_or_default();
+    let again = format!("cargo xtask judged{quick} --only {}", subject.name);
+    (again, format!("outboard check --json{quick}{expect}"))
 }
 
 /// Whether the page's path is one of ours: used by its tests.

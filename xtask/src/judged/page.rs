@@ -2,7 +2,7 @@
 //!
 //! Invariant: sections that are not replaced stay as they are, in the order of the programs.
 
-use super::{Judged, SUBJECTS, list, repeated};
+use super::{Judged, SUBJECTS, repeated};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -74,13 +74,12 @@ pub(super) fn with_section(there: &str, judged: &Judged) -> String {
 }
 
 fn section(judged: &Judged) -> String {
-    let Judged { subject, version, report } = judged;
-    let (again, command) = repeated(subject);
+    let Judged { subject, version, report, .. } = judged;
+    let (again, check) = repeated(judged);
     let mut out = format!("- What: {}\n- Version: {version}\n", subject.origin);
     let _ = writeln!(out, "- Result: {}", counts(report));
-    let expect = list(subject).map(|list| format!(" --expect {list}")).unwrap_or_default();
     let _ = writeln!(out, "- Again: `{again}`, which runs\n");
-    let _ = writeln!(out, "```\noutboard check --json{expect} -- \\\n    {command}\n```");
+    let _ = writeln!(out, "```\n{check} -- \\\n    {}\n```", subject.command.join(" "));
     if !subject.defects.is_empty() {
         let _ = write!(out, "\nDefects that are known of it, as found:\n\n");
         let _ = write!(out, "| defect | check | verdict | why |\n|---|---|---|---|\n");
@@ -159,7 +158,7 @@ mod tests {
             { "id": "b", "section": "S", "verdict": "breaks", "why": why, "expected": "old" },
             { "id": "c", "section": "S", "verdict": "not-offered", "why": "no C" },
         ]});
-        Judged { subject, version: "version 1".to_owned(), report }
+        Judged { subject, version: "version 1".to_owned(), quick: true, report }
     }
 
     #[test]
@@ -169,6 +168,8 @@ mod tests {
             "- Result: 3 checks: 1 holds, 1 breaks, 1 not offered",
             "| `b` | S | breaks | said \\| so | old |",
             "| no C | `c` |",
+            "- Again: `cargo xtask judged --quick --only virtiofsd`, which runs",
+            "outboard check --json --quick --expect crates/outboard-check/peers/virtiofsd.txt -- \\",
             "| [virtiofsd](#virtiofsd) | version 1 | 3 checks: 1 holds, 1 breaks, 1 not offered |",
         ] {
             assert!(page.lines().any(|there| there == line), "{line}\n{page}");

@@ -101,6 +101,8 @@ fn offer(fault: &str) -> Offer {
             | P::STATUS
             | P::BACKEND_REQ
             | P::INFLIGHT_SHMFD
+            | P::GET_VRING_BASE_INFLIGHT
+            | P::SKIP_DRAIN
             | P::LOG_SHMFD
             | faults
             | P::CRYPTO_SESSION
@@ -221,8 +223,11 @@ impl Device {
                 self.backend.answer(ticket, Ok(()));
             }
             Effect::SetVringEnable { ticket, .. } => self.backend.answer(ticket, Ok(())),
-            Effect::GetVringBase { index, ticket, .. } => {
-                let base = self.stop(index);
+            Effect::GetVringBase { index, skip_drain, ticket } => {
+                if skip_drain {
+                    self.loses(index);
+                }
+                let base = self.stop(index) + u32::from(skip_drain && self.miscounts());
                 self.backend.answer(ticket, Ok(base));
                 if self.is("looks-after-stop") {
                     self.restart(index);
@@ -448,7 +453,7 @@ impl Device {
             let (base, view) = (queue.base(), queue.view().clone());
             *queue = DeviceQueue::new(*queue.layout(), queue.features().bits(), base, view)?;
         }
-        if self.holds(index, queue)? {
+        if self.holds(index, queue)? || self.puts_off(queue) {
             return Ok(());
         }
         loop {

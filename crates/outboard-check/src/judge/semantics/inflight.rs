@@ -97,6 +97,15 @@ impl Kept {
         Ok(Entry { marked, next: self.word(at + 6)?, counter })
     }
 
+    /// How many of the first heads are marked.
+    pub(crate) fn marks(&self, heads: u16) -> Outcome<u16> {
+        let mut count = 0;
+        for head in 0..heads {
+            count += u16::from(self.entry(head)?.marked != 0);
+        }
+        Ok(count)
+    }
+
     pub(crate) fn set_entry(&self, head: u16, entry: Entry) -> Outcome {
         let at = HEAD + 16 * u64::from(head);
         self.write(at, &[entry.marked])?;
@@ -148,7 +157,7 @@ fn running(case: &mut Case<'_>) -> Outcome<(Disk, Kept)> {
 }
 
 /// Lays out a request at descriptor `head`: a header, a status and a page of its own.
-fn lay_out(ring: &Ring, head: u16, kind: u32) -> Outcome {
+pub(crate) fn lay_out(ring: &Ring, head: u16, kind: u32) -> Outcome {
     let number = u64::from(head / 3);
     let mut header = [0; 16];
     header[..4].copy_from_slice(&kind.to_le_bytes());
@@ -272,7 +281,7 @@ fn ensure_taken(ring: &Ring, taken: u16) -> Outcome {
 }
 
 /// The heads that come back, until nothing more comes.
-fn answered(case: &Case<'_>, disk: &mut Disk, count: usize) -> Outcome<Vec<u32>> {
+pub(crate) fn answered(case: &Case<'_>, disk: &mut Disk, count: usize) -> Outcome<Vec<u32>> {
     let mut heads = Vec::new();
     while heads.len() < count {
         match disk.ring.next_used(disk.limit)? {
@@ -398,7 +407,7 @@ fn compare(heads: &[u32], all: &[u32]) -> (Vec<u32>, Vec<u32>) {
 }
 
 /// Sets the ring up with the region, at the used index as it stands.
-fn go_on(disk: &mut Disk, kept: &Kept) -> Outcome {
+pub(crate) fn go_on(disk: &mut Disk, kept: &Kept) -> Outcome {
     let memory = disk.memory.clone();
     disk.session.share(memory.regions())?;
     disk.session.done(&kept.message())?;

@@ -11,5 +11,6 @@ pub(super) mod log;
 pub(super) mod memory;
 pub(super) mod notify;
 pub(super) mod postcopy;
+pub(super) mod skip_drain;
 pub(super) mod state;
 pub(super) mod stopping;

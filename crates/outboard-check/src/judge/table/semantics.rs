@@ -79,6 +79,8 @@ rows! { Semantics
     "inflight-order" "Inflight I/O tracking" "what another process left in flight is served in its order" s::inflight::in_order;
     "inflight-last-batch" "Inflight I/O tracking" "what the used index covers is not served again, marked or not" s::inflight::last_batch;
     "inflight-killed" "Inflight I/O tracking" "killed at work and started again, each request comes back once" s::inflight::killed;
+    "skip-drain-stops" "GET_VRING_BASE_SKIP_DRAIN" "a ring stops without a drain at its base, and goes on there" s::skip_drain::stops;
+    "skip-drain-kept" "GET_VRING_BASE_SKIP_DRAIN" "what a stop without a drain leaves is in the region, and comes back once" s::skip_drain::kept;
     "order-qemu" "Front-ends: QEMU" "QEMU's order of messages works, three times over" s::frontends::qemu;
     "order-old-qemu" "Front-ends: QEMU before 7.2" "protocol features without bit 30 in SET_FEATURES work" s::frontends::old_qemu;
     "order-cloud-hypervisor" "Front-ends: cloud-hypervisor" "cloud-hypervisor's order of messages works" s::frontends::cloud_hypervisor;

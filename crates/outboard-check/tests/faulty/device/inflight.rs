@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use outboard_memory::Window;
+use outboard_protocol::features::ProtocolFeatures as P;
 use outboard_protocol::payload::Inflight;
 use outboard_queue::{DeviceQueue, InflightArea};
 
@@ -153,6 +154,33 @@ impl Device {
         done.push(head);
         done.iter().for_each(|&head| region.mark(head, 1));
         std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+
+    /// Waits with many requests for a stop that loses them.
+    pub(super) fn puts_off(&self, queue: &DeviceQueue) -> bool {
+        let mut avail = [0; 2];
+        let _ = queue.view().read(queue.layout().avail + 2, &mut avail);
+        let base = u16::try_from(queue.base()).expect("a split ring's");
+        let many = u16::from_le_bytes(avail).wrapping_sub(base) > 8;
+        many && self.region.is_some() && self.is("skip-drain-loses") && self.skips_drains()
+    }
+
+    fn skips_drains(&self) -> bool {
+        self.state().acked_protocol_features().contains(P::SKIP_DRAIN)
+    }
+
+    /// A stop without a drain that takes what is there and notes nothing of it.
+    pub(super) fn loses(&mut self, index: u16) {
+        let (true, Some(region)) = (self.is("skip-drain-loses"), &self.region) else { return };
+        let Some(queue) = &mut self.rings[usize::from(index)].queue else { return };
+        while let Ok(Some(chain)) = queue.pop() {
+            region.mark(chain.head(), 0);
+        }
+    }
+
+    /// A stop without a drain is answered with another base.
+    pub(super) fn miscounts(&self) -> bool {
+        self.region.is_none() && self.is("skip-drain-off-by-one")
     }
 
     /// Nothing more to do.

@@ -27,6 +27,8 @@ pub(crate) const STATE: &[Row] = &[
     ("postcopy-forgets-memory", &["postcopy-order"]),
     ("postcopy-registers-nothing", &["postcopy-fault"]),
     ("saves-once", &["state-twice"]),
+    ("skip-drain-loses", &["skip-drain-kept"]),
+    ("skip-drain-off-by-one", &["skip-drain-stops"]),
     ("state-loads-into-running", &["state-into-running"]),
     ("state-of-this-process", &["state-restored"]),
 ];
