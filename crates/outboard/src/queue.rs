@@ -133,6 +133,8 @@ pub struct Queue {
     /// What an earlier process had taken is served first: nothing else is taken before all of it is
     /// finished.
     recovering: bool,
+    /// Requests that their worker has set aside, by its tokens.
+    held: Vec<(u64, Chain)>,
     translation: Translation,
 }
 
@@ -158,6 +160,7 @@ impl Queue {
             broken: false,
             resting: false,
             recovering,
+            held: Vec::new(),
             translation: Translation::default(),
         })
     }

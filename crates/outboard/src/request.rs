@@ -122,6 +122,32 @@ impl<'a> Request<'a> {
         }
     }
 
+    /// Sets the request aside, begun or not, until [`crate::Worker::release`] says `token`;
+    /// [`crate::Worker::resumed`] gets it back. What is set aside needs something else that is under
+    /// way, or it stays there for good.
+    pub fn hold(mut self, token: u64) -> Served {
+        if let Some(chain) = self.chain.take() {
+            self.queue.hold(token, chain);
+        }
+        Served(())
+    }
+
+    /// Whether another process may get this request again, after a crash of this one or when it is
+    /// left behind: an in-flight region is in use.
+    #[must_use]
+    #[inline]
+    pub fn is_tracked(&self) -> bool {
+        self.queue.is_tracked()
+    }
+
+    /// Whether an earlier process took this request and did not answer it: what it asks for may have
+    /// been done, in whole, in part or not at all. A device for which twice is wrong answers an error
+    /// here instead of doing it again.
+    #[must_use]
+    pub fn is_repeated(&self) -> bool {
+        self.queue.is_recovering()
+    }
+
     fn chain_mut(&mut self) -> &mut Chain {
         chain_of(&mut self.chain)
     }

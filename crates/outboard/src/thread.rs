@@ -338,6 +338,22 @@ impl<W: Worker> Thread<W> {
             }
             lane.queue.publish();
         }
+        self.release();
+    }
+
+    /// Goes on with requests that were set aside; what they waited for has been shown.
+    fn release(&mut self) {
+        while let Some(token) = self.worker.release() {
+            for lane in &mut self.lanes {
+                let Some(chain) = lane.queue.held(token) else { continue };
+                let request = Request::new(chain, &mut lane.queue, Some(self.events.as_mut()));
+                if let Err(error) = self.worker.resumed(request, token) {
+                    debug!(queue = lane.queue.index(), "request failed: {error}");
+                }
+                lane.queue.publish();
+                break;
+            }
+        }
     }
 
     fn ready(&mut self, token: u64) {
@@ -410,6 +426,10 @@ impl<W: Worker> Thread<W> {
             return;
         }
         lane.abandoning = true;
+        for (token, chain) in lane.queue.take_held() {
+            drop(chain);
+            self.worker.abandoned(token, Err(Errno::CANCELED.into()));
+        }
         self.port.abandon(self.events.flying(index).all);
         self.events.cancel(index);
         debug!(queue = index, "queue abandoned");
@@ -486,6 +506,9 @@ impl<W: Worker> Thread<W> {
         error!("worker panicked: its rings are retired");
         for lane in &mut self.lanes {
             lane.queue.retire(&"its worker panicked");
+            for (_, chain) in lane.queue.take_held() {
+                lane.queue.complete(chain, 0);
+            }
         }
         let events = self.events.as_mut();
         match make(&mut WorkerContext { events, thread: number }) {

@@ -41,9 +41,24 @@ pub trait Worker {
         Ok(request.done(outcome.unwrap_or(0)))
     }
 
+    /// The token of a request that was set aside ([`Request::hold`]) and can go on now. Asked after
+    /// operations have ended, until there is none.
+    fn release(&mut self) -> Option<u64> {
+        None
+    }
+
+    /// A request that [`Worker::release`] has named.
+    ///
+    /// # Errors
+    /// As [`Worker::serve`].
+    fn resumed(&mut self, request: Request<'_>, token: u64) -> Result<Served, Error> {
+        let _ = token;
+        Ok(request.done(0))
+    }
+
     /// A file operation started by [`Request::submit`] has ended, long after its request was left in
     /// the in-flight region ([`crate::VhostUserDevice::abandon_queue`]). There is nothing to answer;
-    /// the operation may have been carried out in part.
+    /// the operation may have been carried out in part. A request that was set aside is told at once.
     fn abandoned(&mut self, token: u64, outcome: Outcome) {
         let _ = (token, outcome);
     }

@@ -8,8 +8,8 @@ mod common;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{FEATURES, PATIENCE, PROTOCOL, Rig, Ring, SIZE, rang, serve};
@@ -304,6 +304,71 @@ fn echo(mut request: Deferred) -> u8 {
     byte[0]
 }
 
+/// Appends each request to a journal, where twice is wrong: what may have been appended before is answered with 0 bytes.
+struct Journal {
+    lines: Arc<Mutex<Vec<u8>>>,
+    /// Whether it asks.
+    careful: bool,
+}
+
+impl Worker for Journal {
+    fn serve(&mut self, mut request: Request<'_>) -> Result<Served, Error> {
+        if self.careful && request.is_repeated() {
+            return Ok(request.done(0));
+        }
+        let line = request.readable().read_obj::<u8>()?;
+        self.lines.lock().unwrap().push(line);
+        request.writable().write_all(&[line])?;
+        Ok(request.done(1))
+    }
+}
+
+/// C10: the library repeats what was in flight, at least once; a device for which that is wrong can tell, and answers an
+/// error: at most once.
+#[test]
+fn c10_a_device_that_asks_does_nothing_twice_and_one_that_does_not_repeats_it() {
+    for (careful, expected, lengths) in
+        [(true, vec![3, 4], [0, 0, 1, 1]), (false, vec![2, 1, 3, 4], [1; 4])]
+    {
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let theirs = Arc::clone(&lines);
+        let device = WorkerDevice::plain(&[QueueSpec::new("journal", 64)], move |_| {
+            Ok(Journal { lines: Arc::clone(&theirs), careful })
+        });
+        let handler = DeviceRequestHandler::new(device.unwrap(), HandlerOptions::default());
+        let (ours, _thread) = serve(handler.unwrap());
+        let mut front = Connection::from_fd(ours.into(), PATIENCE).unwrap();
+        let memory = SharedMemory::with_size(1 << 20).unwrap();
+        negotiate(&mut front, &memory);
+        let (region, file) = front.get_inflight_fd(1, SIZE).unwrap().unwrap();
+        front.set_inflight_fd(region, &file).unwrap();
+        let mut ring = Ring::new(&memory, 0, FEATURES);
+        let heads = offer(&mut ring, &[1, 2, 3, 4]);
+        in_flight(&file, &[heads[1], heads[0]]);
+        begin(&mut front, &ring);
+        let mut got = Vec::new();
+        let until = std::time::Instant::now() + PATIENCE;
+        while got.len() < 4 {
+            assert!(std::time::Instant::now() < until, "only {got:?}");
+            match ring.driver.pop_used().unwrap() {
+                Some((_, length)) => got.push(length),
+                None if !ring.driver.arm() => drop(rang(&ring.call, Duration::from_millis(1))),
+                None => {}
+            }
+        }
+        assert_eq!((got, lines.lock().unwrap().clone()), (lengths.to_vec(), expected));
+    }
+}
+
+/// Starts the ring.
+fn begin(front: &mut Connection, ring: &Ring) {
+    front.set_vring_num(0, SIZE).unwrap();
+    front.set_vring_addr(0, &ring.layout).unwrap();
+    front.set_vring_call(0, &ring.call).unwrap();
+    front.set_vring_kick(0, &ring.kick).unwrap();
+    front.set_vring_enable(0, true).unwrap();
+}
+
 /// No new request is taken before the old ones are finished, so that none of them is executed after a newer one.
 #[test]
 fn nothing_new_is_taken_before_everything_owed_is_finished() {
@@ -313,11 +378,7 @@ fn nothing_new_is_taken_before_everything_owed_is_finished() {
     let mut ring = Ring::new(&memory, 0, FEATURES);
     let heads = offer(&mut ring, &[1, 2, 3, 4]);
     in_flight(&file, &[heads[1], heads[0]]);
-    front.set_vring_num(0, SIZE).unwrap();
-    front.set_vring_addr(0, &ring.layout).unwrap();
-    front.set_vring_call(0, &ring.call).unwrap();
-    front.set_vring_kick(0, &ring.kick).unwrap();
-    front.set_vring_enable(0, true).unwrap();
+    begin(&mut front, &ring);
     let first = requests.recv_timeout(PATIENCE).unwrap();
     let second = requests.recv_timeout(PATIENCE).unwrap();
     ring.kick();
@@ -341,11 +402,7 @@ fn a_stop_in_mid_recovery_waits_for_what_is_owed_and_takes_nothing_new() {
     let mut ring = Ring::new(&memory, 0, FEATURES);
     let heads = offer(&mut ring, &[1, 2, 3]);
     in_flight(&file, &[heads[0], heads[1]]);
-    front.set_vring_num(0, SIZE).unwrap();
-    front.set_vring_addr(0, &ring.layout).unwrap();
-    front.set_vring_call(0, &ring.call).unwrap();
-    front.set_vring_kick(0, &ring.kick).unwrap();
-    front.set_vring_enable(0, true).unwrap();
+    begin(&mut front, &ring);
     let both = [(); 2].map(|()| requests.recv_timeout(PATIENCE).unwrap());
     let stopping = std::thread::spawn(move || front.get_vring_base(0));
     assert!(requests.recv_timeout(MOMENT).is_err());

@@ -27,6 +27,9 @@ pub(crate) enum Job {
     Clear(Clear),
 }
 
+/// A part of the disk.
+pub(crate) type Bytes = std::ops::Range<u64>;
+
 /// The parts to discard or zero, in order.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Clear {
@@ -76,6 +79,20 @@ impl Job {
         match self {
             Self::Clear(clear) => Some(clear.ranges),
             _ => None,
+        }
+    }
+
+    /// The bytes of the disk that it changes, all of them between the two ends; `left` data bytes are to be moved.
+    pub(crate) fn writes(&self, left: u64) -> Option<Bytes> {
+        match self {
+            Self::Read { .. } | Self::Sync => None,
+            Self::Write { at, .. } => Some(*at..at.saturating_add(left)),
+            Self::Clear(clear) => {
+                let start = clear.ranges.iter().map(|range| range.offset).min()?;
+                let ends =
+                    clear.ranges.iter().map(|range| range.offset.saturating_add(range.length));
+                Some(start..ends.max()?)
+            }
         }
     }
 
@@ -310,6 +327,14 @@ mod tests {
             (Op::WriteZeros { offset: 1512, length: 24 }, Ok(24), 0),
         ];
         assert_eq!(run(job(true), &written), Status::Ok);
+    }
+
+    #[test]
+    fn what_a_job_changes_lies_between_its_first_and_its_last_byte() {
+        assert_eq!(Job::Write { at: 512, durable: true }.writes(1024), Some(512..1536));
+        assert_eq!((Job::Read { at: 512 }.writes(1024), Job::Sync.writes(0)), (None, None));
+        let ranges = vec![range(4096, 512, false), range(512, 1024, true), range(2048, 512, true)];
+        assert_eq!(Job::clear(ranges, true, false).writes(0), Some(512..4608));
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod config;
 mod engine;
 mod image;
 mod job;
+mod order;
 mod request;
 mod state;
 mod worker;

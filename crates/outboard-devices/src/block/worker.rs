@@ -15,7 +15,8 @@ use tracing::{debug, warn};
 
 use super::config::SECTOR;
 use super::engine::{Engine, Op};
-use super::job::{Job, Next};
+use super::job::{Bytes, Job, Next};
+use super::order::{Turn, WriteOrder};
 use super::request::{Command, Header, Range, Rules, Segment, Status};
 use super::{Disk, ID_SIZE};
 
@@ -27,11 +28,20 @@ pub struct BlockWorker {
     disk: Arc<Disk>,
     rules: Rules,
     engine: Box<dyn Engine>,
-    /// Requests that the engine works on.
-    jobs: Slab<Job>,
+    /// Requests that the engine works on, and those that wait for their turn.
+    jobs: Slab<Task>,
+    /// Used while requests may be repeated by another process.
+    order: WriteOrder,
     /// Lists of finished requests, to be filled again.
     spare: Vec<Vec<Range>>,
     log: ErrorLog,
+}
+
+/// A request under way.
+struct Task {
+    job: Job,
+    /// Its place among writes, if it has one.
+    turn: Option<Turn>,
 }
 
 /// What to do with a request.
@@ -48,7 +58,15 @@ impl BlockWorker {
             read_only: image.read_only(),
             granularity: image.granularity(),
         };
-        Self { disk, rules, engine, jobs: Slab::new(), spare: Vec::new(), log: ErrorLog::default() }
+        Self {
+            disk,
+            rules,
+            engine,
+            jobs: Slab::new(),
+            order: WriteOrder::default(),
+            spare: Vec::new(),
+            log: ErrorLog::default(),
+        }
     }
 
     /// Parses a request whose status byte is set aside.
@@ -108,9 +126,9 @@ impl BlockWorker {
     }
 
     /// Runs the job to its end, or to the first operation that the engine starts.
-    fn advance(&mut self, mut job: Job, mut request: Request<'_>) -> Result<Served, Error> {
+    fn advance(&mut self, mut task: Task, mut request: Request<'_>) -> Result<Served, Error> {
         loop {
-            let op = job.op();
+            let op = task.job.op();
             let now = if self.refuses(op) {
                 Some(Err(lost()))
             } else {
@@ -119,20 +137,44 @@ impl BlockWorker {
             let outcome = match now {
                 Some(outcome) => outcome,
                 None => {
-                    let token = self.jobs.insert(job);
+                    let token = self.jobs.insert(task);
                     request = match self.engine.start(op, request, token as u64) {
                         Ok(served) => return Ok(served),
                         Err(request) => request,
                     };
-                    job = self.jobs.remove(token);
+                    task = self.jobs.remove(token);
                     self.engine.run(op, &mut request)
                 }
             };
-            if let Next::Done(status) = self.step(&mut job, &outcome, &mut request) {
-                self.spare.extend(job.into_ranges());
+            if let Next::Done(status) = self.step(&mut task.job, &outcome, &mut request) {
+                self.over(task);
                 return finish(request, status);
             }
         }
+    }
+
+    /// Begins a job, or lets it wait for older writes to the same bytes.
+    fn begin(
+        &mut self,
+        job: Job,
+        request: Request<'_>,
+        bytes: Option<Bytes>,
+    ) -> Result<Served, Error> {
+        let Some(bytes) = bytes else { return self.advance(Task { job, turn: None }, request) };
+        let (turn, now) = self.order.enter(bytes, self.jobs.vacant_key());
+        let task = Task { job, turn: Some(turn) };
+        if now {
+            return self.advance(task, request);
+        }
+        Ok(request.hold(self.jobs.insert(task) as u64))
+    }
+
+    /// A request ends.
+    fn over(&mut self, task: Task) {
+        if let Some(turn) = task.turn {
+            self.order.leave(turn);
+        }
+        self.spare.extend(task.job.into_ranges());
     }
 
     /// A flush that failed stays failed: the kernel forgets the error and the data with it, so a
@@ -174,7 +216,11 @@ impl Worker for BlockWorker {
             return Ok(request.done(0));
         }
         match self.plan(&mut request) {
-            Ok(Plan::Run(job)) => self.advance(job, request),
+            Ok(Plan::Run(job)) => {
+                let left = if request.is_tracked() { request.readable().len() } else { 0 };
+                let bytes = if request.is_tracked() { job.writes(left) } else { None };
+                self.begin(job, request, bytes)
+            }
             Ok(Plan::Finish(status)) => finish(request, status),
             Err(status) => {
                 debug!(?status, "request refused");
@@ -190,11 +236,11 @@ impl Worker for BlockWorker {
         outcome: Outcome,
     ) -> Result<Served, Error> {
         let job = usize::try_from(token).ok().and_then(|token| self.jobs.try_remove(token));
-        let Some(mut job) = job else {
+        let Some(mut task) = job else {
             // A worker that panicked left it behind; what the kernel did is not known.
             return finish(request, Status::IoError);
         };
-        let op = job.op();
+        let op = task.job.op();
         let outcome = match outcome {
             Ok(moved) => consume(op, &mut request, moved),
             Err(error) if not_now(&error) => self.engine.run(op, &mut request),
@@ -202,23 +248,35 @@ impl Worker for BlockWorker {
         };
         // One that failed while this one was under way may have taken its error.
         let outcome = if self.refuses(op) { Err(lost()) } else { outcome };
-        match self.step(&mut job, &outcome, &mut request) {
-            Next::More => self.advance(job, request),
+        match self.step(&mut task.job, &outcome, &mut request) {
+            Next::More => self.advance(task, request),
             Next::Done(status) => {
-                self.spare.extend(job.into_ranges());
+                self.over(task);
                 finish(request, status)
             }
         }
     }
 
+    fn release(&mut self) -> Option<u64> {
+        self.order.ready().map(|token| token as u64)
+    }
+
+    fn resumed(&mut self, request: Request<'_>, token: u64) -> Result<Served, Error> {
+        let task = usize::try_from(token).ok().and_then(|token| self.jobs.try_remove(token));
+        match task {
+            Some(task) => self.advance(task, request),
+            None => finish(request, Status::IoError),
+        }
+    }
+
     fn abandoned(&mut self, token: u64, outcome: Outcome) {
         let job = usize::try_from(token).ok().and_then(|token| self.jobs.try_remove(token));
-        let Some(job) = job else { return };
+        let Some(task) = job else { return };
         let ended = |error: &io::Error| not_now(error) || is_cancelled(error);
-        if job.op() == Op::Sync && outcome.is_err_and(|error| !ended(&error)) {
+        if task.job.op() == Op::Sync && outcome.is_err_and(|error| !ended(&error)) {
             self.disk.set_flush_failed();
         }
-        self.spare.extend(job.into_ranges());
+        self.over(task);
     }
 }
 

@@ -5,6 +5,7 @@
 mod disk;
 mod faults;
 mod model;
+mod order;
 mod outage;
 mod requests;
 mod state;
