@@ -16,7 +16,11 @@ mod real;
 pub mod twin;
 
 #[cfg(not(outboard_loom))]
+pub use real::packed::{Cell32, PackedRing};
+#[cfg(not(outboard_loom))]
 pub use real::{Cell16, Descriptors, Pairs, Ring16, fence};
+#[cfg(outboard_loom)]
+pub use twin::packed::{Cell32, PackedRing};
 #[cfg(outboard_loom)]
 pub use twin::{Cell16, Descriptors, Pairs, Ring16, fence};
 
@@ -47,6 +51,17 @@ impl Descriptor {
         let rest = u64::from(self.len) | u64::from(self.flags) << 32 | u64::from(self.next) << 48;
         (self.addr, rest)
     }
+}
+
+/// What a descriptor of a packed ring says beside its flags (virtio 1.3 §2.8.13), as it was when it was read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PackedBody {
+    /// Guest address of the buffer.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u32,
+    /// Buffer id.
+    pub id: u16,
 }
 
 /// A resolved range of ring memory: the place to take typed handles from.
@@ -97,6 +112,24 @@ impl Cells {
     pub fn descriptors(&self, offset: u64, count: u16) -> Result<Descriptors, AccessError> {
         self.check(offset, u64::from(count) * 16, 16)?;
         Ok(Descriptors::new(self, offset, count))
+    }
+
+    /// A 32-bit field, `offset` bytes from the start: an event suppression structure.
+    ///
+    /// # Errors
+    /// Outside the cells, or not aligned to 4.
+    pub fn u32_at(&self, offset: u64) -> Result<Cell32, AccessError> {
+        self.check(offset, 4, 4)?;
+        Ok(Cell32::new(self, offset))
+    }
+
+    /// The descriptor ring of a packed queue, of `count` descriptors.
+    ///
+    /// # Errors
+    /// Outside the cells, or not aligned to 16.
+    pub fn packed(&self, offset: u64, count: u16) -> Result<PackedRing, AccessError> {
+        self.check(offset, u64::from(count) * 16, 16)?;
+        Ok(PackedRing::new(self, offset, count))
     }
 
     fn check(&self, offset: u64, size: u64, align: u64) -> Result<(), AccessError> {

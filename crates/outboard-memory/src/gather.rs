@@ -4,7 +4,7 @@
 //! [`View::gather_usual`](crate::View::gather_usual).
 
 use crate::buffers::{Buffers, MOST_PIECES, Segment, Span};
-use crate::cells::{Descriptor, Descriptors};
+use crate::cells::Descriptor;
 use crate::error::AccessError;
 use crate::iotlb::Permission;
 use crate::table::Table;
@@ -22,12 +22,12 @@ pub struct Gather<'a> {
 }
 
 impl<'a> Gather<'a> {
-    pub(crate) fn new(view: &'a View, table: &'a Descriptors, to: &'a mut Buffers) -> Self {
+    pub(crate) fn new(view: &'a View, table: Table<'a>, to: &'a mut Buffers) -> Self {
         to.recycle(view);
         to.room = 0;
         (to.readable, to.writable, to.tail) = Default::default();
         to.list.clear();
-        Self { view, to, table: table.table(), bytes: 0, access: Permission::READ }
+        Self { view, to, table, bytes: 0, access: Permission::READ }
     }
 
     /// Descriptor `at` of the present table, each of its bytes read once; `None` past the end.

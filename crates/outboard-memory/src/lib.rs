@@ -30,6 +30,7 @@ mod log;
 mod map;
 mod mapping;
 mod num;
+mod packed;
 mod region;
 mod shared;
 mod sigbus;
@@ -43,7 +44,9 @@ mod window;
 pub use buffers::{Buffers, Segment};
 #[cfg(outboard_loom)]
 pub use cells::twin;
-pub use cells::{Cell16, Cells, Descriptor, Descriptors, Pairs, Ring16, fence};
+pub use cells::{
+    Cell16, Cell32, Cells, Descriptor, Descriptors, PackedBody, PackedRing, Pairs, Ring16, fence,
+};
 pub use cursor::Cursor;
 pub use error::{AccessError, IotlbError, LayoutError, MapError, WindowError};
 pub use gather::Gather;
@@ -51,6 +54,7 @@ pub use iotlb::{IOTLB_ENTRIES, Iotlb, Permission};
 pub use log::{DirtyLog, LOG_PAGE};
 pub use map::GuestMemory;
 pub use mapping::rounded;
+pub use packed::PackedTaken;
 pub use region::{MapOptions, Region, RegionSpec};
 pub use shared::SharedArea;
 pub use sigbus::install_sigbus_guard;

@@ -21,6 +21,16 @@ use crate::sigbus;
 /// Bits of the index of the table of slots.
 const SLOT_BITS: u32 = 10;
 
+/// The table of slots: as long as its index can say, so that no look-up asks for its length.
+type Table = [Entry; 1 << SLOT_BITS];
+
+/// A table in which no address is anywhere, made on the heap.
+fn nowhere() -> Box<Table> {
+    let slots = vec![Entry::NONE; 1 << SLOT_BITS];
+    // A vector of that length always is one; never made on the stack, which may be a small one.
+    Box::try_from(slots).unwrap_or_else(|_| Box::new([Entry::NONE; 1 << SLOT_BITS]))
+}
+
 /// What a look-up needs of one region. Aligned so that its place in a table is a shift away.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(32))]
@@ -39,6 +49,10 @@ unsafe impl Send for Entry {}
 unsafe impl Sync for Entry {}
 
 impl Entry {
+    /// No region: holds no address.
+    const NONE: Self =
+        Self { start: 0, size: 0, host: std::ptr::null_mut(), permission: Permission::BOTH };
+
     /// The last address.
     fn last(&self) -> u64 {
         self.start + (self.size - 1)
@@ -72,7 +86,7 @@ pub struct GuestMemory {
     entries: Box<[Entry]>,
     /// For each 2^`shift` bytes of guest-physical space the region that has most of them: one look finds the place of
     /// nearly every buffer, at the same cost for one region and for many.
-    slots: Box<[Entry]>,
+    slots: Box<Table>,
     shift: u32,
     /// Sorted by user address: (user address, size, guest address).
     by_user: Box<[(u64, u64, u64)]>,
@@ -129,7 +143,7 @@ impl GuestMemory {
             generation,
             regions: self.regions.clone(),
             entries,
-            slots: Box::default(),
+            slots: nowhere(),
             shift: 0,
             by_user: Box::default(),
             io: true,
@@ -236,7 +250,7 @@ impl GuestMemory {
 /// From the high bits of an address to the region it is most probably in.
 #[derive(Clone, Copy)]
 pub(crate) struct Slots<'a> {
-    slots: &'a [Entry],
+    slots: &'a Table,
     shift: u32,
 }
 
@@ -246,7 +260,8 @@ impl Slots<'_> {
     pub(crate) fn find(&self, guest: u64) -> Option<&Entry> {
         // SAFETY: `slots` makes it at most 63. (Said here so that the shift is one instruction.)
         unsafe { hint::assert_unchecked(self.shift < u64::BITS) };
-        self.slots.get(index(guest >> self.shift))
+        // An address beyond the last region meets the slot of another one, whose region does not hold it.
+        self.slots.get(index(guest >> self.shift) % self.slots.len())
     }
 }
 
@@ -260,22 +275,20 @@ impl fmt::Debug for GuestMemory {
 }
 
 /// A table from the high bits of an address to the region it is most probably in, and how many low bits it leaves out.
-fn slots(entries: &[Entry]) -> (Box<[Entry]>, u32) {
-    let Some(last) = entries.last().map(Entry::last) else { return (Box::default(), 0) };
+fn slots(entries: &[Entry]) -> (Box<Table>, u32) {
+    let Some(last) = entries.last().map(Entry::last) else { return (nowhere(), 0) };
     let shift = (u64::BITS - last.leading_zeros()).saturating_sub(SLOT_BITS).max(12);
-    let slots = (0..=last >> shift).map(|slot| {
+    let mut slots = nowhere();
+    for (slot, place) in (0..=last >> shift).zip(slots.iter_mut()) {
         let (start, end) = (slot << shift, (slot << shift) + ((1 << shift) - 1));
         let from = entries.partition_point(|entry| entry.last() < start);
         let here = entries.iter().skip(from).take_while(|entry| entry.start <= end);
         let share = |entry: &&Entry| entry.last().min(end) - entry.start.max(start);
-        here.max_by_key(share).copied().unwrap_or(Entry {
-            start: 0,
-            size: 0,
-            host: std::ptr::null_mut(),
-            permission: Permission::BOTH,
-        })
-    });
-    (slots.collect(), shift)
+        if let Some(most) = here.max_by_key(share) {
+            *place = *most;
+        }
+    }
+    (slots, shift)
 }
 
 /// `ranges` sorted by start; their ends fit 64 bits.

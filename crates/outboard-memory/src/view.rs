@@ -17,6 +17,7 @@ use crate::iotlb::Permission;
 use crate::map::{Entry, GuestMemory};
 use crate::num::{index, wide};
 use crate::sigbus;
+use crate::table::Table;
 
 /// Translates guest-physical ranges of one generation of guest memory.
 pub struct View {
@@ -60,7 +61,13 @@ impl View {
 
     /// Begins to fill `to` with the buffers of a request whose descriptors start in `table`; what it held is gone.
     pub fn gather<'a>(&'a self, table: &'a Descriptors, to: &'a mut Buffers) -> Gather<'a> {
-        Gather::new(self, table, to)
+        Gather::new(self, table.table(), to)
+    }
+
+    /// The same for a request whose descriptors are not in a table, or in one that is to be
+    /// [entered](Gather::enter).
+    pub fn gather_pieces<'a>(&'a self, to: &'a mut Buffers) -> Gather<'a> {
+        Gather::new(self, Table::new(std::ptr::null(), 0), to)
     }
 
     /// Copies guest memory out.

@@ -4,7 +4,8 @@
 //! data buffer and a status byte in three descriptors, taken, its header read, its status written, given back and
 //! shown to the driver. The driver costs one store per batch: its ring is filled beforehand and offered for ever.
 //! The cases with a dirty log or an in-flight region are those of a device whose guest moves, and of one that
-//! outlives a crash. `regions`: header, data and status lie in different ones when there are eight.
+//! outlives a crash. A packed ring is written by both sides: its driver makes each request available again, five stores
+//! for one of three descriptors, which count too. `regions`: header, data and status lie in different ones when there are eight.
 
 #![expect(clippy::expect_used, reason = "a program of our own making, which may end")]
 
@@ -12,7 +13,9 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use outboard_memory::{Cell16, DirtyLog, GuestMemory, Region, View, Window};
+use outboard_memory::{
+    Cell16, DirtyLog, GuestMemory, PackedBody, PackedRing, Region, View, Window,
+};
 use outboard_queue::{DeviceQueue, InflightArea, QueueLayout, RingLog};
 
 /// Requests that lie in the ring.
@@ -39,9 +42,10 @@ struct Case {
     event_idx: bool,
     batch: u16,
     kept: Kept,
+    packed: bool,
 }
 
-const CASES: [Case; 12] = {
+const CASES: [Case; 17] = {
     const fn case(
         name: &'static str,
         regions: u64,
@@ -49,10 +53,13 @@ const CASES: [Case; 12] = {
         event_idx: bool,
         batch: u16,
     ) -> Case {
-        Case { name, regions, indirect, event_idx, batch, kept: Kept::Nothing }
+        Case { name, regions, indirect, event_idx, batch, kept: Kept::Nothing, packed: false }
     }
     const fn keeping(name: &'static str, kept: Kept, batch: u16) -> Case {
-        Case { name, regions: 1, indirect: false, event_idx: true, batch, kept }
+        Case { name, regions: 1, indirect: false, event_idx: true, batch, kept, packed: false }
+    }
+    const fn packed(name: &'static str, indirect: bool, batch: u16, kept: Kept) -> Case {
+        Case { name, regions: 8, indirect, event_idx: true, batch, kept, packed: true }
     }
     [
         case("direct-1-region", 1, false, true, 1),
@@ -67,6 +74,11 @@ const CASES: [Case; 12] = {
         keeping("direct-1-region-inflight-batch-32", Kept::Region, 32),
         keeping("direct-1-region-log", Kept::Log, 1),
         keeping("direct-1-region-log-batch-32", Kept::Log, 32),
+        packed("packed-direct-8-regions", false, 1, Kept::Nothing),
+        packed("packed-direct-8-regions-batch-32", false, 32, Kept::Nothing),
+        packed("packed-indirect-8-regions", true, 1, Kept::Nothing),
+        packed("packed-indirect-8-regions-batch-32", true, 32, Kept::Nothing),
+        packed("packed-direct-8-regions-log", false, 1, Kept::Log),
     ]
 };
 
@@ -85,6 +97,15 @@ fn main() {
 }
 
 fn run(case: Case, iterations: u64) {
+    if case.packed {
+        let (mut queue, mut driver) = filled_packed(case);
+        match case.batch {
+            1 => packed_loop::<1>(&mut queue, &mut driver, iterations),
+            _ => packed_loop::<32>(&mut queue, &mut driver, iterations / 32 * 32),
+        }
+        assert_eq!(queue.base(), driver.base());
+        return;
+    }
     let (mut queue, avail) = filled(case);
     match case.batch {
         1 => hot_loop::<1>(&mut queue, &avail, iterations),
@@ -101,32 +122,131 @@ fn hot_loop<const BATCH: u16>(queue: &mut DeviceQueue, avail: &Cell16, iteration
     while done < iterations {
         done += u64::from(BATCH);
         avail.store(u16::try_from(done % 0x1_0000).expect("16 bits"), Ordering::Release);
-        while let Some(mut chain) = queue.pop().expect("an honest ring") {
-            let header: [u64; 2] = chain.readable().read_obj().expect("a header");
-            chain.reserve_tail(1).expect("a status byte");
-            let status = u8::from(header[0] > 1);
-            chain.write_tail(&[status]).expect("the status byte");
-            queue.complete(chain, DATA + 1);
-        }
+        serve(queue);
         black_box(queue.publish().expect("memory"));
     }
 }
 
-/// A ring whose every entry stands for a request, and its available index.
-fn filled(case: Case) -> (DeviceQueue, Cell16) {
-    let regions = (0..case.regions).map(|at| {
+/// The device's part of a batch.
+#[inline(always)]
+fn serve(queue: &mut DeviceQueue) {
+    while let Some(mut chain) = queue.pop().expect("an honest ring") {
+        let header: [u64; 2] = chain.readable().read_obj().expect("a header");
+        chain.reserve_tail(1).expect("a status byte");
+        let status = u8::from(header[0] > 1);
+        chain.write_tail(&[status]).expect("the status byte");
+        queue.complete(chain, DATA + 1);
+    }
+}
+
+/// The same on a packed ring.
+#[inline(never)]
+fn packed_loop<const BATCH: u16>(queue: &mut DeviceQueue, driver: &mut Offers, iterations: u64) {
+    let mut done = 0;
+    while done < iterations {
+        done += u64::from(BATCH);
+        for _ in 0..BATCH {
+            driver.offer();
+        }
+        serve(queue);
+        black_box(queue.publish().expect("memory"));
+    }
+}
+
+/// The driver of a packed ring that offers the same requests for ever: only what the device wrote, and what changes
+/// from lap to lap, is written.
+struct Offers {
+    ring: PackedRing,
+    at: u16,
+    /// AVAIL in odd laps, USED in even ones.
+    available: u16,
+    indirect: bool,
+}
+
+const AVAIL: u16 = 1 << 7;
+const USED: u16 = 1 << 15;
+
+impl Offers {
+    #[inline(always)]
+    fn offer(&mut self) {
+        let (at, order) = (self.at, Ordering::Release);
+        if self.indirect {
+            self.ring.set_used(at, at, 48);
+            self.ring.set_flags(at, 4 | self.available, order);
+            self.at += 1;
+        } else {
+            self.ring.set_used(at, at, 16);
+            self.ring.set_flags(at + 2, 2 | self.available, order);
+            self.ring.set_flags(at + 1, 3 | self.available, order);
+            self.ring.set_flags(at, 1 | self.available, order);
+            self.at += 3;
+        }
+        if self.at == PACKED_SIZE {
+            self.at = 0;
+            self.available ^= AVAIL | USED;
+        }
+    }
+
+    fn base(&self) -> u32 {
+        let wrap = u32::from(self.available == AVAIL) << 15;
+        let half = u32::from(self.at) | wrap;
+        half | half << 16
+    }
+}
+
+/// 64 requests of three descriptors: no power of two.
+const PACKED_SIZE: u16 = 3 * REQUESTS;
+
+fn filled_packed(case: Case) -> (DeviceQueue, Offers) {
+    let view = memory(case.regions);
+    let (layout, end) = QueueLayout::packed_at(0, PACKED_SIZE).expect("room");
+    let tables = end.next_multiple_of(16);
+    let cells = view.cells(layout.desc, 16 * u64::from(PACKED_SIZE)).expect("the ring");
+    let ring = cells.packed(0, PACKED_SIZE).expect("the ring");
+    for at in 0..PACKED_SIZE {
+        let request = if case.indirect { at } else { at / 3 };
+        let buffers = buffers(request, case.regions);
+        let body = if case.indirect {
+            let table = tables + u64::from(request) * 48;
+            for (at, (addr, len, write)) in (0_u64..).zip(buffers) {
+                let entry = descriptor(addr, len, 0, write);
+                view.write(table + 16 * at, &entry).expect("room");
+            }
+            PackedBody { addr: table, len: 48, id: at }
+        } else {
+            let (addr, len, _) = buffers[usize::from(at % 3)];
+            PackedBody { addr, len, id: at / 3 }
+        };
+        ring.set_body(at, body).expect("inside");
+    }
+    let features = 1 << 34 | u64::from(case.event_idx) << 29 | u64::from(case.indirect) << 28;
+    let mut queue = DeviceQueue::new(layout, features, 0x8000_8000, view).expect("a ring");
+    keep(&mut queue, case.kept);
+    (queue, Offers { ring, at: 0, available: AVAIL, indirect: case.indirect })
+}
+
+fn memory(regions: u64) -> View {
+    let regions = (0..regions).map(|at| {
         let (region, _file) = Region::memfd(at * 2 * REGION, REGION).expect("memory");
         Arc::new(region)
     });
-    let memory = GuestMemory::new(1, regions.collect()).expect("a layout");
-    let view = View::new(Arc::new(memory));
+    View::new(Arc::new(GuestMemory::new(1, regions.collect()).expect("a layout")))
+}
+
+/// Address, length and WRITE of each buffer of a request.
+fn buffers(request: u16, regions: u64) -> [(u64, u32, u16); 3] {
+    let place =
+        |at: u64| (u64::from(request) + at) % regions * 2 * REGION + REGION / 2 + at * 0x2_0000;
+    [(place(0), 16, 0), (place(1), DATA, 2), (place(2), 1, 2)]
+}
+
+/// A ring whose every entry stands for a request, and its available index.
+fn filled(case: Case) -> (DeviceQueue, Cell16) {
+    let view = memory(case.regions);
     let (layout, tables) = QueueLayout::split_at(0, SIZE).expect("room");
     let tables = tables.next_multiple_of(16);
     for request in 0..REQUESTS {
-        let place = |at: u64| {
-            (u64::from(request) + at) % case.regions * 2 * REGION + REGION / 2 + at * 0x2_0000
-        };
-        let buffers = [(place(0), 16, 0), (place(1), DATA, 2), (place(2), 1, 2)];
+        let buffers = buffers(request, case.regions);
         let base = if case.indirect { 0 } else { 3 * request };
         let mut bytes = Vec::new();
         for (at, (addr, len, write)) in (0_u16..).zip(buffers) {

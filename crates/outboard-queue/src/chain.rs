@@ -24,6 +24,9 @@ const STAGING: usize = 4096;
 pub(crate) struct Parts {
     pub(crate) buffers: Buffers,
     pub(crate) head: u16,
+    /// Where it is put when it is idle: at its head, or, while it is charged, nowhere, so that what is quick does not
+    /// have to ask.
+    pub(crate) place: u16,
     /// Whether it is one of those that may keep a long list while idle.
     pub(crate) grown: bool,
     /// Pieces charged to the queue's budget while in flight; 0 for a chain of few.

@@ -5,6 +5,7 @@ use outboard_memory::View;
 use crate::chain::Chain;
 use crate::error::RingError;
 use crate::layout::{QueueFeatures, QueueLayout};
+use crate::packed::device::PackedDevice;
 use crate::split::device::SplitDevice;
 use crate::split::inflight::InflightArea;
 use crate::split::log::RingLog;
@@ -22,11 +23,24 @@ pub struct DeviceQueue {
 #[derive(Debug)]
 enum Ring {
     Split(SplitDevice),
+    Packed(PackedDevice),
+}
+
+/// The same of either layout.
+macro_rules! each {
+    ($ring:expr, $this:ident => $what:expr) => {
+        match $ring {
+            Ring::Split($this) => $what,
+            Ring::Packed($this) => $what,
+        }
+    };
 }
 
 impl DeviceQueue {
     /// A queue on the ring at `layout`. `features` are the acknowledged virtio features, `base` is what SET_VRING_BASE
-    /// carries (split: the next available index). The used index is read from guest memory, once.
+    /// carries. Split: the next available index; the used index is read from guest memory, once. Packed: the next
+    /// available index and its wrap counter in the low half, the used ones in the high half, which is 0 where it says
+    /// nothing.
     ///
     /// # Errors
     /// The ring cannot be served as described; nothing was written.
@@ -37,10 +51,12 @@ impl DeviceQueue {
         view: View,
     ) -> Result<Self, RingError> {
         let features = QueueFeatures::from_bits(features);
-        if features.packed {
-            return Err(RingError::Packed);
-        }
-        Ok(Self { ring: Ring::Split(SplitDevice::new(layout, features, base, view)?) })
+        let ring = if features.packed {
+            Ring::Packed(PackedDevice::new(layout, features, base, view)?)
+        } else {
+            Ring::Split(SplitDevice::new(layout, features, base, view)?)
+        };
+        Ok(Self { ring })
     }
 
     /// The next chain, walked and translated whole.
@@ -50,47 +66,50 @@ impl DeviceQueue {
     /// IOTLB cannot translate the chain ([`RingError::Untranslated`]): it stays in the ring.
     #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<Chain>, RingError> {
-        let Ring::Split(ring) = &mut self.ring;
-        ring.pop()
+        match &mut self.ring {
+            Ring::Split(ring) => ring.pop(),
+            Ring::Packed(ring) => match ring.pop() {
+                Some(chain) => Ok(Some(chain)),
+                None => ring.tell(None),
+            },
+        }
     }
 
     /// Whether the driver offers something: a look that takes nothing, for a device that polls.
     #[inline]
     pub fn has_available(&self) -> bool {
-        let Ring::Split(ring) = &self.ring;
-        ring.has_available()
+        each!(&self.ring, ring => ring.has_available())
     }
 
     /// Gives a chain back, with the bytes that were written to it, tail included. The driver sees it after the next
     /// [`publish`](Self::publish). A chain of another queue is not given back.
-    #[inline]
+    #[inline(always)]
     pub fn complete(&mut self, chain: Chain, written: u32) {
-        let Ring::Split(ring) = &mut self.ring;
-        ring.complete(chain, written);
+        each!(&mut self.ring, ring => ring.complete(chain, written));
     }
 
     /// Shows the driver what was completed since the last time. True: it wants to be called.
     ///
     /// # Errors
     /// Guest memory is gone: nothing is shown, the ring is retired. Said once.
-    #[inline]
+    #[inline(always)]
     pub fn publish(&mut self) -> Result<bool, RingError> {
-        let Ring::Split(ring) = &mut self.ring;
-        ring.publish()
+        match &mut self.ring {
+            Ring::Split(ring) => ring.publish(),
+            Ring::Packed(ring) => ring.publish(),
+        }
     }
 
     /// Asks for a kick, then takes a last look. True: there is work after all, so do not sleep.
-    #[inline]
+    #[inline(always)]
     pub fn arm(&mut self) -> bool {
-        let Ring::Split(ring) = &mut self.ring;
-        ring.arm()
+        each!(&mut self.ring, ring => ring.arm())
     }
 
     /// Wants no kicks: the device looks by itself. Costs nothing when kicks were not wanted before.
-    #[inline]
+    #[inline(always)]
     pub fn disarm(&mut self) {
-        let Ring::Split(ring) = &mut self.ring;
-        ring.disarm();
+        each!(&mut self.ring, ring => ring.disarm());
     }
 
     /// Goes on in another generation of guest memory, which holds the same ring at the same guest addresses. Chains in
@@ -99,15 +118,13 @@ impl DeviceQueue {
     /// # Errors
     /// The ring is not there; the queue stays as it was.
     pub fn set_memory(&mut self, view: View) -> Result<(), RingError> {
-        let Ring::Split(ring) = &mut self.ring;
-        ring.set_memory(view)
+        each!(&mut self.ring, ring => ring.set_memory(view))
     }
 
     /// Notes every write to guest memory in a dirty log from now on, or in another one, or no more. Requests in flight
     /// are noted in the new log too.
     pub fn set_log(&mut self, log: Option<RingLog>) {
-        let Ring::Split(ring) = &mut self.ring;
-        ring.set_log(log);
+        each!(&mut self.ring, ring => ring.set_log(log));
     }
 
     /// Keeps track of requests in this area of an in-flight region from now on, before the first one is taken. What an
@@ -115,16 +132,23 @@ impl DeviceQueue {
     /// whatever base it was made with.
     ///
     /// # Errors
-    /// The area holds what no device leaves behind, or is not for a ring of this size. Nothing was written.
+    /// The area holds what no device leaves behind, or is not for a ring of this size; or the ring is a packed one, which
+    /// has none. Nothing was written.
     pub fn set_inflight(&mut self, area: InflightArea) -> Result<(), RingError> {
-        let Ring::Split(ring) = &mut self.ring;
-        ring.set_inflight(area)
+        match &mut self.ring {
+            Ring::Split(ring) => ring.set_inflight(area),
+            Ring::Packed(_) => {
+                Err(RingError::Inflight { field: "a packed ring, version", value: 0 })
+            }
+        }
     }
 
     /// Requests of an earlier process that are to be served again, and before any new one.
     pub fn owed(&self) -> u16 {
-        let Ring::Split(ring) = &self.ring;
-        ring.owed()
+        match &self.ring {
+            Ring::Split(ring) => ring.owed(),
+            Ring::Packed(_) => 0,
+        }
     }
 
     /// The next of them, in the order in which the earlier process took them.
@@ -132,20 +156,20 @@ impl DeviceQueue {
     /// # Errors
     /// As for [`pop`](Self::pop).
     pub fn pop_owed(&mut self) -> Result<Option<Chain>, RingError> {
-        let Ring::Split(ring) = &mut self.ring;
-        ring.pop_owed()
+        match &mut self.ring {
+            Ring::Split(ring) => ring.pop_owed(),
+            Ring::Packed(_) => Ok(None),
+        }
     }
 
     /// What GET_VRING_BASE answers: where the ring goes on.
     pub fn base(&self) -> u32 {
-        let Ring::Split(ring) = &self.ring;
-        ring.base()
+        each!(&self.ring, ring => ring.base())
     }
 
     /// Chains that were taken and not completed.
     pub fn in_flight(&self) -> u16 {
-        let Ring::Split(ring) = &self.ring;
-        ring.in_flight()
+        each!(&self.ring, ring => ring.in_flight())
     }
 
     /// Descriptors in the ring.
@@ -155,25 +179,21 @@ impl DeviceQueue {
 
     /// Where the ring lies.
     pub fn layout(&self) -> &QueueLayout {
-        let Ring::Split(ring) = &self.ring;
-        ring.layout()
+        each!(&self.ring, ring => ring.layout())
     }
 
     /// The features the ring was made with.
     pub fn features(&self) -> QueueFeatures {
-        let Ring::Split(ring) = &self.ring;
-        ring.features()
+        each!(&self.ring, ring => ring.features())
     }
 
     /// The guest memory the queue works in.
     pub fn view(&self) -> &View {
-        let Ring::Split(ring) = &self.ring;
-        ring.view()
+        each!(&self.ring, ring => ring.view())
     }
 
     /// Whether the ring was retired.
     pub fn is_broken(&self) -> bool {
-        let Ring::Split(ring) = &self.ring;
-        ring.is_broken()
+        each!(&self.ring, ring => ring.is_broken())
     }
 }

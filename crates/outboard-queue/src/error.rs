@@ -3,29 +3,36 @@
 use outboard_memory::AccessError;
 
 /// A broken rule of a ring. From [`DeviceQueue::new`](crate::DeviceQueue::new) it says that the ring cannot start;
-/// later it comes once and the ring is retired.
+/// later it comes once and the ring is retired. Where a packed chain is named before its buffer id is known, its head
+/// is the index of its first descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RingError {
-    /// A split ring has 1 to 32,768 descriptors, a power of two.
-    #[error("ring size {size} is not a power of two from 1 to 32768")]
+    /// A ring has 1 to 32,768 descriptors, a split one a power of two.
+    #[error("ring size {size} is not from 1 to 32768, or a split ring's and no power of two")]
     Size {
         /// Descriptors asked for.
         size: u16,
     },
-    /// The layout of the ring is not one that this crate serves.
-    #[error("packed rings are not served")]
-    Packed,
     /// A split ring's base is an index of 16 bits.
     #[error("base {base:#x} of a split ring has more than 16 bits")]
     Base {
         /// What was asked for.
         base: u32,
     },
+    /// A packed ring's base has an index of the ring in each half, the used one not behind by more than the ring.
+    #[error("base {base:#x} is none of a packed ring of {size}")]
+    PackedBase {
+        /// What was asked for.
+        base: u32,
+        /// Descriptors in the ring.
+        size: u16,
+    },
     /// A part of the ring is not in guest memory, not in one region, or not aligned.
     #[error("{part}: {source}")]
     Placement {
-        /// `descriptor table`, `available ring` or `used ring`.
+        /// `descriptor table`, `available ring`, `used ring`; packed: `descriptor ring`, `driver event structure` or
+        /// `device event structure`.
         part: &'static str,
         /// What is wrong.
         source: AccessError,
@@ -40,7 +47,7 @@ pub enum RingError {
         /// Descriptors in the ring.
         size: u16,
     },
-    /// A head that is no descriptor of the ring.
+    /// A head that is no descriptor of the ring; packed: a buffer id that is none.
     #[error("available head {head} in a ring of {size}")]
     Head {
         /// The head.
@@ -48,7 +55,7 @@ pub enum RingError {
         /// Descriptors in the ring.
         size: u16,
     },
-    /// A head offered again before it was used.
+    /// A head (packed: a buffer id) offered again before it was used.
     #[error("head {head} is available again while in flight")]
     HeadInFlight {
         /// The head.
@@ -60,13 +67,21 @@ pub enum RingError {
         /// Where it leads.
         index: u16,
     },
-    /// A chain longer than the ring, which may be a loop.
+    /// A chain longer than the ring, which may be a loop; packed: longer than the part of it that the driver has.
     #[error("chain of head {head} is longer than {size} descriptors")]
     ChainLength {
         /// The head.
         head: u16,
         /// Descriptors allowed.
         size: u16,
+    },
+    /// A packed chain that leads to a descriptor which is not available.
+    #[error("chain at {head} leads to descriptor {index}, which is not available")]
+    NotAvailable {
+        /// Its first descriptor.
+        head: u16,
+        /// The descriptor.
+        index: u16,
     },
     /// A chain of more than 2³² bytes.
     #[error("chain of head {head} has {bytes:#x} bytes, more than 2^32")]

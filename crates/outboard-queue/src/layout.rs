@@ -7,7 +7,7 @@ pub struct QueueLayout {
     pub size: u16,
     /// Descriptor table, aligned to 16.
     pub desc: u64,
-    /// Available ring (packed: driver event structure), aligned to 2.
+    /// Available ring, aligned to 2 (packed: driver event structure, aligned to 4).
     pub avail: u64,
     /// Used ring (packed: device event structure), aligned to 4.
     pub used: u64,
@@ -29,6 +29,31 @@ impl QueueLayout {
         let used = avail.checked_add(avail_len)?.checked_next_multiple_of(4)?;
         let end = used.checked_add(used_len)?;
         Some((Self { size, desc, avail, used }, end))
+    }
+
+    /// Bytes of a packed descriptor ring, driver event structure and device event structure.
+    pub const fn packed_sizes(size: u16) -> (u64, u64, u64) {
+        (16 * size as u64, 4, 4)
+    }
+
+    /// As [`split_at`](Self::split_at), for a packed ring.
+    pub fn packed_at(start: u64, size: u16) -> Option<(Self, u64)> {
+        let (desc_len, ..) = Self::packed_sizes(size);
+        let desc = start.checked_next_multiple_of(16)?;
+        let avail = desc.checked_add(desc_len)?;
+        let used = avail.checked_add(4)?;
+        let end = used.checked_add(4)?;
+        Some((Self { size, desc, avail, used }, end))
+    }
+
+    /// Bytes of the three parts under these features: descriptors, what the driver writes, what the device writes.
+    pub const fn sizes(size: u16, features: QueueFeatures) -> (u64, u64, u64) {
+        if features.packed { Self::packed_sizes(size) } else { Self::split_sizes(size) }
+    }
+
+    /// A ring laid out from `start` on, of the layout that these features ask for.
+    pub fn at(start: u64, size: u16, features: QueueFeatures) -> Option<(Self, u64)> {
+        if features.packed { Self::packed_at(start, size) } else { Self::split_at(start, size) }
     }
 }
 

@@ -1,5 +1,5 @@
-//! Virtqueues (virtio 1.3 §2.6, §2.7), device side and driver side, over memory that the other side may change at any
-//! time.
+//! Virtqueues (virtio 1.3 §2.6 to §2.8), split and packed, device side and driver side, over memory that the other side
+//! may change at any time.
 //!
 //! ```text
 //!  driver                     guest memory                      device
@@ -9,6 +9,7 @@
 //!  pop_used ◀────────── used.idx ◀──────────────────────── publish ◀── complete┘
 //!                        └ avail.flags, used_event ──▶ call wanted?
 //! ```
+//! Of a packed ring the same calls write descriptors where the picture has rings and indices, see `packed/device.rs`.
 //!
 //! Invariants:
 //! * Each shared field is read once into a private copy, and the copy is checked; used-ring fields are never read back.
@@ -18,13 +19,16 @@
 //! * In steady state a request costs no allocation, no lock, no look-up of ring memory.
 #![forbid(unsafe_code)]
 
+mod budget;
 mod chain;
 mod device;
 mod driver;
 mod error;
 mod event;
 mod layout;
+mod packed;
 mod split;
+mod walk;
 
 pub use chain::{Chain, Readable, Writable};
 pub use device::DeviceQueue;

@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use outboard_memory::{GuestMemory, Region, View};
-use outboard_queue::{Chain, DeviceQueue, DriverQueue, QueueLayout};
+use outboard_queue::{Chain, DeviceQueue, DriverQueue, QueueFeatures, QueueLayout};
 
 /// The system's allocator, counting for each thread.
 struct Counting;
@@ -46,10 +46,12 @@ const SIZE: u16 = 64;
 fn rig(regions: u64, features: u64) -> (DriverQueue, DeviceQueue) {
     let regions = (0..regions).map(|at| Arc::new(Region::memfd(at * REGION, REGION).unwrap().0));
     let view = View::new(Arc::new(GuestMemory::new(1, regions.collect()).unwrap()));
-    let (layout, end) = QueueLayout::split_at(0, SIZE).unwrap();
+    let shape = QueueFeatures::from_bits(features);
+    let (layout, end) = QueueLayout::at(0, SIZE, shape).unwrap();
     let mut driver = DriverQueue::new(layout, features, view.clone()).unwrap();
     driver.set_indirect_area(end, SIZE);
-    (driver, DeviceQueue::new(layout, features, 0, view).unwrap())
+    let device = DeviceQueue::new(layout, features, driver.base(), view).unwrap();
+    (driver, device)
 }
 
 /// One batch of requests of `pieces` writable buffers each, `depth` in flight, completed out of order.
@@ -93,13 +95,13 @@ fn batch(
 #[test]
 fn no_request_allocates_once_the_queue_is_warm() {
     for regions in [1, 8] {
-        for features in [0, 1 << 28 | 1 << 29] {
+        for features in [0, 1 << 28 | 1 << 29, 1 << 34, 1 << 34 | 1 << 28 | 1 << 29] {
             let (mut driver, mut device) = rig(regions, features);
             let mut chains = Vec::with_capacity(usize::from(SIZE));
             // The last kind straddles two regions when there are several: the careful way.
             let seam = if regions > 1 { 3 * REGION - 300 } else { 0x9_0000 };
-            let shapes =
-                [(2, false, 0x9_0000), (2, features != 0, 0x9_0000), (40, features != 0, seam)];
+            let tables = features >> 28 & 1 == 1;
+            let shapes = [(2, false, 0x9_0000), (2, tables, 0x9_0000), (40, tables, seam)];
             for shape in shapes {
                 for _ in 0..20 {
                     batch(&mut driver, &mut device, &mut chains, shape);

@@ -10,18 +10,21 @@ use std::sync::Arc;
 use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
 use outboard_memory::{DirtyLog, GuestMemory, Region, View, twin};
-use outboard_queue::{DeviceQueue, DriverQueue, QueueLayout, RingLog};
+use outboard_queue::{DeviceQueue, DriverQueue, QueueFeatures, QueueLayout, RingLog};
 
 const EVENT_IDX: u64 = 1 << 29;
+const PACKED: u64 = 1 << 34;
 const DATA: u64 = 0x8000;
 
 /// Both sides of a ring of two, in memory of its own.
 fn both(features: u64) -> (DriverQueue, DeviceQueue) {
     let region = Region::memfd(0, 0x1_0000).unwrap().0;
     let view = View::new(Arc::new(GuestMemory::new(1, vec![Arc::new(region)]).unwrap()));
-    let (layout, _) = QueueLayout::split_at(0, 2).unwrap();
+    let shape = QueueFeatures::from_bits(features);
+    // An odd size, where that is legal.
+    let (layout, _) = QueueLayout::at(0, if shape.packed { 3 } else { 2 }, shape).unwrap();
     let driver = DriverQueue::new(layout, features, view.clone()).unwrap();
-    let device = DeviceQueue::new(layout, features, 0, view).unwrap();
+    let device = DeviceQueue::new(layout, features, driver.base(), view).unwrap();
     (driver, device)
 }
 
@@ -135,6 +138,65 @@ fn no_call_is_lost_when_the_driver_arms_by_flag() {
 #[test]
 fn no_call_is_lost_when_the_driver_arms_by_event() {
     publish_against_arm(EVENT_IDX);
+}
+
+#[test]
+fn no_kick_is_lost_when_the_device_of_a_packed_ring_arms() {
+    arm_against_publish(PACKED);
+    arm_against_publish(PACKED | EVENT_IDX);
+}
+
+#[test]
+fn no_call_is_lost_when_the_driver_of_a_packed_ring_arms() {
+    publish_against_arm(PACKED);
+    publish_against_arm(PACKED | EVENT_IDX);
+}
+
+#[test]
+#[should_panic(expected = "a kick was lost")]
+fn a_lost_kick_of_a_packed_ring_shows_without_the_fence() {
+    twin::without_fences(|| arm_against_publish(PACKED | EVENT_IDX));
+}
+
+#[test]
+#[should_panic(expected = "a call was lost")]
+fn a_lost_call_of_a_packed_ring_shows_without_the_fence() {
+    twin::without_fences(|| publish_against_arm(PACKED | EVENT_IDX));
+}
+
+/// Both sides write the same descriptors, in batches of several: whoever sees the first one of a batch sees all of it,
+/// over the end of the ring too.
+#[test]
+fn what_the_first_descriptor_of_a_packed_batch_stands_for_is_there() {
+    loom::model(|| {
+        let (mut driver, mut device) = both(PACKED);
+        // One request, so that the batch goes over the end.
+        driver.add(&[(DATA, 16)], &[], 1).unwrap();
+        driver.publish();
+        let chain = device.pop().unwrap().unwrap();
+        device.complete(chain, 1);
+        device.publish().unwrap();
+        assert_eq!(driver.pop_used().unwrap(), Some((1, 1)));
+        let other = thread::spawn(move || {
+            driver.add(&[(DATA, 16)], &[(DATA + 0x100, 8)], 3).unwrap();
+            driver.add(&[(DATA, 5)], &[], 4).unwrap();
+            driver.publish();
+            let first = driver.pop_used().unwrap();
+            assert!(matches!(first, None | Some((3, 8))), "{first:?}");
+            if first.is_some() {
+                assert_eq!(driver.pop_used().unwrap(), Some((4, 0)));
+            }
+        });
+        if let Some(mut first) = device.pop().unwrap() {
+            assert_eq!((first.readable().len(), first.writable().len()), (16, 8));
+            let mut second = device.pop().unwrap().unwrap();
+            assert_eq!((second.readable().len(), second.writable().len()), (5, 0));
+            device.complete(first, 8);
+            device.complete(second, 0);
+            device.publish().unwrap();
+        }
+        other.join().unwrap();
+    });
 }
 
 #[test]

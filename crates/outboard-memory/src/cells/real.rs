@@ -11,6 +11,8 @@ use crate::copy;
 use crate::map::GuestMemory;
 use crate::table::Table;
 
+pub(super) mod packed;
+
 /// A memory fence, as [`std::sync::atomic::fence`]; under loom, loom's.
 #[inline(always)]
 pub fn fence(order: Ordering) {

@@ -11,6 +11,8 @@ use loom::sync::atomic::{self, AtomicU8, AtomicU16, AtomicU64, Ordering};
 use super::{Cells, Descriptor};
 use crate::table::Table;
 
+pub mod packed;
+
 thread_local! {
     static FENCES: Cell<bool> = const { Cell::new(true) };
 }

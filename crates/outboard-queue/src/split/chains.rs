@@ -5,15 +5,9 @@
 
 use outboard_memory::{Buffers, View};
 
+use crate::budget::Budget;
 use crate::chain::Parts;
 use crate::error::RingError;
-
-/// A chain of more pieces is charged, and its list is kept only within limits.
-pub(crate) const FEW_PIECES: u16 = 128;
-/// The most pieces of chains in flight that have more than a few: 64 MiB of lists.
-const MOST_PIECES: usize = 4 << 20;
-/// Idle chains that may keep a long list for the next request.
-const MOST_GROWN: usize = 64;
 
 pub(crate) struct Chains {
     /// By head. `None`: in flight, or never made. Empty while the chains are set aside.
@@ -23,17 +17,19 @@ pub(crate) struct Chains {
     aside: Box<[Option<Box<Parts>>]>,
     /// Which were made.
     made: Box<[bool]>,
-    /// How many may keep a long list.
-    grown: usize,
-    /// Pieces of chains in flight that have more than a few.
-    charged: usize,
+    budget: Budget,
 }
 
 impl Chains {
     pub(crate) fn new(size: u16) -> Self {
         let size = usize::from(size);
         let idle = std::iter::repeat_with(|| None).take(size).collect();
-        Self { idle, aside: Box::default(), made: vec![false; size].into(), grown: 0, charged: 0 }
+        Self {
+            idle,
+            aside: Box::default(),
+            made: vec![false; size].into(),
+            budget: Budget::default(),
+        }
     }
 
     /// Takes the chain of this head out.
@@ -99,47 +95,35 @@ impl Chains {
         if std::mem::replace(made, true) {
             return Err(RingError::HeadInFlight { head });
         }
-        Ok(Box::new(Parts { buffers: Buffers::new(view), head, grown: false, charged: 0 }))
+        Ok(Box::new(Parts {
+            buffers: Buffers::new(view),
+            head,
+            place: head,
+            grown: false,
+            charged: 0,
+        }))
     }
 
     /// Counts the pieces of a chain that was just walked.
     pub(crate) fn charge(&mut self, parts: &mut Parts, pieces: usize) -> Result<(), RingError> {
-        if pieces > usize::from(FEW_PIECES) {
-            parts.charged = pieces;
-            self.charged += pieces;
-        }
-        if self.charged > MOST_PIECES {
-            Err(RingError::Pieces { limit: MOST_PIECES })
-        } else {
-            Ok(())
-        }
+        self.budget.charge(parts, pieces)
     }
 
-    /// The place of the chain of `head`, which is given back. `None`: no such chain is in flight here, or chains are set
-    /// aside.
+    /// The place of a chain that is given back. `None`: it is charged, no such chain is in flight here, or chains are
+    /// set aside.
     #[inline(always)]
-    pub(crate) fn place(
-        &mut self,
-        head: u16,
-        parts: &mut Box<Parts>,
-    ) -> Option<&mut Option<Box<Parts>>> {
-        if parts.charged != 0 {
-            self.discharge(parts);
-        }
-        self.idle.get_mut(usize::from(head)).filter(|slot| slot.is_none())
+    pub(crate) fn place(&mut self, parts: &Parts) -> Option<&mut Option<Box<Parts>>> {
+        self.idle.get_mut(usize::from(parts.place)).filter(|slot| slot.is_none())
     }
 
-    /// A chain with a long list goes idle: it keeps the list, or not.
-    #[inline(never)]
-    fn discharge(&mut self, parts: &mut Parts) {
-        self.charged = self.charged.saturating_sub(std::mem::take(&mut parts.charged));
-        if !parts.grown && self.grown < MOST_GROWN {
-            self.grown += 1;
-            parts.grown = true;
-        }
-        if !parts.grown {
-            parts.buffers.shrink();
-        }
+    /// As [`place`](Self::place), after a chain that is charged is not any more.
+    #[cold]
+    pub(crate) fn discharged_place(
+        &mut self,
+        parts: &mut Parts,
+    ) -> Option<&mut Option<Box<Parts>>> {
+        self.budget.discharge(parts);
+        self.place(parts)
     }
 
     /// Lets go of guest memory that is not the one of `view`.
@@ -152,10 +136,7 @@ impl Chains {
 
 impl std::fmt::Debug for Chains {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Chains")
-            .field("grown", &self.grown)
-            .field("charged", &self.charged)
-            .finish()
+        self.budget.fmt(f)
     }
 }
 

@@ -24,16 +24,7 @@ use crate::chain::{Chain, Parts};
 use crate::error::RingError;
 use crate::event::need_event;
 use crate::layout::{QueueFeatures, QueueLayout};
-
-/// How much of the ring still works.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Health {
-    Live,
-    /// The driver broke a rule: nothing more is taken; what is in flight can still be given back.
-    Retired,
-    /// Guest memory is gone: nothing is given back either.
-    Lost,
-}
+use crate::walk::Health;
 
 #[derive(Debug)]
 pub(crate) struct SplitDevice {
@@ -116,17 +107,18 @@ impl SplitDevice {
 
     #[inline(always)]
     pub(crate) fn pop(&mut self) -> Result<Option<Chain>, RingError> {
-        if self.next_avail == self.seen_avail {
+        let next = self.next_avail;
+        if next == self.seen_avail {
             let avail = self.cells.avail_idx.load(Ordering::Acquire);
-            if avail == self.next_avail {
+            if avail == next {
                 return Ok(None);
             }
-            if avail.wrapping_sub(self.next_avail) > self.limit {
+            if avail.wrapping_sub(next) > self.limit {
                 return self.refuse(avail);
             }
             self.seen_avail = avail;
         }
-        match self.take() {
+        match self.take(next) {
             Some(chain) => Ok(Some(chain)),
             None => self.tell(),
         }
@@ -148,11 +140,11 @@ impl SplitDevice {
         self.tell()
     }
 
-    /// Takes the next chain, which the available index covers. None: the driver broke a rule. (Out of line, so that
+    /// Takes the next chain, entry `next`, which the available index covers. None: the driver broke a rule. (Out of line, so that
     /// the walk has the registers for itself.)
     #[inline(always)]
-    fn take(&mut self) -> Option<Chain> {
-        match self.try_take() {
+    fn take(&mut self, next: u16) -> Option<Chain> {
+        match self.try_take(next) {
             Ok(chain) => {
                 self.next_avail = self.next_avail.wrapping_add(1);
                 Some(chain)
@@ -165,8 +157,8 @@ impl SplitDevice {
     }
 
     #[inline(always)]
-    fn try_take(&mut self) -> Result<Chain, RingError> {
-        let head = self.cells.avail.load(self.next_avail);
+    fn try_take(&mut self, next: u16) -> Result<Chain, RingError> {
+        let head = self.cells.avail.load(next);
         let mut parts = self.chains.take(head, &self.source.view)?;
         if self.source.walk_quickly(head, &mut parts.buffers).is_none() {
             parts = self.walk_carefully(head, parts)?;
@@ -216,11 +208,11 @@ impl SplitDevice {
         self.fault = Some(if lost { RingError::MemoryLost } else { error });
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn complete(&mut self, chain: Chain, written: u32) {
-        let mut parts = chain.0;
-        let head = parts.head;
-        match self.chains.place(head, &mut parts) {
+        let parts = chain.0;
+        let head = parts.place;
+        match self.chains.place(&parts) {
             Some(slot) => *slot = Some(parts),
             None => return self.complete_tracked(parts, written),
         }
@@ -233,7 +225,7 @@ impl SplitDevice {
         self.next_used = self.next_used.wrapping_add(1);
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn publish(&mut self) -> Result<bool, RingError> {
         if self.unusual {
             return self.publish_unusual();

@@ -237,6 +237,10 @@ impl SplitDriver {
         self.free
     }
 
+    pub(crate) fn base(&self) -> u32 {
+        u32::from(self.next_avail)
+    }
+
     pub(crate) fn next_avail(&self) -> u16 {
         self.next_avail
     }
@@ -251,7 +255,7 @@ impl SplitDriver {
 }
 
 /// The buffers of a chain in order, each with its Descriptor::WRITE flag; one empty readable one when there are none.
-fn buffers(
+pub(crate) fn buffers(
     readable: &[(u64, u32)],
     writable: &[(u64, u32)],
 ) -> impl Iterator<Item = (u64, u32, u16)> {

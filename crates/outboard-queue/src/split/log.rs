@@ -96,8 +96,18 @@ impl Logging {
         }
     }
 
-    /// `len` bytes of the used ring, `offset` bytes from its start, are written.
-    fn mark_used(&self, offset: u64, len: u64) {
+    /// Whether writes to the ring itself are noted.
+    pub(crate) fn notes_used(&self) -> bool {
+        self.to.used.is_some()
+    }
+
+    /// `len` bytes of guest memory are written.
+    pub(crate) fn mark_at(&self, guest: u64, len: u64) {
+        self.to.log.mark(guest, len);
+    }
+
+    /// `len` bytes of the used ring (packed: of the descriptor ring), `offset` bytes from its start, are written.
+    pub(crate) fn mark_used(&self, offset: u64, len: u64) {
         if let Some(used) = self.to.used {
             self.to.log.mark(used.saturating_add(offset), len);
         }

@@ -7,12 +7,13 @@
 
 use outboard_memory::Buffers;
 
-use super::device::{Health, SplitDevice};
+use super::device::SplitDevice;
 use super::inflight::{Inflight, InflightArea};
 use super::log::{Logging, RingLog};
 use crate::chain::{Chain, Parts};
 use crate::error::RingError;
 use crate::layout::QueueLayout;
+use crate::walk::Health;
 
 impl SplitDevice {
     pub(super) fn is_tracked(&self) -> bool {
@@ -158,8 +159,12 @@ impl SplitDevice {
     /// Gives a chain back that the quick way has no place for.
     #[cold]
     #[inline(never)]
-    pub(super) fn complete_tracked(&mut self, parts: Box<Parts>, written: u32) {
+    pub(super) fn complete_tracked(&mut self, mut parts: Box<Parts>, written: u32) {
         let head = parts.head;
+        if let Some(slot) = self.chains.discharged_place(&mut parts) {
+            *slot = Some(parts);
+            return self.push_used(head, written);
+        }
         if !self.chains.put_aside(head, parts) {
             debug_assert!(false, "head {head} was not taken from this queue");
             return;

@@ -3,13 +3,11 @@
 //! Zero or more descriptors of the ring, then possibly one indirect table (§2.7.5.3.2). The walk is bounded by the size
 //! of the ring whatever the guest writes meanwhile.
 
-use outboard_memory::{AccessError, Buffers, Descriptor, Descriptors, Rules, View};
+use outboard_memory::{Buffers, Descriptor, Descriptors, Rules, View};
 
-use super::chains::FEW_PIECES;
+use crate::budget::FEW_PIECES;
 use crate::error::RingError;
-
-/// The most bytes of a chain (virtio 1.3 §2.6.4: "the total length … MUST NOT exceed 2³²").
-const MOST_BYTES: u64 = 1 << 32;
+use crate::walk::{MOST_BYTES, unreachable};
 
 /// Where the chains of a ring come from.
 #[derive(Debug)]
@@ -94,17 +92,6 @@ impl Source {
         let (len, size) = (descriptor.len, self.rules.most);
         let count = u16::try_from(len / 16).ok().filter(|&count| count >= 1 && count <= size);
         count.filter(|_| len.is_multiple_of(16)).ok_or(RingError::IndirectLength { len, size })
-    }
-}
-
-/// What it means that a buffer or a table of a chain cannot be reached.
-#[cold]
-fn unreachable(head: u16, source: AccessError) -> RingError {
-    match source {
-        AccessError::Miss { .. } | AccessError::Denied { .. } => {
-            RingError::Untranslated { head, source }
-        }
-        source => RingError::Buffer { head, source },
     }
 }
 

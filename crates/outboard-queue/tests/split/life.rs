@@ -70,15 +70,6 @@ fn a_size_that_is_no_power_of_two_is_refused() {
 }
 
 #[test]
-fn a_packed_ring_is_refused_by_name() {
-    let (layout, _) = QueueLayout::split_at(0, 8).unwrap();
-    assert_eq!(
-        DeviceQueue::new(layout, 1 << 34, 0, View::new(memory())).unwrap_err(),
-        RingError::Packed
-    );
-}
-
-#[test]
 fn a49_a_ring_whose_last_entry_leaves_its_region_is_refused() {
     let (desc_len, avail_len, used_len) = QueueLayout::split_sizes(8);
     let whole = QueueLayout { size: 8, desc: 0, avail: 0x1000, used: 0x2000 };

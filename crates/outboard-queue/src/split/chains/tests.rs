@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use outboard_memory::{GuestMemory, Region, View};
 
-use super::{Chains, FEW_PIECES, MOST_GROWN};
+use super::Chains;
+use crate::budget::{FEW_PIECES, MOST_GROWN};
 use crate::chain::Parts;
 use crate::error::RingError;
 
@@ -14,7 +15,8 @@ fn view() -> View {
 }
 
 fn put(chains: &mut Chains, head: u16, mut parts: Box<Parts>) -> bool {
-    match chains.place(head, &mut parts) {
+    assert_eq!(parts.head, head);
+    match chains.discharged_place(&mut parts) {
         Some(slot) => *slot = Some(parts),
         None => return false,
     }
@@ -45,7 +47,7 @@ fn only_so_many_idle_chains_keep_a_long_list() {
             use_once(&mut chains, &view, head, long);
         }
     }
-    assert_eq!((chains.grown, chains.charged), (MOST_GROWN, 0));
+    assert_eq!((chains.budget.grown, chains.budget.charged), (MOST_GROWN, 0));
     let kept = (0..256).filter(|&head| use_once(&mut chains, &view, head, 1) > 0).count();
     assert_eq!(kept, MOST_GROWN);
 }
