@@ -59,19 +59,20 @@ fn switch(disk: &mut Disk, on: bool) -> Outcome {
     disk.session.done(&message::set_features(disk.session.features | all))
 }
 
-/// A disk that logs, its used ring at `used` in the log.
-fn logging(case: &mut Case<'_>, used: Option<u64>) -> Outcome<(Disk, Pages)> {
+/// A disk that logs, its used ring at this address in the log where it is given.
+fn logging(case: &mut Case<'_>, features: u64, used: Option<u64>) -> Outcome<(Disk, Pages)> {
     let capacity = case.capacity()?;
-    let session = case.session_with(PLAIN, USUAL | P::LOG_SHMFD)?;
+    let session = case.session_with(PLAIN | features, USUAL | P::LOG_SHMFD)?;
     session.needs(P::LOG_SHMFD, "LOG_SHMFD")?;
     session.needs_bit(virtio::LOG_ALL, "LOG_ALL")?;
     let mut disk = Disk::start(session, capacity)?;
     let pages = Pages::give(&mut disk)?;
     switch(&mut disk, true)?;
-    if let Some(log_guest_addr) = used {
-        let addr = VringAddr { flags: 1, log_guest_addr, ..disk.ring.addr() };
-        disk.session.done(&message::vring_addr(&addr))?;
-    }
+    // An address even where it has no meaning: some note the used ring whatever the flag says, which
+    // does no harm.
+    let (flags, log_guest_addr) = used.map_or((0, disk.ring.used), |used| (1, used));
+    let addr = VringAddr { flags, log_guest_addr, ..disk.ring.addr() };
+    disk.session.done(&message::vring_addr(&addr))?;
     Ok((disk, pages))
 }
 
@@ -99,7 +100,7 @@ fn read_into(disk: &mut Disk, parts: &[(u64, u32)], when: &str) -> Outcome {
 
 /// Buffers that begin and end in the middle of a page, and those in a table.
 pub(crate) fn every_page(case: &mut Case<'_>) -> Outcome {
-    let (mut disk, pages) = logging(case, None)?;
+    let (mut disk, pages) = logging(case, 0, None)?;
     let far = DATA + 0x8000;
     // From the last byte of one page over three whole ones into the next, then elsewhere.
     read_into(&mut disk, &[(DATA + 0xfff, 0x3200), (far + 0x10, 0x400)], "of many pages")?;
@@ -110,14 +111,8 @@ pub(crate) fn every_page(case: &mut Case<'_>) -> Outcome {
 
 /// Buffers of an indirect table.
 pub(crate) fn indirect(case: &mut Case<'_>) -> Outcome {
-    let capacity = case.capacity()?;
-    let all = PLAIN | virtio::RING_INDIRECT_DESC;
-    let session = case.session_with(all, USUAL | P::LOG_SHMFD)?;
-    session.needs(P::LOG_SHMFD, "LOG_SHMFD")?;
-    session.needs_bit(virtio::LOG_ALL | virtio::RING_INDIRECT_DESC, "LOG_ALL and INDIRECT_DESC")?;
-    let mut disk = Disk::start(session, capacity)?;
-    let pages = Pages::give(&mut disk)?;
-    switch(&mut disk, true)?;
+    let (mut disk, pages) = logging(case, virtio::RING_INDIRECT_DESC, None)?;
+    disk.session.needs_bit(virtio::RING_INDIRECT_DESC, "INDIRECT_DESC")?;
     disk.header(IN, 0)?;
     let table = [
         Desc::new(HEADER, 16, NEXT, 1),
@@ -135,7 +130,7 @@ pub(crate) fn indirect(case: &mut Case<'_>) -> Outcome {
 
 /// Another log, while the ring runs.
 pub(crate) fn swapped(case: &mut Case<'_>) -> Outcome {
-    let (mut disk, old) = logging(case, None)?;
+    let (mut disk, old) = logging(case, 0, None)?;
     read_into(&mut disk, &[(DATA, 512)], "before the log was replaced")?;
     let new = Pages::give(&mut disk)?;
     old.clear()?;
@@ -148,7 +143,7 @@ pub(crate) fn swapped(case: &mut Case<'_>) -> Outcome {
 
 /// Without LOG_ALL nothing is marked any more; with it again, all is.
 pub(crate) fn switched_off(case: &mut Case<'_>) -> Outcome {
-    let (mut disk, pages) = logging(case, None)?;
+    let (mut disk, pages) = logging(case, 0, None)?;
     read_into(&mut disk, &[(DATA, 512)], "while the log is on")?;
     switch(&mut disk, false)?;
     pages.clear()?;
@@ -162,7 +157,7 @@ pub(crate) fn switched_off(case: &mut Case<'_>) -> Outcome {
 
 /// The used ring is noted where the front-end wants it, and only where it wants it noted.
 pub(crate) fn used_ring(case: &mut Case<'_>) -> Outcome {
-    let (mut disk, pages) = logging(case, Some(FREE))?;
+    let (mut disk, pages) = logging(case, 0, Some(FREE))?;
     read_into(&mut disk, &[(DATA, 512)], "while the used ring is logged elsewhere")?;
     let all = pages.all()?;
     ensure!(all.contains(&FREE), "the used ring is not marked at its log address");

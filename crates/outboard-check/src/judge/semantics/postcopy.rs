@@ -43,7 +43,8 @@ fn incoming(case: &mut Case<'_>, memory: &SharedMemory) -> Outcome<(Session, Fau
     let server = FaultServer::new(reply.fds.pop().ok_or_else(none)?);
     session.done(&Msg::bare(Code::PostcopyListen))?;
     let table: Vec<_> = memory.regions().map(|(spec, fd)| (message::region(&spec), fd)).collect();
-    let reply = session.ask(&message::mem_table(&table))?;
+    // As QEMU does: both halves ask for an acknowledgement, and one comes, after the second.
+    let reply = session.ask(&message::mem_table(&table).need_reply())?;
     let regions = decode_mem_table(&reply.payload).unwrap_or_default();
     let same = |(back, (sent, _)): (&MemRegion, &(MemRegion, _))| {
         (back.guest_addr, back.size) == (sent.guest_addr, sent.size) && back.user_addr != 0
@@ -68,7 +69,9 @@ impl Faults {
         };
         let inside = |one: &&MemRegion| there.wrapping_sub(one.user_addr) < one.size;
         let Some(region) = self.regions.iter().find(inside) else {
-            return Err(Finding::breaks(format!("a page fault at {there:#x}, in no region")));
+            return Err(Finding::breaks(format!(
+                "a page fault at {there:#x}, where no region of its answer to SET_MEM_TABLE lies"
+            )));
         };
         Ok(Some((
             there & !(PAGE - 1),
