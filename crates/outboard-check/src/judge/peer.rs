@@ -276,6 +276,15 @@ impl Peer {
         Some(Err(least))
     }
 
+    /// Waits until it has read what was just sent, which is when it sleeps again; no longer than `most`, as some
+    /// never do.
+    pub(crate) fn digests(&self, most: Duration) {
+        let until = Instant::now() + most;
+        while self.ready_to_run() && Instant::now() < until {
+            std::thread::yield_now();
+        }
+    }
+
     /// Whether a thread of it runs or waits for a processor.
     fn ready_to_run(&self) -> bool {
         let tasks = self.pid.and_then(|pid| std::fs::read_dir(format!("/proc/{pid}/task")).ok());

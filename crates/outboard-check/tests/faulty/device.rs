@@ -1,6 +1,7 @@
 //! The device itself: a disk of 1 MiB in memory, on the protocol's state machine and the device side of
 //! the queues. It knows its fault and breaks the rule where the rule is kept.
 
+mod alone;
 mod inflight;
 mod iommu;
 mod migration;
@@ -9,12 +10,15 @@ mod optional;
 mod postcopy;
 mod raw;
 mod requests;
+mod sights;
 
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+pub(crate) use alone::Seen;
+use migration::Transfer;
 use notify::{add_one, descriptor};
 use outboard_memory::{GuestMemory, MapOptions, Region, RegionSpec, UserFault, View};
 use outboard_protocol::features::{ProtocolFeatures as P, virtio};
@@ -46,8 +50,16 @@ struct Ring {
     requests: u32,
     /// The head that was taken last, of those that came together.
     last_head: Option<u16>,
-    /// Kicks that had nothing to say.
-    idle_kicks: u64,
+    /// Kicks that were heard.
+    kicks: u64,
+    /// Requests that were taken together, the last time.
+    batch: u32,
+    /// Where it started, how often it was stopped, whether it was ever enabled.
+    from: u32,
+    stops: u32,
+    was_enabled: bool,
+    /// Call descriptors that were given.
+    calls: u32,
 }
 
 pub(crate) struct Device {
@@ -58,7 +70,7 @@ pub(crate) struct Device {
     disk: Vec<u8>,
     status: u8,
     channel: Option<OwnedFd>,
-    transfer: Option<migration::Transfer>,
+    transfer: Option<Transfer>,
     /// It has saved its state.
     saved: bool,
     iommu: iommu::Iommu,
@@ -68,12 +80,14 @@ pub(crate) struct Device {
     kept: Vec<OwnedFd>,
     marks: Option<migration::Marks>,
     log_fd: Option<OwnedFd>,
-    /// The next request's data lie at an odd address.
-    odd_data: bool,
+    /// The descriptors of the next request, as they lie there.
+    parts: Vec<raw::Raw>,
     /// It has run a ring.
     ran: bool,
-    /// SET_OWNER has come.
-    pub(crate) owned: Cell<bool>,
+    /// The requests that have come.
+    pub(crate) seen: Vec<Seen>,
+    /// The kick of a ring that a fault goes on with.
+    spare: Option<OwnedFd>,
     /// A fault has been prepared, and shows later.
     pub(crate) trap: Cell<bool>,
 }
@@ -149,9 +163,10 @@ impl Device {
             kept: Vec::new(),
             marks: None,
             log_fd: None,
-            odd_data: false,
+            parts: Vec::new(),
             ran: false,
-            owned: Cell::new(false),
+            seen: Vec::new(),
+            spare: None,
             trap: Cell::new(false),
         }
     }
@@ -185,11 +200,9 @@ impl Device {
     pub(crate) fn carry_out(&mut self, effect: Effect<OwnedFd>) {
         match effect {
             Effect::SetFeatures { ticket, enable_all, .. } => {
+                let enables = self.features_enable(enable_all);
                 self.backend.answer(ticket, Ok(()));
-                let inverted = self.is("enable-inverted") && !enable_all;
-                if inverted {
-                    self.enable_all();
-                }
+                enables.into_iter().for_each(|on| self.enable_all(on));
             }
             Effect::SetProtocolFeatures { ticket, .. }
             | Effect::RingConfigured { ticket, .. }
@@ -230,16 +243,19 @@ impl Device {
                 let base = self.stop(index) + u32::from(skip_drain && self.miscounts());
                 self.backend.answer(ticket, Ok(base));
                 if self.is("looks-after-stop") {
-                    self.restart(index);
+                    self.restart(index, Notifier::Poll);
+                }
+                if let Some(kick) = self.spare.take() {
+                    self.restart(index, Notifier::Fd(kick));
                 }
             }
             other => self.carry_out_optional(other),
         }
     }
 
-    fn enable_all(&mut self) {
+    fn enable_all(&mut self, on: u32) {
         for index in 0..2u32 {
-            let msg = [18u32, 1, 8, index, 1].map(u32::to_ne_bytes).concat();
+            let msg = [18u32, 1, 8, index, on].map(u32::to_ne_bytes).concat();
             self.backend.receive(&msg, Vec::new());
         }
     }
@@ -280,29 +296,30 @@ impl Device {
 
     /// Everything that may follow from a message: memory is looked at again, rings are started.
     pub(crate) fn settle(&mut self) {
-        let stale = self.is("keeps-old-memory");
         for index in 0..self.rings.len() {
-            if !stale {
-                self.refresh(index);
-            }
+            self.refresh(index);
             self.try_start(index);
         }
         self.look(None);
+        for (ring, state) in self.rings.iter_mut().zip(self.backend.rings()) {
+            ring.was_enabled |= state.enabled;
+        }
         self.look_for_holes();
     }
 
     /// Gives a running ring the memory of the moment.
     fn refresh(&mut self, index: usize) {
         let space = self.space();
+        let Some(mut queue) = self.rings[index].queue.take() else { return };
+        let known = Arc::ptr_eq(queue.view().memory(), &space);
+        let stays = self.rings[index].broken || known || self.misses_memory(index, &queue);
+        let done = if stays { None } else { Some(queue.set_memory(View::new(space))) };
         let ring = &mut self.rings[index];
-        let Some(queue) = &mut ring.queue else { return };
-        if ring.broken || Arc::ptr_eq(queue.view().memory(), &space) {
-            return;
-        }
-        let done = queue.set_memory(View::new(space));
+        ring.queue = Some(queue);
+        let Some(done) = done else { return };
         ring.parked = done.is_err();
-        if done.is_err() && self.fault == "gives-up-without-memory" {
-            ring.broken = true;
+        if done.is_err() {
+            self.rings[index].broken = self.gives_up();
         }
         match done {
             // It goes on where the ring was.
@@ -317,13 +334,13 @@ impl Device {
     fn try_start(&mut self, index: usize) {
         let number = u16::try_from(index).expect("small");
         let state = *self.backend.ring(number).expect("it is there");
-        if self.is("starts-unkicked") && self.rings[index].kick.is_none() && state.is_configured() {
+        if self.starts_unkicked() && self.rings[index].kick.is_none() && state.is_configured() {
             self.rings[index].kick = Some(Notifier::Poll);
         }
-        if self.rings[index].forgotten {
+        if self.rings[index].forgotten || self.stays_stopped(index) {
             return;
         }
-        let kicked = state.kicked || self.is("starts-unkicked");
+        let kicked = state.kicked || self.starts_unkicked();
         let waits = kicked && state.is_configured() && self.rings[index].queue.is_none();
         if !waits || !self.backend.features_set() {
             return;
@@ -362,7 +379,8 @@ impl Device {
         let good = self.take_up(index, &mut queue);
         if self.backend.ring_event(number, RingEvent::Started) {
             let ring = &mut self.rings[index];
-            (ring.queue, ring.parked, ring.broken) = (Some(queue), false, false);
+            (ring.queue, ring.parked, ring.from) = (Some(queue), false, base);
+            ring.broken &= self.fault == "ring-revives";
             if !good {
                 self.broke(index);
             }
@@ -384,33 +402,38 @@ impl Device {
 
     fn stop(&mut self, index: u16) -> u32 {
         let fallback = self.backend.ring(index).map_or(0, |ring| ring.base);
+        let listens = self.listens_on(index.into());
         let ring = &mut self.rings[usize::from(index)];
         let kick = ring.kick.take().and_then(descriptor);
         if self.fault == "leaks-at-stops" {
             self.kept.extend(kick);
+        } else if listens {
+            self.spare = kick;
         }
-        let mut base = fallback;
-        if let Some(queue) = &ring.queue {
-            base = queue.base();
-            if self.fault != "busy-after-stop" {
-                ring.queue = None;
-            }
-        } else if self.fault == "base-0-when-stopped" {
-            base = 0;
+        let Some(queue) = &ring.queue else {
+            return if self.fault == "base-0-when-stopped" { 0 } else { fallback };
+        };
+        let (from, to) = (ring.from, queue.base());
+        if self.fault != "busy-after-stop" {
+            ring.queue = None;
         }
         self.spoil_stop();
-        if self.fault == "base-off-by-one" && base != fallback { base + 1 } else { base }
+        let told = self.told_base(index.into(), from, to);
+        self.rings[usize::from(index)].stops += 1;
+        if index == 1 && self.is("rings-independent") {
+            self.rings[0].queue = None;
+        }
+        told
     }
 
     /// A ring that goes on although it was stopped.
-    fn restart(&mut self, index: u16) {
+    fn restart(&mut self, index: u16, kick: Notifier<OwnedFd>) {
         let Some(layout) = self.layout(index) else { return };
         let base = self.backend.ring(index).map_or(0, |ring| ring.base);
         let view = View::new(Arc::clone(&self.memory));
         let queue = DeviceQueue::new(layout, self.backend.acked_features(), base, view);
         let ring = &mut self.rings[usize::from(index)];
-        ring.queue = queue.ok();
-        ring.kick = Some(Notifier::Poll);
+        (ring.queue, ring.kick) = (queue.ok(), Some(kick));
     }
 
     /// Serves one ring that was kicked, or all when something about them changed.
@@ -419,12 +442,13 @@ impl Device {
             let number = u16::try_from(index).expect("small");
             let wanted = match kicked {
                 Some(which) => which == index,
-                None => !self.is("waits-for-a-kick"),
+                None => !self.is("waits-for-a-kick") && !self.overlooks(index),
             };
             let by_itself = self.backend.acked_features() & virtio::PROTOCOL_FEATURES == 0;
             let enabled = self.backend.ring(number).is_some_and(|ring| ring.enabled)
-                && !(by_itself && self.is("enables-nothing-by-itself"));
-            if wanted && (enabled || self.is("ignores-enable")) {
+                && !(by_itself && self.wants_enable());
+            let anyhow = self.is("ignores-enable") || self.serves_disabled(index);
+            if wanted && (enabled || anyhow) {
                 self.serve(index);
             }
         }
@@ -458,6 +482,7 @@ impl Device {
         }
         loop {
             let mut done = Vec::new();
+            let mut together = 0;
             loop {
                 self.looks_at_region();
                 if !self.trips(index, queue) {
@@ -468,12 +493,16 @@ impl Device {
                 let next = if owed.is_some() { owed } else { queue.pop()? };
                 let Some(mut chain) = next else { break };
                 let head = chain.head();
+                together += 1;
                 self.rings[index].requests += 1;
-                if self.is("tires-of-requests") && self.rings[index].requests > 35 {
+                self.rings[index].batch = together;
+                if self.loses(index, together) {
                     continue;
                 }
                 let mut written = self.request(&mut chain);
-                if self.is("used-length-0") {
+                let long =
+                    self.is("used-length") && raw.get(1).is_some_and(|part| part.len == 1024);
+                if long || self.is("used-length-0") {
                     written = 0;
                 }
                 self.mark(index, queue, &raw);
@@ -486,7 +515,7 @@ impl Device {
             }
             self.clears_now(done);
             let call = queue.publish()? || self.is("ignores-event-idx");
-            if (call && !self.is("never-calls")) || self.is("always-calls") {
+            if (call && !self.is_mute(index)) || self.is("always-calls") {
                 self.call(index);
             }
             if self.is("never-asks-for-kicks") || self.is("one-per-kick") || !queue.arm() {
@@ -503,12 +532,8 @@ impl Device {
         if let (Some(err), true) = (&ring.err, self.fault != "silent-about-errors") {
             let _ = add_one(err);
         }
-        match self.fault.as_str() {
-            "aborts-on-broken-rings" => std::process::abort(),
-            "spins-on-broken-rings" => loop {
-                std::hint::spin_loop();
-            },
-            _ => {}
+        while self.is("spins-on-broken-rings") {
+            std::hint::spin_loop();
         }
         if self.is("one-broken-all-broken") {
             self.rings.iter_mut().for_each(|ring| ring.broken = true);

@@ -3,16 +3,18 @@
 //!
 //! Invariant: an unknown name, and the empty one, changes nothing.
 
+mod alone;
+
 use std::os::fd::OwnedFd;
 
 use outboard_protocol::Frame;
 use outboard_protocol::features::{ProtocolFeatures as P, virtio};
 use outboard_protocol::header::{HEADER_SIZE, Header, REPLY_FLAGS};
-use outboard_protocol::payload::{MemRegion, decode_mem_table, encode_mem_table, read};
-use outboard_protocol::table::{FdRule, Side, info};
+use outboard_protocol::payload::{MemRegion, decode_mem_table, read};
+use outboard_protocol::table::{Side, info};
 use zerocopy::IntoBytes as _;
 
-use crate::device::{Device, memfd, size_of};
+use crate::device::{Device, Seen, memfd, size_of};
 
 /// A whole request, to be changed at will.
 pub(crate) struct Message {
@@ -42,6 +44,11 @@ impl Message {
         [header.as_bytes(), &self.payload].concat()
     }
 
+    /// What is remembered of it.
+    pub(crate) fn seen(&self) -> Seen {
+        Seen { id: self.id, words: [self.word(0), self.word(4)] }
+    }
+
     fn word(&self, at: usize) -> u32 {
         self.payload.get(at..).and_then(read).unwrap_or(0)
     }
@@ -50,6 +57,16 @@ impl Message {
         if let Some(place) = self.payload.get_mut(at..at + 4) {
             place.copy_from_slice(&value.to_ne_bytes());
         }
+    }
+
+    fn long(&self, at: usize) -> u64 {
+        self.payload.get(at..).and_then(read).unwrap_or(0)
+    }
+
+    /// Whether the region that it names is there.
+    fn knows(&self, device: &Device) -> bool {
+        let region = self.payload.get(8..40).and_then(read::<MemRegion>).unwrap_or_default();
+        device.state().regions().iter().any(|old| old.same_slot(&region))
     }
 
     fn number(&self) -> u64 {
@@ -74,6 +91,8 @@ pub(crate) enum Action {
     Close,
     Abort,
     Answer(Frame<OwnedFd>),
+    /// Whatever comes now is read and not listened to.
+    Deaf,
     /// Performed when the next of its kind comes.
     Late,
 }
@@ -103,7 +122,10 @@ pub(crate) fn before(fault: &str, m: &mut Message, device: &Device) -> Action {
     if let Some(name) = fault.strip_prefix("index-") {
         return index(name, m, device);
     }
-    device.owned.set(device.owned.get() || m.id == 3);
+    let alone = alone::before(fault, m, device);
+    if !matches!(alone, Action::Pass) {
+        return alone;
+    }
     if fault == "aborts-on-unknown-bodies" && info(Side::FrontEnd, m.id).is_none() {
         return if m.payload.is_empty() { Action::Pass } else { Action::Abort };
     }
@@ -143,18 +165,13 @@ fn negotiation(fault: &str, m: &mut Message, device: &Device) -> Action {
         ("protocol-features-unchecked", 16) => {
             m.set_number(m.number() & state.offer().protocol_features.bits());
         }
-        ("features-once", 2) if state.features_set() => return say(m, device, 1),
         ("owner-once", 3) if state.features_set() => return say(m, device, 1),
-        ("owner-demanded", 1) if !device.owned.get() => return Action::Close,
+        ("owner-demanded", 1) if !device.owned() => return Action::Close,
         ("no-features-again", 1) if state.features_set() => {
             return Action::Answer(number(1, state.offer().features & !virtio::RING_EVENT_IDX));
         }
         ("log-once", 2) if m.number() & virtio::LOG_ALL != 0 && device.trap.replace(true) => {
             return say(m, device, 1);
-        }
-        ("acks-unasked", 10) if !m.asks() && acked.contains(P::REPLY_ACK) => m.flags |= 8,
-        ("acks-before-agreed", 10) if m.asks() && !acked.contains(P::REPLY_ACK) => {
-            return Action::Answer(number(10, 0));
         }
         ("skips-unagreed", 10) if m.asks() && !acked.contains(P::REPLY_ACK) => {
             return Action::Swallow;
@@ -163,7 +180,7 @@ fn negotiation(fault: &str, m: &mut Message, device: &Device) -> Action {
         ("unknown-is-answered", id) if info(Side::FrontEnd, id).is_none() => {
             return Action::Answer(number(id, 1));
         }
-        ("late-bases", 10) if !m.asks() => return Action::Late,
+        ("barrier", 10) if !m.asks() && !device.acks() => return Action::Late,
         ("inband-alone", 16) if m.number() & P::INBAND_NOTIFICATIONS.bits() != 0 => {
             m.set_number(m.number() & !P::INBAND_NOTIFICATIONS.bits());
         }
@@ -176,31 +193,20 @@ fn rings(fault: &str, m: &mut Message, device: &Device) -> Action {
     let live = device.state().ring(0).is_some_and(|ring| ring.run.is_live());
     match (fault, m.id) {
         ("num-0", 8) if m.word(4) == 0 => m.set(4, 16),
-        ("num-odd", 8) if m.word(4) < 0x1_0000 => {
-            m.set(4, m.word(4).next_power_of_two().max(u32::from(m.word(4) > 0)));
-        }
         ("num-huge", 8) if m.word(4) > 0xffff => m.set(4, 256),
         ("num-small-only", 8) if m.word(4) > 64 => return say(m, device, 1),
-        ("num-live", 8) | ("base-live", 10) if live => return say(m, device, 0),
+        ("base-live", 10) if live => return say(m, device, 0),
         ("addr-unaligned", 9) => {
             for at in [8, 16, 24] {
                 m.set(at, m.word(at) & !15);
             }
         }
-        ("addr-flags", 9) => m.set(4, 0),
-        ("addr-live", 9) if live => return say(m, device, 1),
-        ("addr-wants-base", 10) => device.trap.set(true),
-        ("addr-wants-base", 9) if !device.trap.get() => return say(m, device, 1),
+        ("addr-flags", 9) => m.set(4, m.word(4) & 1),
         ("aborts-on-live-sizes", 8) if live && m.word(4) == 32768 => return Action::Abort,
         ("maps-before-it-looks", 12) if device.trap.get() => return Action::Abort,
         ("logs-rings-anywhere", 9) if m.word(4) == 1 && m.word(36) > 0 => return Action::Abort,
         ("addr-early", 9) if device.state().regions().is_empty() => return say(m, device, 1),
         ("base-wide", 10) => m.set(4, m.word(4) & 0xffff),
-        ("kick-needs-fd", 12) | ("call-needs-fd", 13) | ("err-needs-fd", 14)
-            if m.number() & 0x100 != 0 =>
-        {
-            return say(m, device, 1);
-        }
         ("kick-fd-missing", 12) | ("call-fd-missing", 13) | ("err-fd-missing", 14)
             if m.fds.is_empty() && m.number() < 2 =>
         {
@@ -211,11 +217,6 @@ fn rings(fault: &str, m: &mut Message, device: &Device) -> Action {
             let acked = device.state().acked_features() & virtio::PROTOCOL_FEATURES != 0;
             return if acked { Action::Pass } else { say(m, device, 0) };
         }
-        ("enable-strict", 18) => {
-            let now = device.state().ring(0).is_some_and(|ring| ring.enabled);
-            return if now == (m.word(4) == 1) { say(m, device, 1) } else { Action::Pass };
-        }
-        ("one-ring", 10 | 11) => m.set(0, 0),
         ("enable-after-kick", 18) if !device.state().ring(0).is_some_and(|ring| ring.kicked) => {
             return say(m, device, 0);
         }
@@ -229,9 +230,7 @@ fn memory(fault: &str, m: &mut Message, device: &Device) -> Action {
         return table(fault, m, device);
     }
     let region = m.payload.get(8..40).and_then(read::<MemRegion>).unwrap_or_default();
-    let known = device.state().regions().iter().any(|old| old.same_slot(&region));
     match (fault, m.id) {
-        ("slots-once", 37) if !device.state().regions().is_empty() => return say(m, device, 1),
         ("slots-do-nothing", 37 | 38) => return say(m, device, 0),
         ("slot-overlaps", 37) => {
             let end = |r: &MemRegion| r.guest_addr.saturating_add(r.size);
@@ -242,7 +241,6 @@ fn memory(fault: &str, m: &mut Message, device: &Device) -> Action {
                 .any(|old| region.guest_addr < end(old) && old.guest_addr < end(&region));
             return if overlap { say(m, device, 0) } else { Action::Pass };
         }
-        ("slot-unknown", 38) if !known => return say(m, device, 0),
         ("slot-fd-refused", 38) if !m.fds.is_empty() => return say(m, device, 1),
         ("slot-offset", 38) if region.offset != 0 => return say(m, device, 1),
         ("slot-needs-no-fd", 37) if m.fds.is_empty() => return say(m, device, 0),
@@ -255,23 +253,15 @@ fn memory(fault: &str, m: &mut Message, device: &Device) -> Action {
 }
 
 fn table(fault: &str, m: &mut Message, device: &Device) -> Action {
-    let mut all = decode_mem_table(&m.payload).unwrap_or_default();
-    let touch = |pair: &[MemRegion]| pair[0].guest_addr + pair[0].size == pair[1].guest_addr;
+    let all = decode_mem_table(&m.payload).unwrap_or_default();
     let refuse = match fault {
-        "table-64-pages" => all.len() == 1 && all[0].size == 64 * 4096,
         "table-one-region" => all.len() > 1,
         "table-four-regions" => all.len() > 4,
-        "table-exact" => m.payload.len() != 8 + 32 * all.len(),
-        "table-apart" => all.windows(2).any(touch),
         "table-sorted" => !all.is_sorted_by_key(|region| region.guest_addr),
-        "table-offset-0" => {
-            all.iter().any(|region| region.offset % 4096 == 0 && region.offset != 0)
-        }
         "table-once" => !device.state().regions().is_empty(),
         _ => false,
     };
     let accept = match fault {
-        "table-any-count" => m.word(0) as usize > all.len() && all.is_empty(),
         "table-empty-regions" => all.iter().any(|region| region.size == 0),
         "table-huge-regions" => all.iter().any(|region| region.size > 1 << 40),
         "table-fds-missing" => m.fds.len() < all.len(),
@@ -297,28 +287,10 @@ fn table(fault: &str, m: &mut Message, device: &Device) -> Action {
         "aborts-on-read-only-memory" if m.fds.iter().any(is_read_only_file) => {
             return Action::Abort;
         }
-        "table-aborts-when-empty" if m.word(0) == 0 => return Action::Abort,
         "table-aborts-on-nine" if all.len() == 9 => return Action::Abort,
-        "table-aborts-on-lies" if m.word(0) > 64 => return Action::Abort,
         "table-hangs-on-lies" if m.word(0) > 64 => loop {
             std::hint::spin_loop();
         },
-        "table-leaks-refused" if m.fds.len() > 32 => {
-            std::mem::take(&mut m.fds).into_iter().for_each(std::mem::forget);
-        }
-        "table-guest-overlap" | "table-user-overlap" => {
-            for (at, region) in (1u64..).zip(&mut all) {
-                let to = if fault == "table-guest-overlap" {
-                    &mut region.guest_addr
-                } else {
-                    &mut region.user_addr
-                };
-                if region.size < 1 << 20 {
-                    *to = to.wrapping_add(at << 36);
-                }
-            }
-            m.payload = encode_mem_table(&all);
-        }
         _ => {}
     }
     Action::Pass
@@ -361,11 +333,6 @@ fn kept(fault: &str, m: &mut Message, device: &Device) -> Action {
             let bytes = [header.as_bytes(), &[1; 24]].concat();
             return Action::Answer(Frame { bytes, fds: vec![memfd(1)] });
         }
-        ("inflight-any", 32) => return say(m, device, 0),
-        ("inflight-too-much", 31) => {
-            m.payload = m.payload[..16].to_vec();
-            m.payload.extend([1, 0, 64, 0, 0, 0, 0, 0]);
-        }
         ("state-any", 42) => m.set(0, 0),
         _ => {}
     }
@@ -374,7 +341,6 @@ fn kept(fault: &str, m: &mut Message, device: &Device) -> Action {
 
 fn other(fault: &str, m: &mut Message, device: &Device) -> Action {
     let legal = info(Side::FrontEnd, m.id).is_some_and(|row| row.payload.sizes().allows(m.size));
-    let no_fds = info(Side::FrontEnd, m.id).is_none_or(|row| row.fds == FdRule::None);
     match (fault, m.id) {
         ("config-offset-ignored", 24) => m.set(0, 0),
         ("config-late", 24) if !device.state().features_set() => m.set(4, 0),
@@ -382,14 +348,8 @@ fn other(fault: &str, m: &mut Message, device: &Device) -> Action {
         ("config-impossible", 24) if !legal || m.word(4) == 0 || m.word(0) > 256 => {
             return Action::Swallow;
         }
-        ("config-writable", 25) if m.word(0) == 0 => return say(m, device, 0),
         ("config-far", 25) if m.word(0) > 0 => return say(m, device, 0),
-        ("reset-owner-forgets", 4) => {
-            (m.id, m.payload) = (10, [0u32, 0].as_bytes().to_vec());
-            return Action::Pass;
-        }
         ("reset-owner-closes", 4) => return Action::Close,
-        ("reset-refused", 34) => return say(m, device, 1),
         ("status-refused", 39) => m.set_number(0),
         ("channel-fd-missing", 21) if m.fds.is_empty() => return say(m, device, 0),
         ("iotlb-refused", 22) => return Action::Answer(number(22, 1)),
@@ -405,18 +365,6 @@ fn other(fault: &str, m: &mut Message, device: &Device) -> Action {
         ("version-unchecked", _) if m.flags & 3 != 1 => m.flags = m.flags & !3 | 1,
         ("reply-bit-unchecked", _) => m.flags &= !4,
         ("flag-means-reply", 10) if m.flags & 0x10 != 0 => m.flags |= 8,
-        ("aborts-on-ones", _) if m.payload.len() >= 8 && m.payload.iter().all(|b| *b == 0xff) => {
-            return Action::Abort;
-        }
-        ("waits-for-anything", _) if m.size > 4096 => {
-            std::thread::sleep(std::time::Duration::from_secs(2));
-        }
-        ("leaks-stray-fds", _) if no_fds => {
-            std::mem::take(&mut m.fds).into_iter().for_each(std::mem::forget);
-        }
-        ("aborts-on-many-fds", _) if m.fds.len() > 32 => return Action::Abort,
-        ("aborts-when-short", _) if !legal && m.size < 8 => return Action::Abort,
-        ("kick-first-aborts", 12) if !device.state().features_set() => return Action::Abort,
         _ => {}
     }
     Action::Pass
@@ -454,9 +402,9 @@ pub(crate) fn after(
         ("features-of-4-bytes", 15) if device.state().acked_protocol_features().is_empty() => {
             set(&mut frame, 16, 0x8000_0000);
         }
-        ("queues-0", 17) => frame.bytes[12..].fill(0),
         ("slots-0", 36) => frame.bytes[12..].fill(0),
-        ("config-short", 24) if frame.bytes.len() > 24 => {
+        ("config-answered", 24) if !device.state().features_set() => {}
+        ("config-answered", 24) if frame.bytes.len() > 24 => {
             frame.bytes.truncate(frame.bytes.len() - 1);
             let size = u32::try_from(frame.bytes.len() - 12).expect("small");
             set(&mut frame, 8, size);
@@ -470,11 +418,8 @@ pub(crate) fn after(
         ("base-of-other-ring", 11) => set(&mut frame, 12, 1),
         ("state-with-fd-bit", 42) => set(&mut frame, 12, 0),
         ("state-failed", 42) => set(&mut frame, 12, 0x101),
-        ("base-7-at-first", 11) if request.word(4) == 0 => {
-            let set_before = device.state().ring(0).is_some_and(|ring| ring.base != 0);
-            set(&mut frame, 16, if set_before { 0xffff } else { 7 });
-        }
         _ => {}
     }
+    alone::after(fault, &mut frame, request, device);
     vec![frame]
 }

@@ -28,6 +28,8 @@ struct Peer {
     fds: Vec<OwnedFd>,
     /// A message that a fault holds back.
     late: Option<Message>,
+    /// A fault listens no more.
+    deaf: bool,
 }
 
 /// Serves front-ends until the process is killed.
@@ -36,7 +38,6 @@ pub(crate) fn serve(path: &OsStr, fault: &str) {
     listener.set_nonblocking(true).expect("a flag");
     let mut peer: Option<Peer> = None;
     let mut kept = None;
-    let mut number = 0;
     let mut crowd = 0;
     let mut ghost: Option<Device> = None;
     loop {
@@ -44,6 +45,7 @@ pub(crate) fn serve(path: &OsStr, fault: &str) {
         ghost.iter_mut().for_each(Device::serve_rings);
         if let Some(one) = &mut peer {
             if !one.turn(fault) {
+                one.device.is_left(one.bytes.len(), &mut one.fds);
                 let left = peer.take().map(|peer| peer.device);
                 kept = left.as_ref().map(Device::base).filter(|_| fault == "inherits");
                 ghost = left.filter(|_| fault == "serves-who-has-left");
@@ -57,10 +59,11 @@ pub(crate) fn serve(path: &OsStr, fault: &str) {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // No descriptor is left: the front-end waits in the backlog, and so does this.
+                // No descriptor is left: the front-end waits in the backlog, and so does this; for so long that a
+                // machine on which every wake-up waits for a processor sees it rest.
                 let none_left = error.kind() != std::io::ErrorKind::WouldBlock;
                 if none_left && fault != "spins-without-descriptors" {
-                    std::thread::sleep(std::time::Duration::from_millis(20));
+                    std::thread::sleep(std::time::Duration::from_millis(400));
                 }
                 continue;
             }
@@ -79,11 +82,14 @@ pub(crate) fn serve(path: &OsStr, fault: &str) {
         stream.set_nonblocking(true).expect("a flag");
         let mut device = Device::new(fault);
         device.begin_at(kept.take().unwrap_or(0));
-        number += 1;
-        if (fault == "tires" && number > 90) || (fault == "serves-three" && number > 3) {
-            std::process::abort();
-        }
-        peer = Some(Peer { stream, device, bytes: Vec::new(), fds: Vec::new(), late: None });
+        peer = Some(Peer {
+            stream,
+            device,
+            bytes: Vec::new(),
+            fds: Vec::new(),
+            late: None,
+            deaf: false,
+        });
     }
 }
 
@@ -101,11 +107,12 @@ fn one_of_many(listener: &UnixListener, stream: &UnixStream) -> bool {
 /// Sleeps until there is something to do.
 fn wait(listener: &UnixListener, peer: Option<&Peer>, fault: &str) {
     let mut set = vec![PollFd::new(listener, PollFlags::IN)];
-    let mut polls = fault == "spins";
+    let mut polls = fault == "spins" || (fault == "idle-alone" && peer.is_none());
     let ghostly = fault == "serves-who-has-left";
     if let Some(peer) = peer {
         set.push(PollFd::new(&peer.stream, PollFlags::IN));
         set.extend(peer.device.kicks().map(|kick| PollFd::from_borrowed_fd(kick, PollFlags::IN)));
+        polls |= peer.bytes.is_empty() && peer.device.is_restless();
         polls |= peer.bytes.len() > HEADER_SIZE && fault == "spins-in-a-message";
     }
     let short = Timespec { tv_sec: 0, tv_nsec: if polls { 0 } else { 1_000_000 } };
@@ -137,8 +144,11 @@ impl Peer {
             }
             let first = self.bytes.is_empty();
             let short = got < wanted && first;
-            if got == 0 || (fault == "no-pieces" && short) {
+            if got == 0 || (fault == "in-pieces" && got == 1) {
                 return false;
+            }
+            if self.deaf {
+                continue;
             }
             match fault {
                 "drops-fds-of-pieces" if short => {}
@@ -167,10 +177,16 @@ impl Peer {
     fn message(&mut self, fault: &str) -> bool {
         let bytes = std::mem::take(&mut self.bytes);
         let mut message = Message::new(&bytes, std::mem::take(&mut self.fds));
-        match before(fault, &mut message, &self.device) {
+        let action = before(fault, &mut message, &self.device);
+        self.device.seen.push(message.seen());
+        match action {
             Action::Pass => {}
             Action::Close => return false,
             Action::Swallow => return true,
+            Action::Deaf => {
+                self.deaf = true;
+                return true;
+            }
             Action::Abort => std::process::abort(),
             Action::Answer(frame) => return self.send(frame),
             Action::Late => match self.late.replace(message) {

@@ -27,9 +27,12 @@ pub(crate) fn features_stable(case: &mut Case<'_>) -> Outcome {
 
 pub(crate) fn features_before_owner(case: &mut Case<'_>) -> Outcome {
     let mut wire = case.wire()?;
-    let offered = wire.ask(&message::get_features())?.number()?;
-    if offered & virtio::PROTOCOL_FEATURES != 0 {
-        wire.ask(&Msg::bare(Code::GetProtocolFeatures))?.number()?;
+    // Both, and more than once: nobody has said how often they may be asked.
+    for _ in 0..2 {
+        let offered = wire.ask(&message::get_features())?.number()?;
+        if offered & virtio::PROTOCOL_FEATURES != 0 {
+            wire.ask(&Msg::bare(Code::GetProtocolFeatures))?.number()?;
+        }
     }
     Ok(())
 }

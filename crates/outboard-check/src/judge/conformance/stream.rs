@@ -1,6 +1,8 @@
 //! The stream: headers, acknowledgements, pieces, order (vhost-user, "Communication", "Header",
 //! "REPLY_ACK").
 
+use std::time::Duration;
+
 use outboard_protocol::FrontendCode as Code;
 use outboard_protocol::features::ProtocolFeatures;
 
@@ -83,7 +85,7 @@ pub(crate) fn in_pieces(case: &mut Case<'_>) -> Outcome {
     whole.extend(message::get_base(0).bytes());
     for byte in whole {
         session.wire.bytes(&[byte], &[])?;
-        std::thread::yield_now();
+        case.peer.digests(Duration::from_millis(2));
     }
     let reply = session.wire.answer(Code::GetVringBase.id())?;
     let base = reply.payload.get(4..8).and_then(|bytes| bytes.try_into().ok());
@@ -98,7 +100,7 @@ pub(crate) fn fds_with_the_first_byte(case: &mut Case<'_>) -> Outcome {
     let bytes = msg.bytes();
     let (first, rest) = bytes.split_at(5);
     session.wire.bytes(first, &msg.fds)?;
-    std::thread::sleep(case.quiet / 5);
+    case.peer.digests(case.quiet);
     session.wire.bytes(rest, &[])?;
     let code = session.wire.answer(msg.id)?.number()?;
     ensure!(code == 0, "SET_VRING_CALL in two pieces was refused with {code}");

@@ -46,8 +46,12 @@ impl Device {
     pub(super) fn set_call(&mut self, index: u16, call: Notifier<OwnedFd>) {
         let ring = &mut self.rings[usize::from(index)];
         let (runs, had) = (ring.queue.is_some(), ring.call.is_some());
-        let keeps = runs && had && self.fault == "keeps-old-call";
-        let never = runs && !had && self.fault == "takes-no-late-call";
+        let given = matches!(call, Notifier::Fd(_));
+        let swaps = given && self.fault == "call-swapped";
+        let keeps = runs && had && swaps;
+        let late = ring.calls == 0 && self.fault == "call-late";
+        let never = runs && !had && late;
+        ring.calls += u32::from(given);
         let polls = matches!(call, Notifier::Poll) && self.fault == "calls-although-polled";
         if keeps || never || polls {
             return;
@@ -74,13 +78,28 @@ impl Device {
                 Some(Ok(count @ 1..)) => self.kicked(index, count),
                 // What is no eventfd kicks no more.
                 Some(_) if self.is("spins-on-bad-kicks") => {}
-                Some(_) if self.is("aborts-on-bad-kicks") => std::process::abort(),
+                Some(_) if self.aborts_at_kick(index) => std::process::abort(),
                 Some(_) => self.rings[index].kick = None,
             }
             if matches!(self.rings[index].kick, Some(Notifier::Poll)) {
                 self.look(Some(index));
             }
         }
+    }
+
+    /// A kick that is no eventfd ends the process, if it is of one kind.
+    fn aborts_at_kick(&self, index: usize) -> bool {
+        use rustix::fs::FileType as T;
+        let Some(Notifier::Fd(kick)) = &self.rings[index].kick else { return false };
+        let kind = rustix::fs::fstat(kick).map(|stat| T::from_raw_mode(stat.st_mode));
+        let minded = match self.fault.as_str() {
+            "kick-closed-pipe" => T::Fifo,
+            "kick-file" => T::RegularFile,
+            "kick-socket" => T::Socket,
+            "kick-zero" => T::CharacterDevice,
+            _ => return false,
+        };
+        kind == Ok(minded)
     }
 
     /// Remembers that the memory has had contents.
@@ -94,8 +113,8 @@ impl Device {
     /// One ring was kicked, so often.
     fn kicked(&mut self, index: usize, count: u64) {
         let ring = &mut self.rings[index];
-        ring.idle_kicks = ring.idle_kicks.saturating_add(count);
-        let (huge, tired) = (count > i64::MAX.unsigned_abs(), ring.idle_kicks > 5000);
+        ring.kicks = ring.kicks.saturating_add(count);
+        let (huge, tired) = (count > i64::MAX.unsigned_abs(), ring.kicks > 5000);
         match self.fault.as_str() {
             "takes-huge-kicks-for-errors" if huge => {
                 ring.kick = None;
@@ -114,7 +133,7 @@ impl Device {
             "minds-holes" if self.trap.get() && self.kept.iter().any(is_hole) => {
                 std::process::abort();
             }
-            "finishes-nothing" if ring.idle_kicks > 50 => {
+            "finishes-nothing" if ring.kicks > 50 => {
                 let Some(queue) = &ring.queue else { return };
                 let at = queue.layout().used + 2;
                 let mut used = [0; 2];
@@ -142,7 +161,15 @@ impl Device {
         }
         if self.is("blocks-on-calls") {
             let _ = rustix::io::write(call, &1u64.to_ne_bytes());
-        } else if add_one(call).is_err() && self.is("aborts-on-bad-calls") {
+            return;
+        }
+        let minded = match self.fault.as_str() {
+            "call-closed-pipe" => Some(Errno::PIPE),
+            "call-dev-full" => Some(Errno::NOSPC),
+            "call-read-only" => Some(Errno::BADF),
+            _ => None,
+        };
+        if minded.is_some() & (add_one(call).err() == minded) {
             std::process::abort();
         }
     }
@@ -160,7 +187,7 @@ fn is_hole(file: &OwnedFd) -> bool {
     rustix::fs::fstat(file).is_ok_and(|stat| stat.st_size > 0 && stat.st_blocks == 0)
 }
 
-fn readable(fd: &OwnedFd) -> bool {
+pub(super) fn readable(fd: &OwnedFd) -> bool {
     let mut set = [rustix::event::PollFd::new(fd, rustix::event::PollFlags::IN)];
     let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
     matches!(rustix::event::poll(&mut set, Some(&now)), Ok(1..))

@@ -63,13 +63,25 @@ impl Device {
     /// Takes a back-end channel; whether it is one.
     fn set_channel(&mut self, channel: OwnedFd) -> bool {
         let socket = rustix::net::sockopt::socket_type(&channel).is_ok();
-        let first = self.channel.is_none() || !self.is("channel-once");
+        let first = match &self.channel {
+            None => true,
+            Some(_) if self.is("channel-once") => false,
+            Some(old) => !(self.is("channel") && hung_up(old)),
+        };
         if self.is("leaks-channels") {
             self.kept.extend(self.channel.take());
         }
         self.channel_is(channel);
         (socket && first) || self.is("channel-unchecked")
     }
+}
+
+/// Whether the other end of a socket is gone.
+fn hung_up(socket: &OwnedFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut set = [PollFd::new(socket, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut set, Some(&now)) == Ok(1) && set[0].revents().contains(PollFlags::HUP)
 }
 
 /// A part of the configuration, with zeros behind its end.

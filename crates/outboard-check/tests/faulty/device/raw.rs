@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use outboard_queue::DeviceQueue;
 
 use super::Device;
+use super::sights::Sight;
 
 /// One descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,9 +19,9 @@ pub(super) struct Raw {
 
 pub(super) const NEXT: u16 = 1;
 pub(super) const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
+pub(super) const INDIRECT: u16 = 4;
 
-fn word(queue: &DeviceQueue, at: u64) -> u16 {
+pub(super) fn word(queue: &DeviceQueue, at: u64) -> u16 {
     let mut bytes = [0; 2];
     let _ = queue.view().read(at, &mut bytes);
     u16::from_le_bytes(bytes)
@@ -65,7 +66,9 @@ pub(super) fn flat(queue: &DeviceQueue, parts: &[Raw]) -> Vec<Raw> {
     match parts {
         [table] if table.flags & INDIRECT != 0 => {
             let count = u64::from(table.len / 16).min(64);
-            (0..count).filter_map(|at| descriptor(queue, table.addr + 16 * at)).collect()
+            (0..count)
+                .filter_map(|at| descriptor(queue, table.addr.wrapping_add(16 * at)))
+                .collect()
         }
         parts => parts.to_vec(),
     }
@@ -83,6 +86,15 @@ impl Device {
             return true;
         };
         let last = self.rings[index].last_head.replace(head);
+        let sight = Sight {
+            layout,
+            at: u16::try_from(queue.base()).expect("a split ring's"),
+            avail: word(queue, layout.avail + 2),
+            head,
+            parts: &parts,
+            table: &flat(queue, &parts),
+            memory: &self.memory,
+        };
         let aborts = match self.fault.as_str() {
             "aborts-on-heads-twice" => last == Some(head),
             "aborts-on-heads-in-the-middle" => {
@@ -99,12 +111,12 @@ impl Device {
                 parts.len() > 1 && parts.iter().any(|part| part.flags & INDIRECT != 0)
             }
             "aborts-without-status" => parts.len() == 1 && parts[0].flags & (WRITE | INDIRECT) == 0,
-            _ => false,
+            fault => sight.trips(fault),
         };
         if aborts {
             std::process::abort();
         }
-        self.odd_data = matches!(parts[..], [_, Raw { addr, len: 512, .. }, _] if addr % 4 != 0);
+        self.parts = parts;
         true
     }
 }

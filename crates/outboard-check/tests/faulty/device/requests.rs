@@ -11,13 +11,6 @@ const UNSUPP: u8 = 2;
 impl Device {
     /// Performs a request; how many bytes were written.
     pub(super) fn request(&mut self, chain: &mut Chain) -> u32 {
-        if self.is("wants-whole-headers") {
-            let whole = chain.readable().segments().first().is_some_and(|one| one.len() >= 16);
-            if !whole {
-                let _ = chain.write_tail(&[IOERR]);
-                return 1;
-            }
-        }
         let lone = chain.writable().segments().last().is_some_and(|last| last.len() == 1);
         if self.is("wants-status-alone") && !lone {
             return 0;
@@ -33,7 +26,7 @@ impl Device {
     }
 
     fn perform(&mut self, chain: &mut Chain) -> (u8, u32) {
-        if self.odd_data && self.is("wants-aligned-data") {
+        if self.minds_layout() {
             return (IOERR, 0);
         }
         let mut header = [0; 16];
@@ -104,9 +97,8 @@ impl Device {
 
     /// Discard and write-zeroes: checked, not performed.
     fn range(&self, chain: &mut Chain, kind: u32) -> u8 {
-        let name = if kind == 11 { "discards-anything" } else { "zeroes-anything" };
         let mut body = [0; 16];
-        if self.is(name) {
+        if kind == 13 && self.is("zeroes-anything") {
             return OK;
         }
         if chain.readable().len() != 16 || chain.readable().read_exact(&mut body).is_err() {
@@ -115,6 +107,9 @@ impl Device {
         let sector = u64::from_le_bytes(body[..8].try_into().expect("eight bytes"));
         let count = u32::from_le_bytes(body[8..12].try_into().expect("four bytes"));
         let flags = u32::from_le_bytes(body[12..].try_into().expect("four bytes"));
+        if self.is("discard-bad") && kind == 11 && flags == 0 {
+            return OK;
+        }
         let unmap = kind == 13 || self.is("discards-with-unmap");
         if flags & !u32::from(unmap) != 0 {
             return UNSUPP;
