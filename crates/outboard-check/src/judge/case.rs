@@ -161,6 +161,13 @@ impl Case<'_> {
         Err(Finding::new(Verdict::Spins, format!("it burns processor time {when}")))
     }
 
+    /// Waits until the back-end has had its turn with what was just sent or kicked: silence before that says nothing.
+    pub(crate) fn digests(&self) {
+        if !self.traits.never_sleeps {
+            self.peer.digests(self.quiet * 8);
+        }
+    }
+
     /// That the process lives.
     pub(crate) fn lives(&mut self) -> Outcome {
         match self.peer.life() {

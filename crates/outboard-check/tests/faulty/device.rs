@@ -262,7 +262,7 @@ impl Device {
 
     fn table(&mut self, regions: Vec<(MemRegion, OwnedFd)>) -> Result<(), Refusal> {
         let mut mapped = Vec::new();
-        if self.is("minds-holes") {
+        if self.is("minds-holes") || self.is("trusts-sizes") {
             self.kept.clear();
         }
         for (region, fd) in regions {

@@ -88,6 +88,7 @@ pub(crate) fn log_base(case: &mut Case<'_>) -> Outcome {
         let len = reply.payload.len();
         ensure!(matches!(len, 0 | 8 | 16), "the answer to SET_LOG_BASE has {len} bytes");
     }
+    case.digests();
     session.wire.silent(case.quiet, "a second time")?;
     session.alive()
 }

@@ -37,6 +37,7 @@ pub(crate) fn ack_when_asked(case: &mut Case<'_>) -> Outcome {
 pub(crate) fn ack_only_when_asked(case: &mut Case<'_>) -> Outcome {
     let mut session = case.acking()?;
     session.wire.send(&message::vring_base(0, 0))?;
+    case.digests();
     session.wire.silent(case.quiet, "that did not ask for one")?;
     session.alive()
 }
@@ -44,6 +45,7 @@ pub(crate) fn ack_only_when_asked(case: &mut Case<'_>) -> Outcome {
 pub(crate) fn ack_not_before_agreed(case: &mut Case<'_>) -> Outcome {
     let mut session = case.session_with(PLAIN, ProtocolFeatures::MQ)?;
     session.wire.send(&message::vring_base(0, 0).need_reply())?;
+    case.digests();
     session.wire.silent(case.quiet, "although REPLY_ACK was not negotiated")?;
     session.alive()
 }
@@ -59,6 +61,7 @@ pub(crate) fn performed_without_ack(case: &mut Case<'_>) -> Outcome {
 pub(crate) fn own_reply_once(case: &mut Case<'_>) -> Outcome {
     let mut session = case.session()?;
     session.ask(&message::get_features().need_reply())?;
+    case.digests();
     session.wire.silent(case.quiet, "a second time")?;
     session.alive()
 }
@@ -85,7 +88,7 @@ pub(crate) fn in_pieces(case: &mut Case<'_>) -> Outcome {
     whole.extend(message::get_base(0).bytes());
     for byte in whole {
         session.wire.bytes(&[byte], &[])?;
-        case.peer.digests(Duration::from_millis(2));
+        case.peer.digests(Duration::from_millis(5));
     }
     let reply = session.wire.answer(Code::GetVringBase.id())?;
     let base = reply.payload.get(4..8).and_then(|bytes| bytes.try_into().ok());
@@ -100,7 +103,7 @@ pub(crate) fn fds_with_the_first_byte(case: &mut Case<'_>) -> Outcome {
     let bytes = msg.bytes();
     let (first, rest) = bytes.split_at(5);
     session.wire.bytes(first, &msg.fds)?;
-    case.peer.digests(case.quiet);
+    case.digests();
     session.wire.bytes(rest, &[])?;
     let code = session.wire.answer(msg.id)?.number()?;
     ensure!(code == 0, "SET_VRING_CALL in two pieces was refused with {code}");
@@ -122,6 +125,7 @@ pub(crate) fn unknown_refused(case: &mut Case<'_>) -> Outcome {
 pub(crate) fn unknown_passed_over(case: &mut Case<'_>) -> Outcome {
     let mut session = case.session_with(PLAIN, USUAL)?;
     session.wire.send(&Msg::new(200, Vec::new()))?;
+    case.digests();
     session.wire.silent(case.quiet, "that nobody asked for")?;
     session.wire.send(&message::get_features())?;
     match session.wire.receive(session.wire.limit)? {

@@ -30,6 +30,7 @@ fn broken_with(
     spoil(&mut disk)?;
     // What is performed comes back; a busy machine may take its time.
     disk.ring.next_used(case.quiet * 2)?;
+    case.digests();
     ensure!(disk.status()? != 0, "it reported success for a request that broke a rule");
     recover(case, disk)
 }
@@ -44,6 +45,7 @@ fn survived(
     disk.header(super::disk::IN, 0)?;
     spoil(&mut disk)?;
     std::thread::sleep(case.quiet / 4);
+    case.digests();
     recover(case, disk)
 }
 

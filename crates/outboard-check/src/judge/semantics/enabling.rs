@@ -56,6 +56,7 @@ pub(crate) fn enable_gates(case: &mut Case<'_>) -> Outcome {
     queue_read(&mut disk)?;
     disk.ring.start(&mut disk.session)?;
     disk.ring.kick()?;
+    case.digests();
     std::thread::sleep(case.quiet);
     ensure!(disk.data(512)? == MARK, "it performed a request on a ring that was never enabled");
     ensure!(disk.status()? != 0, "it reported success on a ring that was never enabled");
@@ -68,6 +69,7 @@ pub(crate) fn disable_gates(case: &mut Case<'_>) -> Outcome {
     disk.ring.enable(&mut disk.session, false)?;
     queue_read(&mut disk)?;
     disk.ring.kick()?;
+    case.digests();
     std::thread::sleep(case.quiet);
     ensure!(disk.data(512)? == MARK, "it performed a request on a ring that was disabled");
     Ok(())
@@ -136,6 +138,7 @@ pub(crate) fn bit_30_keeps_disabled(case: &mut Case<'_>) -> Outcome {
     disk.session.done(&message::set_features(disk.session.features))?;
     queue_read(&mut disk)?;
     disk.ring.kick()?;
+    case.digests();
     std::thread::sleep(case.quiet);
     ensure!(disk.data(512)? == MARK, "SET_FEATURES with PROTOCOL_FEATURES enabled a ring");
     Ok(())
@@ -180,6 +183,7 @@ pub(crate) fn reset_device(case: &mut Case<'_>) -> Outcome {
     disk.session.done(&Msg::bare(Code::ResetDevice))?;
     queue_read(&mut disk)?;
     disk.ring.kick()?;
+    case.digests();
     std::thread::sleep(case.quiet);
     ensure!(disk.data(512)? == MARK, "a ring still runs after RESET_DEVICE");
     disk.ring.clear()?;

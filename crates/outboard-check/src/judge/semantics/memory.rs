@@ -92,6 +92,7 @@ pub(crate) fn table_without_ring(case: &mut Case<'_>) -> Outcome {
     disk.session.share(memory.regions().skip(1))?;
     queue_read(&mut disk)?;
     disk.ring.kick()?;
+    case.digests();
     disk.idle(case.quiet / 2, "on a ring whose memory is gone")?;
     disk.session.alive()?;
     disk.session.share(memory.regions())?;
@@ -151,6 +152,7 @@ pub(crate) fn slot_of_the_ring(case: &mut Case<'_>) -> Outcome {
     remove(&mut disk.session, &memory, 0)?;
     queue_read(&mut disk)?;
     disk.ring.kick()?;
+    case.digests();
     disk.idle(case.quiet / 2, "on a ring whose memory was removed")?;
     add(&mut disk.session, &memory, 0)?;
     disk.ring.kick()?;

@@ -91,6 +91,7 @@ pub(crate) fn kick_with_nothing(case: &mut Case<'_>) -> Outcome {
     for _ in 0..100 {
         disk.ring.kick()?;
     }
+    case.digests();
     disk.idle(case.quiet / 2, "although none was offered")?;
     disk.serves("after kicks without requests")
 }

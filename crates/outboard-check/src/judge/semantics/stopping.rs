@@ -107,6 +107,7 @@ pub(crate) fn silent_when_stopped(case: &mut Case<'_>) -> Outcome {
     disk.ring.called(std::time::Duration::from_millis(1));
     queue_read(&mut disk)?;
     disk.ring.kick()?;
+    case.digests();
     disk.idle(case.quiet, "on a ring that was stopped")?;
     ensure!(!disk.ring.called(case.quiet / 10), "it called for a ring that was stopped");
     Ok(())
@@ -118,6 +119,7 @@ pub(crate) fn silent_before_start(case: &mut Case<'_>) -> Outcome {
     disk.ring.enable(&mut disk.session, true)?;
     queue_read(&mut disk)?;
     disk.ring.kick()?;
+    case.digests();
     disk.idle(case.quiet, "on a ring that was never started")
 }
 
@@ -168,6 +170,7 @@ pub(crate) fn stopped_at_disconnect(case: &mut Case<'_>) -> Outcome {
     let mut disk = Disk { session, ring, memory, capacity, limit };
     queue_read(&mut disk)?;
     disk.ring.kick()?;
+    case.digests();
     disk.idle(case.quiet, "of a front-end that has left")
 }
 

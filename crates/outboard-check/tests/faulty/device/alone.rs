@@ -180,7 +180,7 @@ impl Device {
         let ring = &self.rings[index];
         match self.fault.as_str() {
             "base-off-by-one" => to + 1,
-            "base-counts" if to == 5 && ring.kicks == 5 => 6,
+            "base-counts" if to == 5 && ring.kicks == 5 && !self.has(P::DEVICE_STATE) => 6,
             "base-round-trip" if from > 0 && ring.stops > 0 => from,
             "base-wraps" if to < from => to + 1,
             "drains" if ring.batch > 1 => to - 1,
@@ -274,7 +274,9 @@ impl Device {
             ("header-split", _) => crumbs && readable == 2,
             ("header-in-crumbs", _) => crumbs && readable == 13,
             ("data-split", _) => readable == 1 && (3..6).contains(&writable),
-            ("indirect", [one]) => one.flags == INDIRECT && one.addr % 16 == 0,
+            ("indirect", [one]) => {
+                one.flags == INDIRECT && one.addr % 16 == 0 && self.marks.is_none()
+            }
             ("indirect-odd-address", [one]) => one.flags == INDIRECT && one.addr % 16 != 0,
             ("indirect-write-flag", [one]) => one.flags == INDIRECT | WRITE,
             _ => false,

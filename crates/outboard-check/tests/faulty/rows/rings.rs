@@ -8,7 +8,7 @@ pub(crate) const RINGS: &[Row] = &[
     ("forgets-writes", &["written"]),
     ("has-no-id", &["get-id"]),
     ("knows-every-request", &["request-unknown"]),
-    ("no-indirect", &["indirect", "indirect-odd-address", "indirect-write-flag"]),
+    ("no-indirect", &["indirect", "indirect-odd-address", "indirect-write-flag", "log-indirect"]),
     ("one-broken-all-broken", &["others-live"]),
     ("reads-across-the-end", &["read-across-end"]),
     ("reads-past-the-end", &["read-past-end"]),
