@@ -200,8 +200,9 @@ impl Device {
     pub(crate) fn carry_out(&mut self, effect: Effect<OwnedFd>) {
         match effect {
             Effect::SetFeatures { ticket, enable_all, .. } => {
-                let enables = self.features_enable(enable_all);
+                let before = self.backend.acked_features();
                 self.backend.answer(ticket, Ok(()));
+                let enables = self.features_enable(before, enable_all);
                 enables.into_iter().for_each(|on| self.enable_all(on));
             }
             Effect::SetProtocolFeatures { ticket, .. }
@@ -496,7 +497,7 @@ impl Device {
                 together += 1;
                 self.rings[index].requests += 1;
                 self.rings[index].batch = together;
-                if self.loses(index, together) {
+                if self.forgets(index, together) {
                     continue;
                 }
                 let mut written = self.request(&mut chain);

@@ -118,7 +118,8 @@ impl Device {
         match self.fault.as_str() {
             "start-looks" => self.came(&[12]) && enabled,
             "enable-looks" => self.came(&[18]) && !self.was_kicked(index),
-            "kick-before-enable" => self.came(&[18]) && self.was_kicked(index),
+            // Where acknowledgements are awaited no later kick can be there already.
+            "kick-before-enable" => self.came(&[18]) && self.acks() && self.was_kicked(index),
             _ => false,
         }
     }
@@ -160,10 +161,10 @@ impl Device {
         self.is("starts-unkicked") || (self.is("silent-before-start") && self.came(&[18]))
     }
 
-    /// SET_FEATURES changes what ENABLE has said: to what.
-    pub(super) fn features_enable(&self, by_themselves: bool) -> Option<u32> {
+    /// SET_FEATURES changes what ENABLE has said: to what. Features were these before.
+    pub(super) fn features_enable(&self, before: u64, by_themselves: bool) -> Option<u32> {
         let live = self.is_live(0);
-        let quiet = self.backend.acked_features() & virtio::LOG_ALL == 0;
+        let quiet = (before | self.backend.acked_features()) & virtio::LOG_ALL == 0;
         match self.fault.as_str() {
             "enable-inverted" if !by_themselves => Some(1),
             "bit-30-keeps-disabled" if live && !by_themselves => Some(1),
@@ -178,9 +179,10 @@ impl Device {
     /// The base that is answered for a ring that ran from `from` to `to`.
     pub(super) fn told_base(&self, index: usize, from: u32, to: u32) -> u32 {
         let ring = &self.rings[index];
+        let plain = self.came(&[11]) && !self.has(P::DEVICE_STATE);
         match self.fault.as_str() {
             "base-off-by-one" => to + 1,
-            "base-counts" if to == 5 && ring.kicks == 5 && !self.has(P::DEVICE_STATE) => 6,
+            "base-counts" if to == 5 && ring.kicks == 5 && plain => 6,
             "base-round-trip" if from > 0 && ring.stops > 0 => from,
             "base-wraps" if to < from => to + 1,
             "drains" if ring.batch > 1 => to - 1,
@@ -241,7 +243,7 @@ impl Device {
 /// Requests.
 impl Device {
     /// A request is taken and never comes back.
-    pub(super) fn loses(&self, index: usize, together: u32) -> bool {
+    pub(super) fn forgets(&self, index: usize, together: u32) -> bool {
         let ring = &self.rings[index];
         match self.fault.as_str() {
             "served" => ring.requests > 35 && ring.kicks > 35 && self.came(&[18]),
