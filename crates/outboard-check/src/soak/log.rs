@@ -14,7 +14,7 @@ use std::ffi::OsString;
 use outboard_frontend::{SharedMemory, Sharing};
 
 use super::report::{Part, number};
-use super::subject::{Site, Way, part};
+use super::subject::{Site, Way, homes, part};
 use super::{Options, Progress, SoakError};
 
 /// Guest addresses of the regions that the data is read into: below all other memory, so that every log
@@ -28,9 +28,7 @@ pub(super) fn parts(
     options: &Options,
     progress: &Progress<'_>,
 ) -> Result<Vec<Part>, SoakError> {
-    let homes: Result<Vec<_>, _> =
-        PLACES.iter().map(|&at| SharedMemory::with_regions(&[(at, 1 << 20)])).collect();
-    let homes = homes?;
+    let homes = homes(&PLACES, 1 << 20)?;
     let mut parts = Vec::new();
     for mut way in [Way::asleep(1), Way::asleep(32)] {
         way.wanted = way.wanted.with_log();

@@ -15,7 +15,7 @@ use std::ffi::OsString;
 use outboard_frontend::{SharedMemory, Sharing};
 
 use super::report::{Part, number};
-use super::subject::{Site, Way, part};
+use super::subject::{Site, Way, homes, part};
 use super::{Options, Progress, SoakError};
 
 /// Guest addresses of the homes: far from the device's own memory.
@@ -28,9 +28,7 @@ pub(super) fn parts(
     options: &Options,
     progress: &Progress<'_>,
 ) -> Result<Vec<Part>, SoakError> {
-    let homes: Result<Vec<_>, _> =
-        PLACES.iter().map(|&at| SharedMemory::with_regions(&[(at, SIZE)])).collect();
-    let homes = homes?;
+    let homes = homes(&PLACES, SIZE)?;
     let mut parts = Vec::new();
     for sharing in [Sharing::Slots, Sharing::Table] {
         let what = match sharing {

@@ -33,6 +33,12 @@ pub(super) fn start(command: &[OsString]) -> Result<Peer, SoakError> {
     Peer::start(&Command::Command(command.to_vec()), START).map_err(SoakError::NoBackend)
 }
 
+/// Memory for the load's data at each of these guest addresses, of `size` bytes, not shared yet.
+pub(super) fn homes(places: &[u64], size: u64) -> Result<Vec<SharedMemory>, SoakError> {
+    let made = places.iter().map(|&at| SharedMemory::with_regions(&[(at, size)]));
+    Ok(made.collect::<Result<_, _>>()?)
+}
+
 /// A load on the first queue of the device behind `socket`: reads and writes of 4 KiB over 16 MiB at
 /// most, each checked.
 pub(super) struct Loaded {
