@@ -12,4 +12,6 @@ pub mod cover;
 pub mod decoder;
 pub mod frontend;
 pub mod input;
+#[cfg(fuzzing)]
+pub mod letter;
 pub mod state;

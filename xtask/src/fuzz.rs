@@ -181,7 +181,7 @@ fn finding(text: &str) -> Option<String> {
 
 /// Lines of a run with a finding that are worth being seen.
 fn is_worth(line: &str) -> bool {
-    let known = ["#", "cover: ", "want: ", "\tNEW_FUNC", "INFO: "];
+    let known = ["#", "cover: ", "want: ", "messages: ", "\tNEW_FUNC", "INFO: "];
     !known.iter().any(|head| line.starts_with(head))
 }
 

@@ -75,5 +75,8 @@ pub use shared_memory::{
 pub use snapshot::{
     DeviceState, STATE_FORMAT, STATE_HEADER, STATE_MAGIC, Saved, Snapshot, StateError,
 };
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use take_over::letter_again;
 pub use worker::{MakeWorker, Model, Plain, Worker, WorkerContext};
 pub use worker_device::{WorkerDevice, WorkerOptions};

@@ -14,10 +14,13 @@
 pub mod config;
 pub mod device;
 pub mod guest;
+pub mod log;
 pub mod model;
+pub mod notes;
 pub mod ring;
 pub mod script;
 pub mod start;
+pub mod wire;
 pub mod world;
 
 use std::cell::RefCell;
@@ -47,9 +50,9 @@ pub fn run(data: &[u8]) {
 }
 
 fn wants() -> Vec<String> {
-    let done = [1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 21, 24, 25];
-    let more = [34, 35, 36, 37, 38, 39, 40];
-    let refused = [2, 5, 8, 9, 10, 11, 12, 16, 18, 24, 25, 37, 38];
+    let done = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 21, 24, 25];
+    let more = [31, 32, 34, 35, 36, 37, 38, 39, 40];
+    let refused = [2, 5, 6, 8, 9, 10, 11, 12, 16, 18, 24, 25, 31, 32, 37, 38];
     let mut wants: Vec<String> =
         done.iter().chain(&more).map(|id| format!("conversation {id} done")).collect();
     wants.extend(refused.map(|id| format!("conversation {id} refused")));
@@ -71,6 +74,15 @@ fn wants() -> Vec<String> {
         "left inside a message",
         "called",
         "called by message",
+        "page marked",
+        "used ring marked",
+        "log changed",
+        "request in flight marked in a new log",
+        "region fresh",
+        "batch of a killed process was shown",
+        "ring owes requests",
+        "request of a killed process",
+        "killed with requests in flight",
     ];
     wants.extend(others.map(|what| format!("conversation {what}")));
     wants
@@ -92,7 +104,7 @@ fn play(input: &mut Input<'_>, guest: &mut Guest, bells: &mut Bells) {
     };
     let mut handler = DeviceRequestHandler::new(hands.clone(), options).expect("a handler");
     let mut before = Model::default();
-    for _ in 0..2 {
+    for _ in 0..3 {
         let model = before.next_front_end();
         before = World::new(&mut handler, &hands, guest, bells, model).play(input);
         if input.is_empty() {

@@ -9,6 +9,8 @@ use outboard_protocol::table::{ErrorForm, MessageInfo, Negotiated, Side, info};
 use std::collections::VecDeque;
 
 use super::guest::{Guest, Mem, Reg};
+use super::log::{LOG_ALL, LogBase};
+use super::notes::Region;
 use super::ring::{Change, KickWay, Live, Notify};
 use crate::cover::reached;
 
@@ -25,7 +27,7 @@ pub const OWN_FEATURES: u64 = 0b111;
 /// Bit 30.
 pub const BIT_30: u64 = 1 << 30;
 /// Everything that is offered: rings' bits, VERSION_1, RING_RESET.
-pub const FEATURES: u64 = OWN_FEATURES | 3 << 28 | BIT_30 | 1 << 32 | 1 << 40;
+pub const FEATURES: u64 = OWN_FEATURES | LOG_ALL | 3 << 28 | BIT_30 | 1 << 32 | 1 << 40;
 /// Protocol features that the model knows; the others are not offered.
 pub const PROTOCOL: P = P::MQ
     .union(P::REPLY_ACK)
@@ -35,6 +37,8 @@ pub const PROTOCOL: P = P::MQ
     .union(P::INBAND_NOTIFICATIONS)
     .union(P::CONFIGURE_MEM_SLOTS)
     .union(P::STATUS)
+    .union(P::LOG_SHMFD)
+    .union(P::INFLIGHT_SHMFD)
     .union(P::GPA_ADDRESSES);
 const MEM_SLOTS: u64 = 509;
 const NEED_REPLY: u32 = 8;
@@ -44,6 +48,7 @@ const NEED_REPLY: u32 = 8;
 pub enum Given {
     Bell(usize),
     File(usize),
+    Log(usize),
     Junk,
     Channel,
 }
@@ -66,6 +71,8 @@ pub struct Msg {
 pub struct Ring {
     pub size: Option<u16>,
     pub addr: Option<[u64; 3]>,
+    /// Where writes to the used ring are noted.
+    pub(super) log: Option<u64>,
     pub base: u16,
     pub enabled: bool,
     /// Kicked, and something was missing.
@@ -99,6 +106,8 @@ pub(super) enum Then {
     Base(usize, bool),
     Kicked(usize),
     Enable(usize, bool),
+    /// The payload comes back.
+    Echo,
     Nothing,
 }
 
@@ -113,6 +122,11 @@ pub struct Model {
     pub regions: Vec<([u64; 4], Reg)>,
     pub mem: Mem,
     status: u8,
+    pub(super) log: Option<LogBase>,
+    pub(super) log_bell: Option<Notify>,
+    pub inflight: Option<Region>,
+    /// Bytes of the files that the front-end has to have received.
+    pub files: Vec<u64>,
     pub channel: bool,
     pub config: [u8; CONFIG],
     pub resets: u32,
@@ -219,7 +233,7 @@ impl Model {
             // at its stop, behind the changes: a new call hears of it besides the one of the swap.
             let comes_back = !live.held.is_empty();
             for taken in std::mem::take(&mut live.held) {
-                live.put_used(guest, taken.head, 0);
+                live.put_used(guest, &taken, 0);
             }
             if comes_back {
                 live.publish(guest);
@@ -292,7 +306,7 @@ impl Model {
     }
 
     /// A message is looked at.
-    fn take(&mut self, msg: Msg, guest: &Guest) {
+    fn take(&mut self, msg: Msg, guest: &mut Guest) {
         if msg.flags & 3 != 1 {
             return self.close("version");
         }
@@ -335,7 +349,7 @@ impl Model {
         &mut self,
         msg: &Msg,
         wait: &mut Wait,
-        guest: &Guest,
+        guest: &mut Guest,
     ) -> Result<(Then, Option<Vec<u8>>), No> {
         let p = &msg.payload;
         let number = |value: u64| Ok((Then::Nothing, Some(value.to_le_bytes().to_vec())));
@@ -349,6 +363,9 @@ impl Model {
                 Then::DisableAll
             }
             5 | 37 | 38 => self.memory(msg, wait)?,
+            6 | 7 => self.set_log(msg, wait)?,
+            31 => return self.new_region(msg).map(|reply| (Then::Nothing, Some(reply))),
+            32 => self.set_region(msg)?,
             8..=14 | 18 | 35 => self.ring_message(msg, wait, guest)?,
             16 => self.set_protocol(word(p, 0))?,
             21 => {
@@ -388,7 +405,7 @@ impl Model {
     }
 
     /// The messages that concern one ring.
-    fn ring_message(&mut self, msg: &Msg, wait: &mut Wait, guest: &Guest) -> Result<Then, No> {
+    fn ring_message(&mut self, msg: &Msg, wait: &mut Wait, guest: &mut Guest) -> Result<Then, No> {
         let p = &msg.payload;
         Ok(match msg.id {
             8 => self.configure(p, guest, |ring, p| {
@@ -404,7 +421,9 @@ impl Model {
                 let live = self.live();
                 let heard = live.into_iter().find(|ring| *ring as u64 == half(p, 0).into());
                 let then = self.addresses(p, guest)?;
-                wait.post.extend(heard.map(|ring| (ring, Change::Log)));
+                let acked = self.acked;
+                let log = heard.map(|ring| (ring, Change::Log(self.ring_log(ring, acked))));
+                wait.post.extend(log);
                 then
             }
             10 => self.configure(p, guest, |ring, p| {
@@ -440,9 +459,10 @@ impl Model {
     }
 
     /// Everything that was waited for has happened.
-    fn finish(&mut self, msg: &Msg, then: Then, guest: &Guest) -> Option<Vec<u8>> {
+    fn finish(&mut self, msg: &Msg, then: Then, guest: &mut Guest) -> Option<Vec<u8>> {
         match then {
             Then::Nothing => {}
+            Then::Echo => return Some(msg.payload.clone()),
             Then::Features(features) => {
                 (self.acked, self.features_set) = (features, true);
                 if features & BIT_30 == 0 {
@@ -505,14 +525,18 @@ impl Model {
     }
 
     fn set_features(&mut self, features: u64, wait: &mut Wait) -> Result<Then, No> {
-        let changed = (features ^ self.acked) & !BIT_30;
-        if features & !FEATURES != 0 || (changed != 0 && !self.live().is_empty()) {
+        let changed = features ^ self.acked;
+        let lives = !self.live().is_empty();
+        if features & !FEATURES != 0 || (changed & !(BIT_30 | LOG_ALL) != 0 && lives) {
             return Err(No);
         }
         if std::mem::take(&mut self.refuse_ack) {
             return Err(No);
         }
         self.own_acked = features & OWN_FEATURES;
+        if changed & LOG_ALL != 0 {
+            self.spread_log(features, wait);
+        }
         if features & BIT_30 == 0 {
             self.enable_all(true, wait);
         }

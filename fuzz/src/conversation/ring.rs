@@ -4,6 +4,8 @@
 use std::collections::VecDeque;
 
 use super::guest::{Guest, Mem, Place, find, parts, user_to_guest};
+use super::log::LogTo;
+use super::notes::Notes;
 
 /// How a driver is called, or told that its ring broke.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +36,7 @@ pub enum Change {
     Enable(bool),
     Memory(Mem, bool),
     Process,
-    /// Nothing that is modelled.
-    Log,
+    Log(Option<LogTo>),
 }
 
 /// A request that the device took.
@@ -44,6 +45,10 @@ pub struct Taken {
     pub head: u16,
     pub readable: Vec<(Place, usize)>,
     pub writable: Vec<(Place, usize)>,
+    /// The guest-physical ranges that are marked in a log: address, bytes.
+    pub note: Vec<(u64, u64)>,
+    /// Bytes that the device has written.
+    filled: usize,
 }
 
 impl Taken {
@@ -61,14 +66,16 @@ impl Taken {
         bytes
     }
 
-    /// The device fills the first writable bytes.
-    pub fn fill(&self, guest: &mut Guest, byte: u8, most: usize) {
-        let mut left = most;
-        for &(place, len) in &self.writable {
-            let part = len.min(left);
-            guest.write(place, &vec![byte; part]);
-            left -= part;
+    /// The device fills the next writable bytes.
+    pub fn fill(&mut self, guest: &mut Guest, byte: u8, most: usize) {
+        let (mut skip, mut left) = (self.filled, most);
+        for &((file, at), len) in &self.writable {
+            let before = skip.min(len);
+            let part = left.min(len - before);
+            guest.write((file, at + before), &vec![byte; part]);
+            (skip, left) = (skip - before, left - part);
         }
+        self.filled += most - left;
     }
 }
 
@@ -102,6 +109,9 @@ pub struct Setup {
     pub kick: KickWay,
     pub call: Option<Notify>,
     pub err: Option<Notify>,
+    pub log: Option<LogTo>,
+    /// Its area of the in-flight region, and for how many entries that is.
+    pub area: Option<(Place, u16)>,
 }
 
 /// A ring that the device holds.
@@ -124,6 +134,9 @@ pub struct Live {
     pub posted: VecDeque<Change>,
     pub next_mem: Option<Mem>,
     pub processing: bool,
+    pub(super) notes: Option<Notes>,
+    /// What an earlier process held is served, and nothing else.
+    recovering: bool,
     /// Signals since the last check.
     pub signals: Vec<Notify>,
 }
@@ -157,7 +170,7 @@ fn after((file, at): Place, bytes: usize) -> Place {
 }
 
 impl Live {
-    pub fn start(setup: Setup, mem: Mem, guest: &Guest) -> Result<Self, NoStart> {
+    pub fn start(setup: Setup, mem: Mem, guest: &mut Guest) -> Result<Self, NoStart> {
         let spot = locate(&setup, &mem)?;
         let base = setup.base;
         let mut live = Self {
@@ -176,17 +189,67 @@ impl Live {
             posted: VecDeque::new(),
             next_mem: None,
             processing: false,
+            notes: None,
+            recovering: false,
             signals: Vec::new(),
         };
-        live.settle_at(spot, guest);
+        live.settle_at(spot, guest)?;
+        if live.setup.area.is_some() {
+            // A process that was killed may have shown answers and not have called.
+            live.signals.extend(live.setup.call);
+        }
         Ok(live)
     }
 
-    fn settle_at(&mut self, spot: Spot, guest: &Guest) {
+    fn settle_at(&mut self, spot: Spot, guest: &mut Guest) -> Result<(), NoStart> {
         let used = guest.u16(after(spot.used, 2));
+        self.notes = None;
+        if let Some(area) = self.setup.area {
+            let (notes, fresh) = Notes::start(area, self.setup.size, used, guest)?;
+            if !fresh {
+                self.next_avail = used.wrapping_add(notes.owed.len() as u16);
+            }
+            self.recovering = !notes.owed.is_empty();
+            self.notes = Some(notes);
+        } else {
+            self.recovering = false;
+        }
         self.spot = Some(spot);
         (self.seen_avail, self.next_used, self.told_used) = (self.next_avail, used, used);
         (self.armed, self.retired, self.call_due) = (true, false, true);
+        Ok(())
+    }
+
+    /// Its requests are looked at twice.
+    fn is_tracked(&self) -> bool {
+        self.setup.log.is_some() || self.notes.is_some()
+    }
+
+    pub(super) fn is_retired(&self) -> bool {
+        self.retired
+    }
+
+    /// What was seen and not taken is looked at again.
+    pub(super) fn look_at_index_again(&mut self) {
+        if !self.retired {
+            self.seen_avail = self.next_avail;
+        }
+    }
+
+    /// The used index, if the ring is there and it is the one that was written last.
+    pub(super) fn used_index(&self, guest: &Guest) -> Option<u16> {
+        let used = guest.u16(after(self.spot?.used, 2));
+        (used == self.told_used).then_some(used)
+    }
+
+    /// The ranges that a request of this head would write, as its descriptors are now.
+    pub(super) fn ranges_of(&self, head: u16, guest: &Guest) -> Vec<(u64, u64)> {
+        let walked = if self.retired { Err(()) } else { self.walk(head, guest) };
+        match walked {
+            Ok(taken) => taken.note,
+            // Nothing is known: all of memory.
+            Err(()) => self.mem.iter().map(|reg| (reg.guest, reg.size)).collect(),
+        }
     }
 
     fn has(&self, feature: u64) -> bool {
@@ -202,6 +265,10 @@ impl Live {
     }
 
     fn looks(&self) -> bool {
+        !self.recovering && self.may_look()
+    }
+
+    fn may_look(&self) -> bool {
         !self.broken && self.next_mem.is_none() && (self.setup.enabled || self.setup.transmits)
     }
 
@@ -216,14 +283,25 @@ impl Live {
 
     /// The next request of an enabled ring; those of a disabled one that transmits are dropped.
     pub fn pop(&mut self, guest: &mut Guest) -> Option<Taken> {
-        if !self.looks() {
+        if !self.may_look() {
             return None;
         }
         loop {
             let spot = self.spot?;
-            match self.next(spot, guest) {
+            let next = if self.recovering {
+                match self.next_owed(guest) {
+                    Ok(None) if self.held.is_empty() => {
+                        self.recovering = false;
+                        continue;
+                    }
+                    owed => owed,
+                }
+            } else {
+                self.next(spot, guest)
+            };
+            match next {
                 Ok(Some(taken)) if self.setup.enabled => return Some(taken),
-                Ok(Some(taken)) => self.put_used(guest, taken.head, 0),
+                Ok(Some(taken)) => self.put_used(guest, &taken, 0),
                 Ok(None) => return None,
                 Err(()) => {
                     (self.retired, self.broken) = (true, true);
@@ -235,7 +313,7 @@ impl Live {
         }
     }
 
-    fn next(&mut self, spot: Spot, guest: &Guest) -> Result<Option<Taken>, ()> {
+    fn next(&mut self, spot: Spot, guest: &mut Guest) -> Result<Option<Taken>, ()> {
         if self.retired {
             return Ok(None);
         }
@@ -255,15 +333,24 @@ impl Live {
         if head >= self.setup.size || in_flight {
             return Err(());
         }
-        let taken = self.walk(spot, head, guest)?;
+        let taken = self.walk(head, guest)?;
         self.next_avail = self.next_avail.wrapping_add(1);
+        self.mark_ranges(guest, &taken.note);
+        if let Some(notes) = &mut self.notes {
+            notes.taken(guest, head);
+        }
+        if self.is_tracked() {
+            self.seen_avail = self.next_avail;
+        }
         Ok(Some(taken))
     }
 
-    fn walk(&self, spot: Spot, head: u16, guest: &Guest) -> Result<Taken, ()> {
+    pub(super) fn walk(&self, head: u16, guest: &Guest) -> Result<Taken, ()> {
+        let spot = self.spot.ok_or(())?;
         let size = self.setup.size;
         let mut table = guest.read(spot.desc, 16 * usize::from(size)).to_vec();
-        let mut taken = Taken { head, readable: Vec::new(), writable: Vec::new() };
+        let mut taken =
+            Taken { head, readable: Vec::new(), writable: Vec::new(), note: Vec::new(), filled: 0 };
         let (mut at, mut inside, mut turned, mut steps, mut bytes) = (head, false, false, 0, 0u64);
         loop {
             let entry = table.get(16 * usize::from(at)..16 * (usize::from(at) + 1)).ok_or(())?;
@@ -293,6 +380,9 @@ impl Live {
             bytes += u64::from(len);
             let parts = parts(&self.mem, addr, len.into()).ok_or(())?;
             if writable { &mut taken.writable } else { &mut taken.readable }.extend(parts);
+            if writable {
+                taken.note.push((addr, len.into()));
+            }
             if flags & 1 == 0 {
                 break;
             }
@@ -302,8 +392,14 @@ impl Live {
     }
 
     /// A finished request goes into the used ring; the index moves when it is published.
-    pub fn put_used(&mut self, guest: &mut Guest, head: u16, written: u32) {
+    pub fn put_used(&mut self, guest: &mut Guest, taken: &Taken, written: u32) {
         let Some(spot) = self.spot else { return };
+        let head = taken.head;
+        self.mark_ranges(guest, &taken.note);
+        self.mark_element(guest, self.next_used);
+        if let Some(notes) = &mut self.notes {
+            notes.completed(guest, head);
+        }
         let slot = usize::from(self.next_used % self.setup.size);
         let mut element = u32::from(head).to_le_bytes().to_vec();
         element.extend(written.to_le_bytes());
@@ -320,6 +416,11 @@ impl Live {
         }
         guest.put_u16(after(spot.used, 2), new);
         self.told_used = new;
+        if let Some(notes) = &mut self.notes {
+            guest.tear(|guest| notes.published(guest, new));
+        }
+        self.mark_batch(guest, old, new);
+        self.tell_log();
         let size = usize::from(self.setup.size);
         let wanted = if self.has(EVENT_IDX) {
             let event = guest.u16(after(spot.avail, 4 + 2 * size));
@@ -355,6 +456,7 @@ impl Live {
     }
 
     fn wish(&self, spot: Spot, guest: &mut Guest, event: u16, flags: u16) {
+        self.mark_wish(guest, self.has(EVENT_IDX));
         if self.has(EVENT_IDX) {
             guest.put_u16(after(spot.used, 4 + 8 * usize::from(self.setup.size)), event);
         } else {
@@ -380,11 +482,13 @@ impl Live {
                 }
                 Change::Memory(mem, _) => self.mem = mem,
                 Change::Process => self.processing = true,
-                Change::Log => {}
+                Change::Log(log) => self.set_log(log, guest),
             }
             self.settle(guest);
         }
         self.settle(guest);
+        let owes = self.notes.as_ref().is_some_and(|notes| !notes.owed.is_empty());
+        self.recovering &= owes || !self.held.is_empty();
     }
 
     fn settle(&mut self, guest: &mut Guest) {
@@ -393,16 +497,18 @@ impl Live {
         }
         let Some(mem) = self.next_mem.take() else { return };
         self.publish(guest);
-        self.spot = None;
-        if let Ok(spot) = locate(&self.setup, &mem) {
-            self.settle_at(spot, guest);
-        }
+        (self.spot, self.notes) = (None, None);
         self.mem = mem;
+        if let Ok(spot) = locate(&self.setup, &self.mem) {
+            // A region that makes no sense by now: the ring waits for memory once more.
+            let _ = self.settle_at(spot, guest);
+        }
     }
 
     /// In-band kicks are answered once nothing is in flight and nothing waits.
     pub fn processed(&mut self, guest: &Guest) {
-        if self.held.is_empty() && !self.has_requests(guest) {
+        let recovers = self.recovering && self.may_look();
+        if self.held.is_empty() && !recovers && !self.has_requests(guest) {
             self.processing = false;
         }
     }

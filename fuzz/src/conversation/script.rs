@@ -3,7 +3,8 @@
 use outboard_protocol::ProtocolFeatures as P;
 use outboard_protocol::table::{FdRule, PayloadKind, front_end_table};
 
-use super::guest::{FILE, FILES, Guest, PAGE, Place, find, user_to_guest};
+use super::guest::{FILE, FILES, Guest, LOGS, NOTES, PAGE, Place, find, user_to_guest};
+use super::log::{LOG_ALL, LogFile};
 use super::model::{BIT_30, FEATURES, Given, MAX_SIZE, Model, Msg, PROTOCOL, QUEUES};
 use crate::input::Input;
 
@@ -67,13 +68,15 @@ fn index(input: &mut Input<'_>) -> u64 {
 }
 
 fn features(input: &mut Input<'_>) -> u64 {
+    let usual = FEATURES & !LOG_ALL;
     match input.below(8) {
-        0 => FEATURES & !BIT_30,
+        0 => usual & !BIT_30,
         1 => input.number(),
-        2 => FEATURES & !(3 << 28),
-        3 => FEATURES & !(1 << 29),
+        2 => usual & !(3 << 28),
+        3 => usual & !(1 << 29),
         4 => 1 << 32 | u64::from(input.byte()),
-        _ => FEATURES,
+        5 => FEATURES,
+        _ => usual,
     }
 }
 
@@ -130,6 +133,9 @@ fn well_formed(input: &mut Input<'_>, model: &Model, id: u32) -> Msg {
         (16, _) => msg(16, &[protocol(input)], Vec::new()),
         (39, _) => msg(39, &[input.number() & 0x1cf], Vec::new()),
         (21, _) => msg(21, &[], vec![Given::Channel]),
+        (6, _) => log_base(input),
+        (7, _) => msg(7, &[], vec![Given::Bell(input.below(CALLS))]),
+        (31 | 32, _) => region_of_notes(input, id),
         (_, PayloadKind::MemTable) => {
             let regions: Vec<_> = (0..input.below(5)).map(|_| region(input)).collect();
             let mut words = vec![regions.len() as u64];
@@ -145,7 +151,8 @@ fn well_formed(input: &mut Input<'_>, model: &Model, id: u32) -> Msg {
             let ring = index(input);
             let [desc, avail, used] = ring_addresses(input, model, ring % 4);
             let flags = if input.one_in(32) { input.number() << 32 } else { 0 };
-            msg(id, &[ring & 0xffff_ffff | flags, desc, used, avail, 0], Vec::new())
+            let (flags, log) = if flags == 0 { noted(input, ring % 4) } else { (flags, 0) };
+            msg(id, &[ring & 0xffff_ffff | flags, desc, used, avail, log], Vec::new())
         }
         (_, PayloadKind::VringFd) => {
             let poll = input.one_in(8);
@@ -184,6 +191,90 @@ fn well_formed(input: &mut Input<'_>, model: &Model, id: u32) -> Msg {
     }
 }
 
+/// Whether writes to a used ring are noted, as flags of SET_VRING_ADDR, and where.
+fn noted(input: &mut Input<'_>, ring: u64) -> (u64, u64) {
+    let place = ring * REGION + PARTS[2];
+    match input.byte() {
+        0xf8.. => (1 << 32, input.number()),
+        0x80.. => (1 << 32, place),
+        _ => (0, place),
+    }
+}
+
+/// SET_LOG_BASE.
+fn log_base(input: &mut Input<'_>) -> Msg {
+    let log = Given::Log(input.below(LOGS));
+    let size = [8, 8, 1, 2, 64, PAGE as u64, 0, input.number()][input.below(8)];
+    let offset = [0, 0, 8, 4, 16, 4088, 4096, input.number()][input.below(8)];
+    msg(6, &[size, offset], vec![log])
+}
+
+/// GET_INFLIGHT_FD or SET_INFLIGHT_FD: for all rings unless the input says otherwise.
+fn region_of_notes(input: &mut Input<'_>, id: u32) -> Msg {
+    let (mut rings, mut entries, mut file) = (QUEUES as u64, u64::from(MAX_SIZE), NOTES);
+    let (mut size, mut offset) = (rings * (16 * entries + 64), 0);
+    match input.byte() {
+        0xf0.. => rings = input.number() & 0xffff,
+        0xe0.. => entries = input.number() & 0xffff,
+        0xd0.. => size = input.number(),
+        0xc0.. => offset = input.number(),
+        0xb0.. => (rings, entries, size) = (1 + u64::from(input.byte() & 1), 8, 384),
+        0xa0.. => file = input.below(FILES),
+        _ => {}
+    }
+    let fds = if id == 32 { vec![Given::File(file)] } else { Vec::new() };
+    msg(id, &[size, offset, rings | entries << 16], fds)
+}
+
+/// A migration begins, as a front-end has it.
+pub fn log_on(input: &mut Input<'_>, model: &Model) -> Vec<Msg> {
+    let mut all = vec![msg(6, &[8, 0], vec![Given::Log(input.below(LOGS))])];
+    if input.one_in(2) {
+        all.push(msg(7, &[], vec![Given::Bell(input.below(CALLS))]));
+    }
+    all.push(msg(2, &[model.acked | LOG_ALL], Vec::new()));
+    all.extend(again(model, 1 << 32));
+    all
+}
+
+/// It is over.
+pub fn log_off(model: &Model) -> Vec<Msg> {
+    let mut all = vec![msg(2, &[model.acked & !LOG_ALL], Vec::new())];
+    all.extend(again(model, 0));
+    all
+}
+
+/// The addresses of every ring once more, with other flags.
+fn again(model: &Model, flags: u64) -> impl Iterator<Item = Msg> {
+    (0u64..).zip(&model.rings).filter_map(move |(ring, told)| {
+        let [desc, avail, used] = told.addr?;
+        let place = ring * REGION + PARTS[2];
+        Some(msg(9, &[ring | flags, desc, used, avail, place], Vec::new()))
+    })
+}
+
+/// The front-end does something to a log: mostly takes all marks away.
+pub fn front_end(input: &mut Input<'_>, guest: &mut Guest) {
+    let log: &mut LogFile = &mut guest.logs[input.below(LOGS)];
+    if input.one_in(8) {
+        let (at, length) = (input.below(32), input.below(8));
+        log.scribble(at, input.take(length));
+    } else {
+        log.take();
+    }
+}
+
+/// Somebody writes into the in-flight region.
+pub fn scribble(input: &mut Input<'_>, guest: &mut Guest) {
+    let area = input.below(QUEUES) * 320;
+    let entry = 16 + 16 * input.below(MAX_SIZE as usize);
+    let value = input.number().to_le_bytes();
+    let (at, length) =
+        [(8, 2), (10, 2), (12, 2), (14, 2), (entry, 1), (entry, 1), (entry + 6, 2), (entry + 8, 8)]
+            [input.below(8)];
+    guest.drive((NOTES, area + at), &value[..length]);
+}
+
 /// Everything that starts a ring, as front-ends send it.
 pub fn set_up(input: &mut Input<'_>, model: &Model) -> Vec<Msg> {
     let ring = input.below(QUEUES) as u64;
@@ -200,10 +291,14 @@ pub fn set_up(input: &mut Input<'_>, model: &Model) -> Vec<Msg> {
         words.extend((0..FILES as u64).flat_map(slot));
         all.push(msg(5, &words, (0..FILES).map(Given::File).collect()));
     }
+    if model.inflight.is_none() && input.one_in(2) {
+        all.push(region_of_notes(&mut Input::new(&[]), 32));
+    }
     let [desc, avail, used] = ring_addresses(input, model, ring);
+    let (flags, log) = noted(input, ring);
     let bell = input.below(CALLS);
     all.push(msg(8, &[ring | (1 << (1 + input.below(4))) << 32], Vec::new()));
-    all.push(msg(9, &[ring, desc, used, avail, 0], Vec::new()));
+    all.push(msg(9, &[ring | flags, desc, used, avail, log], Vec::new()));
     all.push(msg(10, &[ring | u64::from(input.byte() & 7) << 32], Vec::new()));
     all.push(msg(13, &[ring], vec![Given::Bell(bell)]));
     all.push(msg(12, &[ring], vec![Given::Bell(CALLS + input.below(KICKS))]));
@@ -251,7 +346,7 @@ pub fn drive(input: &mut Input<'_>, model: &Model, guest: &mut Guest) {
             guest.drive(near(at, input.below(64)), input.take(length));
         }
         _ => {
-            let at = (input.below(FILES), input.number() as usize % FILE);
+            let at = (input.below(FILES + 1), input.number() as usize % FILE);
             let length = input.below(48);
             guest.drive(at, input.take(length));
         }

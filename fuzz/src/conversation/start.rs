@@ -15,7 +15,7 @@ impl Model {
     pub(super) fn configure(
         &mut self,
         payload: &[u8],
-        guest: &Guest,
+        guest: &mut Guest,
         change: impl FnOnce(&mut Ring, &[u8]) -> Result<(), No>,
     ) -> Result<Then, No> {
         let index = self.index(half(payload, 0).into())?;
@@ -23,17 +23,18 @@ impl Model {
         if ring.live.is_some() && !matches!(payload.len(), 40) {
             return Err(No);
         }
-        let before = (ring.size, ring.addr, ring.base);
+        let before = (ring.size, ring.addr, ring.log, ring.base);
         change(ring, payload)?;
-        if ring.waits && self.try_start(index, guest).is_err() {
+        let fits = ring.fits(self.log) && ring.has_place(index, self.inflight);
+        if !fits || (ring.waits && self.try_start(index, guest).is_err()) {
             let ring = &mut self.rings[index];
-            (ring.size, ring.addr, ring.base) = before;
+            (ring.size, ring.addr, ring.log, ring.base) = before;
             return Err(No);
         }
         Ok(Then::Nothing)
     }
 
-    pub(super) fn addresses(&mut self, payload: &[u8], guest: &Guest) -> Result<Then, No> {
+    pub(super) fn addresses(&mut self, payload: &[u8], guest: &mut Guest) -> Result<Then, No> {
         self.configure(payload, guest, |ring, p| {
             let (desc, used, avail) = (word(p, 8), word(p, 16), word(p, 24));
             let aligned =
@@ -43,6 +44,7 @@ impl Model {
                 return Err(No);
             }
             ring.addr = addr;
+            ring.log = (half(p, 4) == 1).then(|| word(p, 32));
             Ok(())
         })
     }
@@ -64,7 +66,7 @@ impl Model {
         &mut self,
         msg: &Msg,
         wait: &mut Wait,
-        guest: &Guest,
+        guest: &mut Guest,
     ) -> Result<Then, No> {
         let value = word(&msg.payload, 0);
         let index = self.index(value & !0x100)?;
@@ -101,7 +103,7 @@ impl Model {
         Ok(Then::Nothing)
     }
 
-    pub(super) fn start_all(&mut self, guest: &Guest) {
+    pub(super) fn start_all(&mut self, guest: &mut Guest) {
         for ring in 0..QUEUES {
             if self.rings[ring].waits && self.try_start(ring, guest).is_err() {
                 reached("conversation a waiting ring does not start".into());
@@ -110,7 +112,7 @@ impl Model {
     }
 
     /// Starts a ring when everything is there; it waits otherwise.
-    pub(super) fn try_start(&mut self, index: usize, guest: &Guest) -> Result<(), No> {
+    pub(super) fn try_start(&mut self, index: usize, guest: &mut Guest) -> Result<(), No> {
         let in_band = self.in_band().then_some(Notify::Message);
         let ring = &self.rings[index];
         let (Some(size), Some(user), Some(kick)) = (ring.size, ring.addr, ring.kick) else {
@@ -129,8 +131,10 @@ impl Model {
             kick,
             call: ring.call.or(in_band),
             err: ring.err.or(in_band),
+            log: self.ring_log(index, self.acked),
+            area: self.inflight.and_then(|region| region.area(index)),
         };
-        let live = match Live::start(setup, Rc::clone(&self.mem), guest) {
+        let mut live = match Live::start(setup, Rc::clone(&self.mem), guest) {
             Ok(live) => live,
             Err(NoStart::Absent) => {
                 reached("conversation a ring waits for its memory".into());
@@ -138,6 +142,7 @@ impl Model {
             }
             Err(NoStart::Wrong) => return Err(No),
         };
+        self.signals.append(&mut live.signals);
         if std::mem::take(&mut self.refuse_start) {
             return Err(No);
         }

@@ -1,20 +1,19 @@
 //! The two sides of a conversation, moved step by step and compared after each.
 
-use std::io::{ErrorKind, IoSlice, Read};
-use std::mem::MaybeUninit;
+use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::task::Poll;
 
 use outboard::{ByHand, DeviceRequestHandler, Ended, HostError};
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::device::Hands;
 use super::guest::Guest;
 use super::model::{Given, Model, Msg, QUEUES};
 use super::ring::{KickWay, Notify, Taken};
 use super::script::{self, CALLS, KICKS};
+use super::wire::{check_region, frames, put, received};
 use crate::cover::{played, reached};
 use crate::input::Input;
 
@@ -94,6 +93,8 @@ pub struct World<'a> {
     channels: Vec<UnixStream>,
     ended: Option<Result<Ended, HostError>>,
     serial: u8,
+    /// What was in memory when the process was killed.
+    picture: Option<Vec<Vec<u8>>>,
 }
 
 impl<'a> World<'a> {
@@ -117,6 +118,7 @@ impl<'a> World<'a> {
             channels: Vec::new(),
             ended: None,
             serial: 0,
+            picture: None,
         }
     }
 
@@ -162,7 +164,17 @@ impl<'a> World<'a> {
             9..=11 => self.serve(input, ring),
             12 => self.finish(input, ring),
             13 => self.arm(ring),
-            14 => self.refuse_next(input),
+            14 => match input.below(8) {
+                0..=2 => self.refuse_next(input),
+                3 => self.send_all(script::log_on(input, &self.model)),
+                4 => self.send_all(script::log_off(&self.model)),
+                5 => script::front_end(input, self.guest),
+                6 => script::scribble(input, self.guest),
+                _ => {
+                    self.kill(input.one_in(2));
+                    return false;
+                }
+            },
             _ => match input.byte() {
                 0xff => {
                     // The session is dropped with a message under way.
@@ -181,6 +193,29 @@ impl<'a> World<'a> {
             },
         }
         self.settle(input)
+    }
+
+    fn send_all(&mut self, all: Vec<Msg>) {
+        for msg in all {
+            self.send(msg, 0);
+        }
+    }
+
+    /// The process is killed here: whatever the queues do from now on is undone in memory. Or it
+    /// was killed a moment ago, in the middle of showing answers.
+    fn kill(&mut self, torn: bool) {
+        let torn = self.guest.torn_picture().filter(|_| torn);
+        if let Some(torn) = torn.clone() {
+            self.guest.put_back(torn);
+        }
+        if let Some(region) = self.model.inflight {
+            for ring in self.model.live() {
+                if let Some(live) = &self.model.rings[ring].live {
+                    live.check_killed(region, ring, self.guest);
+                }
+            }
+        }
+        self.picture = Some(self.guest.picture());
     }
 
     fn refuse_next(&mut self, input: &mut Input<'_>) {
@@ -212,6 +247,7 @@ impl<'a> World<'a> {
             .map(|given| match (given, &channel) {
                 (Given::Bell(bell), _) => self.bells.fds[*bell].as_fd(),
                 (Given::File(file), _) => self.guest.fd(*file).as_fd(),
+                (Given::Log(log), _) => self.guest.logs[*log].fd().as_fd(),
                 (Given::Channel, Some((_, theirs))) => theirs.as_fd(),
                 _ => self.bells.junk.as_fd(),
             })
@@ -241,19 +277,9 @@ impl<'a> World<'a> {
         turn(&mut self.session, &mut self.ended);
         self.model.advance(self.guest);
         self.bells.expect(self.model.signals.drain(..));
-        let (mut got, mut buffer) = (Vec::<u8>::new(), [0; 4096]);
-        if let Some(socket) = &mut self.socket {
-            loop {
-                match socket.read(&mut buffer) {
-                    Ok(0) => break,
-                    Ok(count) => got.extend(&buffer[..count]),
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                    // It left with our bytes unread.
-                    Err(error) if error.kind() == ErrorKind::ConnectionReset => break,
-                    Err(error) => panic!("the socket: {error}"),
-                }
-            }
-        }
+        let (got, files) = self.socket.as_ref().map(received).unwrap_or_default();
+        let sizes: Vec<u64> = files.iter().map(check_region).collect();
+        assert_eq!(sizes, std::mem::take(&mut self.model.files), "files that came with answers");
         let wanted = std::mem::take(&mut self.model.out);
         told(|| format!("  answers {}, busy with {:?}", frames(&got), self.model.busy_with()));
         assert!(got == wanted, "answers: {}, wanted: {}", frames(&got), frames(&wanted));
@@ -264,6 +290,7 @@ impl<'a> World<'a> {
 
     /// Until every message is answered; false when that cannot be.
     fn settle(&mut self, input: &mut Input<'_>) -> bool {
+        let mut before = None;
         for _ in 0..STUCK {
             self.turn();
             if self.model.closed || !self.model.is_busy() {
@@ -277,6 +304,10 @@ impl<'a> World<'a> {
             self.check("while a message waits");
             if !self.model.is_busy() {
                 return true;
+            }
+            if std::mem::replace(&mut before, self.model.busy_with()) != self.model.busy_with() {
+                // It may do without what is in flight.
+                continue;
             }
             for ring in 0..QUEUES {
                 if self.model.busy_with() == Some(35) {
@@ -332,7 +363,7 @@ impl<'a> World<'a> {
                 let wanted = live.pop(self.guest);
                 let request = queue.pop();
                 assert_eq!(request.is_some(), wanted.is_some(), "a request on ring {at}");
-                let (Some(mut request), Some(taken)) = (request, wanted) else {
+                let (Some(mut request), Some(mut taken)) = (request, wanted) else {
                     if live.base() != before {
                         reached("conversation request dropped while disabled".into());
                     }
@@ -352,11 +383,11 @@ impl<'a> World<'a> {
                 match input.below(4) {
                     0 => {
                         let written = input.number() as u32;
-                        live.put_used(self.guest, taken.head, written);
+                        live.put_used(self.guest, &taken, written);
                         let _ = request.done(written);
                     }
                     1 => {
-                        live.put_used(self.guest, taken.head, 0);
+                        live.put_used(self.guest, &taken, 0);
                         drop(request);
                     }
                     _ => {
@@ -387,16 +418,18 @@ impl<'a> World<'a> {
                 return;
             }
             let which = input.below(live.held.len());
-            let (mut request, taken) =
+            let (mut request, mut taken) =
                 (shared.held[at].swap_remove(which), live.held.swap_remove(which));
             let fill = request.writable().len().min(16) as usize;
             if fill > 0 && input.one_in(2) {
                 // Behind what was written before.
+                request.writable().write_all(&vec![!self.serial; fill]).expect("there is room");
+                taken.fill(self.guest, !self.serial, fill);
                 drop(request);
-                live.put_used(self.guest, taken.head, 0);
+                live.put_used(self.guest, &taken, 0);
             } else {
                 let written = u32::from(input.byte());
-                live.put_used(self.guest, taken.head, written);
+                live.put_used(self.guest, &taken, written);
                 request.done(written);
             }
             live.publish(self.guest);
@@ -518,6 +551,9 @@ impl<'a> World<'a> {
     fn over(mut self) -> Model {
         self.check("at the end");
         assert!(self.hands.lock().held.iter().all(Vec::is_empty));
+        if let Some(picture) = self.picture.take() {
+            self.guest.put_back(picture);
+        }
         self.model
     }
 }
@@ -530,32 +566,10 @@ fn turn(session: &mut Option<ByHand<'_>>, ended: &mut Option<Result<Ended, HostE
     }
 }
 
-/// Messages, as far as a line takes them.
-fn frames(mut bytes: &[u8]) -> String {
-    let mut all = Vec::new();
-    while let Some((head, rest)) = bytes.split_at_checked(12) {
-        let size = usize::from(head[8]) | usize::from(head[9]) << 8;
-        let (payload, rest) = rest.split_at(size.min(rest.len()));
-        all.push(format!("{}: {:02x?}", head[0], &payload[..size.min(payload.len()).min(8)]));
-        bytes = rest;
-    }
-    all.join("; ")
-}
-
 /// With FUZZ_TRACE set, says what happens: for one input at a time.
 fn told(what: impl FnOnce() -> String) {
     static TRACE: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
     if *TRACE.get_or_init(|| std::env::var_os("FUZZ_TRACE").is_some()) {
         eprintln!("{}", what());
     }
-}
-
-/// Sends bytes with descriptors; a peer that is gone already is no matter.
-fn put(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(40))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() {
-        assert!(control.push(SendAncillaryMessage::ScmRights(fds)), "room for descriptors");
-    }
-    let _ = sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL);
 }

@@ -109,6 +109,15 @@ impl Letter {
     }
 }
 
+/// Decodes a datagram and encodes what it was: for the fuzz target, and in its builds alone.
+///
+/// # Errors
+/// The reason in words if it is no letter.
+#[cfg(fuzzing)]
+pub fn letter_again(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame<OwnedFd>, String> {
+    Letter::decode(bytes, fds).map(Letter::encode)
+}
+
 impl Estate {
     /// Whether its paths can stand in lines.
     pub(crate) fn can_be_told(&self) -> bool {
