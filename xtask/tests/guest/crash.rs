@@ -1,0 +1,79 @@
+//! A device that is killed under a guest and started again: QEMU connects anew (`reconnect-ms`), gives the
+//! in-flight region back, and the guest notices nothing ([state], Build 1 and 2).
+//!
+//! `OUTBOARD_ROUNDS=100` kills it so many times.
+
+use crate::disk::{FILL, LONG, UNMOUNT, VERIFY, script};
+use crate::lab::{Lab, sound};
+use anyhow::{Result, ensure};
+use std::path::Path;
+use std::time::{Duration, Instant};
+use xtask::backend::{check_ext4, image, outboard_block, socket};
+use xtask::guest::qemu::Machine;
+
+/// Writes and syncs files without end, two at a time, and reads the ones before back from the disk; says so each time.
+/// Ends at a word over the agent's port.
+const LOAD: &str = r#"
+rm -f /tmp/word
+{ IFS= read -r word < /dev/ttyS1; echo "$word" > /tmp/word; } &
+cd /mnt
+n=0
+while [ ! -e /tmp/word ]; do
+    for f in crash.a crash.b; do
+        dd if=/dev/urandom bs=64k count=16 2>/dev/null | tee $f | md5sum | sed "s/-/$f/" > /tmp/$f &
+    done
+    wait %2 %3 2>/dev/null || true
+    sync
+    echo 3 > /proc/sys/vm/drop_caches
+    cat /tmp/crash.a /tmp/crash.b | md5sum -c > /tmp/verified 2>&1 || { cat /tmp/verified; exit 1; }
+    n=$((n + 1))
+    echo "round $n"
+done
+cd /
+! dmesg | grep -i 'i/o error' || exit 1
+echo "right after $n"
+"#;
+
+/// A guest's disk behind a socket that QEMU connects to again.
+fn machine(socket: &Path) -> Machine {
+    let chardev = format!("socket,id=disk,path={},reconnect-ms=20", socket.display());
+    let device = "vhost-user-blk-pci,num-queues=2,chardev=disk";
+    let machine = Machine { cpus: 2, ..Machine::default() };
+    machine.with(&["-chardev", &chardev, "-device", device])
+}
+
+fn rounds() -> usize {
+    std::env::var("OUTBOARD_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(5)
+}
+
+#[test]
+fn c7_a_device_killed_under_a_guest_that_writes_and_verifies_is_followed_by_another() -> Result<()>
+{
+    let Some(lab) = Lab::open(|| xtask::backend::outboard().map(drop))? else { return Ok(()) };
+    let disk = image(lab.path(), 256)?;
+    let serve = || outboard_block(lab.path(), &disk, &["--num-queues", "2"]);
+    let mut device = serve()?;
+    let guest = machine(&socket(lab.path(), "disk")).boot(&lab.root, lab.path());
+    let mut guest = sound(guest, &device)?;
+    script(&mut guest, &device, &[FILL])?;
+    sound(guest.start(LOAD), &device)?;
+    let mut slowest = Duration::ZERO;
+    for round in 1..=rounds() {
+        // In the midst of a round, each time somewhere else.
+        sound(guest.expect(&format!("round {}", 2 * round - 1), LONG), &device)?;
+        std::thread::sleep(Duration::from_millis(37 * u64::try_from(round % 13)?));
+        let begun = Instant::now();
+        drop(device);
+        device = serve()?;
+        sound(guest.expect(&format!("round {}", 2 * round), LONG), &device)?;
+        slowest = slowest.max(begun.elapsed());
+    }
+    guest.say("enough")?;
+    let said = sound(guest.finish(LONG), &device)?;
+    ensure!(said.contains("right after"), "{said}");
+    eprintln!("{} kills, the slowest round took {slowest:.1?}", rounds());
+    script(&mut guest, &device, &[VERIFY, UNMOUNT])?;
+    sound(guest.power_off(), &device)?;
+    device.terminate()?;
+    check_ext4(&lab.root, &disk)
+}
