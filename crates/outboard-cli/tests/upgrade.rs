@@ -1,10 +1,22 @@
 //! Live upgrade of `outboard block` as its users type it: `--control` and `--take-over`, under load of
-//! which every byte is checked.
+//! which every byte is checked. The later program of another state version is this test program.
+//!
+//! `OUTBOARD_ROUNDS=100` upgrades between the two so many times.
 #![expect(clippy::expect_used, reason = "a failed step of a test is its end")]
+
+#[path = "../../outboard-devices/tests/block/later.rs"]
+mod later;
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
+
+use later::Later;
+use outboard::{Server, WorkerDevice};
+use outboard_devices::block::{Block, BlockOptions, Image, ImageOptions};
+
+/// Set for this test program when it is to be a disk: the version that it writes.
+const WRITES: &str = "OUTBOARD_LATER_WRITES";
 
 /// A running `outboard block`.
 struct Disk {
@@ -14,11 +26,21 @@ struct Disk {
 
 impl Disk {
     fn start(args: &[&str], folder: &Path) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_outboard"))
+        Self::run(Command::new(env!("CARGO_BIN_EXE_outboard")).arg("block").args(args), folder)
+    }
+
+    /// The later program takes over; it writes this version of a state.
+    fn later(writes: u32, folder: &Path) -> Self {
+        let program = std::env::current_exe().expect("our own path");
+        let args = ["--exact", "the_later_program", "--nocapture"];
+        Self::run(Command::new(program).args(args).env(WRITES, writes.to_string()), folder)
+    }
+
+    fn run(command: &mut Command, folder: &Path) -> Self {
+        let mut child = command
             .current_dir(folder)
-            .arg("block")
-            .args(args)
             .env("OUTBOARD_LOG", "info")
+            .stdout(Stdio::null())
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -87,6 +109,70 @@ fn twelve_live_upgrades_under_checked_load_lose_nothing() {
         disk = next;
     }
     assert!(load.wait().expect("it ends").success(), "the load found an error");
+}
+
+/// Not a test: the later program, for the test below.
+#[test]
+fn the_later_program() {
+    let Ok(writes) = std::env::var(WRITES) else { return };
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
+    let image = Image::open("disk.img", ImageOptions::default()).expect("an image");
+    let disk = Block::new(image, BlockOptions::default()).expect("a disk");
+    let later = Later { writes: writes.parse().expect("a version"), ..Later::new(disk, 0) };
+    let device = WorkerDevice::new(later).expect("threads");
+    Server::take_over("c").expect("a predecessor").serve(device).expect("it serves");
+}
+
+/// How long the rings stood still, as the new side's log has it; in microseconds.
+fn pause(line: &str) -> u64 {
+    let number = line.split("stood still for ").nth(1).and_then(|rest| rest.split(' ').next());
+    number.and_then(|number| number.parse().ok()).expect("the pause in microseconds")
+}
+
+#[test]
+fn upgrades_to_a_later_state_version_and_back_lose_nothing_and_what_cannot_be_read_stays() {
+    let rounds = std::env::var("OUTBOARD_ROUNDS").ok().and_then(|text| text.parse().ok());
+    let rounds: usize = rounds.unwrap_or(8);
+    let folder = tempfile::tempdir().expect("a folder");
+    image(folder.path());
+    let mut disk =
+        Disk::start(&["--socket-path", "s", "--control", "c", "disk.img"], folder.path());
+    disk.says("serving").expect("it serves");
+    let mut load = load(folder.path(), &(2 + rounds / 8).to_string());
+    disk.says("ring started").expect("the load began");
+    let mut pauses = Vec::new();
+    for round in 0..rounds {
+        // To the later program, which then is asked in vain by the earlier one; every second time
+        // it writes what that can read, and is followed by it.
+        let back = round % 2 == 1;
+        let mut next = Disk::later(if back { 1 } else { 2 }, folder.path());
+        let line = next.says("taken over").unwrap_or_else(|| panic!("round {round}"));
+        pauses.push(pause(&line));
+        disk.says("handed over").expect("the old one gives way");
+        assert_eq!(disk.ends(), Some(0));
+        disk = next;
+        let mut earlier = Disk::start(&NEXT, folder.path());
+        if !back {
+            earlier.says("state version 2, this program knows up to 1").expect("a reason");
+            assert_eq!(earlier.ends(), Some(1));
+            disk.says("not handed over").expect("it says why it goes on");
+            continue;
+        }
+        let line = earlier.says("taken over").unwrap_or_else(|| panic!("round {round}, back"));
+        pauses.push(pause(&line));
+        disk.says("handed over").expect("the later one gives way");
+        assert_eq!(disk.ends(), Some(0));
+        disk = earlier;
+    }
+    assert!(load.wait().expect("it ends").success(), "the load found an error");
+    pauses.sort_unstable();
+    let at = |share: usize| pauses.get((pauses.len() - 1) * share / 100).copied().unwrap_or(0);
+    println!(
+        "{} upgrades: the rings stood still for {} us (p50), {} us (p99)",
+        pauses.len(),
+        at(50),
+        at(99)
+    );
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 mod disk;
 mod faults;
+mod later;
 mod model;
 mod order;
 mod outage;

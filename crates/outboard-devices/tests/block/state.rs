@@ -5,14 +5,11 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use outboard::protocol::virtio;
-use outboard::{
-    ConfigWrite, DeviceState, Error, MakeWorker, Model, QueueSpec, STATE_HEADER, Saved, Snapshot,
-};
-use outboard_devices::block::{
-    Block, BlockOptions, BlockWorker, Image, ImageOptions, STATE_VERSION, feature,
-};
+use outboard::{ConfigWrite, DeviceState, Model, STATE_HEADER, Saved};
+use outboard_devices::block::{Block, BlockOptions, Image, ImageOptions, STATE_VERSION, feature};
 use proptest::prelude::*;
-use serde::{Deserialize, Serialize};
+
+use crate::later::Later;
 
 const SECTORS: u64 = 2048;
 /// The configuration's writeback byte.
@@ -37,66 +34,6 @@ fn writeback(model: &impl Model) -> u8 {
     let mut byte = [7];
     model.read_config(WCE, &mut byte).expect("readable");
     byte[0]
-}
-
-/// A disk of a later program: it also remembers how much was discarded.
-struct Later {
-    disk: Block,
-    discarded: u64,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Version2 {
-    sectors: u64,
-    block_size: u32,
-    read_only: bool,
-    writeback: bool,
-    flush_failed: bool,
-    discarded: u64,
-}
-
-impl Model for Later {
-    type Worker = BlockWorker;
-
-    fn queues(&self) -> Vec<QueueSpec> {
-        self.disk.queues()
-    }
-
-    fn make_worker(&self) -> MakeWorker<BlockWorker> {
-        self.disk.make_worker()
-    }
-
-    fn device_type(&self) -> String {
-        self.disk.device_type()
-    }
-
-    fn read_config(&self, offset: u32, bytes: &mut [u8]) -> Result<(), Error> {
-        self.disk.read_config(offset, bytes)
-    }
-
-    fn snapshot(&mut self) -> Result<Snapshot, Error> {
-        let state = Version2 {
-            sectors: SECTORS,
-            block_size: 512,
-            read_only: false,
-            writeback: writeback(&self.disk) != 0,
-            flush_failed: false,
-            discarded: self.discarded,
-        };
-        Ok(Snapshot::of(2, state))
-    }
-
-    /// Version 1 lacks a field and says the rest as version 2 does.
-    fn restore(&mut self, saved: Saved<'_>) -> Result<(), Error> {
-        saved.up_to(2)?;
-        let discarded = match saved.version() {
-            1 => 0,
-            _ => saved.read::<Version2>(2)?.discarded,
-        };
-        self.disk.restore(Saved::new(1, saved.bytes(), saved.features()))?;
-        self.discarded = discarded;
-        Ok(())
-    }
 }
 
 /// The state of a model as a file, as the handler would frame it.
@@ -132,7 +69,7 @@ fn version1() -> DeviceState {
 }
 
 fn version2() -> DeviceState {
-    let mut later = Later { disk: usual(), discarded: 77 };
+    let mut later = Later::new(usual(), 77);
     later.disk.write_config(WCE, &[0], ConfigWrite::Guest).expect("writable");
     kept("block-2.state", &framed(&mut later))
 }
@@ -151,10 +88,10 @@ fn this_program_reads_version_1_and_refuses_version_2_with_both_numbers() {
 
 #[test]
 fn a_later_program_reads_both_versions() {
-    let mut later = Later { disk: usual(), discarded: 5 };
+    let mut later = Later::new(usual(), 5);
     later.restore(version1().saved()).expect("an earlier program's");
     assert_eq!((writeback(&later), later.discarded), (0, 0));
-    let mut later = Later { disk: usual(), discarded: 5 };
+    let mut later = Later::new(usual(), 5);
     later.restore(version2().saved()).expect("its own");
     assert_eq!((writeback(&later), later.discarded), (0, 77));
 }
