@@ -115,6 +115,19 @@ impl<'a> Cursor<'a> {
         unsafe { write_slowly(self.list, self.span, from) }
     }
 
+    /// Copies bytes in, as many as there is room for, and leaves the cursor where it is. Returns how many.
+    pub fn place(&mut self, from: &[u8]) -> usize {
+        let mut done = 0;
+        for piece in self.segments() {
+            let rest = from.get(done..).unwrap_or_default();
+            let len = rest.len().min(piece.len);
+            // SAFETY: `len` bytes of a piece, which lies in a live mapping.
+            unsafe { copy::copy_out(rest.as_ptr(), piece.base, len) };
+            done += len;
+        }
+        done
+    }
+
     /// Writes zeros; `None`, and nothing written, when there is too little room.
     pub fn fill_zero(&mut self, count: u64) -> Option<()> {
         self.each_piece(count, |to, len| {

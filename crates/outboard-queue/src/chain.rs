@@ -227,6 +227,12 @@ impl Writable<'_> {
         self.cursor.write_all(from).ok_or_else(|| short(self.cursor.segments(), from.len()))
     }
 
+    /// Writes bytes, as many as there is room for, and leaves the room as it is, as the kernel does: follow it with
+    /// [`advance`](Self::advance). Returns how many.
+    pub fn place(&mut self, from: &[u8]) -> usize {
+        self.cursor.place(from)
+    }
+
     /// Writes `n` zero bytes.
     ///
     /// # Errors

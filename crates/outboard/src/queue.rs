@@ -79,6 +79,8 @@ pub(crate) struct Setup {
     pub(crate) log: Option<RingLog>,
     /// Where requests are kept track of, for a process that follows this one after a crash.
     pub(crate) inflight: Option<InflightArea>,
+    /// Whether the front-end may stop the ring without waiting for them.
+    pub(crate) abandonable: bool,
     pub(crate) base: u32,
     pub(crate) enabled: bool,
     pub(crate) kick: Kick,

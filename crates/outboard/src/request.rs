@@ -113,7 +113,8 @@ impl<'a> Request<'a> {
         let (Some(events), Some(chain)) = (self.events.as_deref_mut(), self.chain.take()) else {
             return Err(self);
         };
-        match events.submit(op, self.queue.index(), token, chain) {
+        let apart = self.queue.is_abandonable();
+        match events.submit(op, (self.queue.index(), token), apart, chain) {
             Ok(()) => Ok(Served(())),
             Err(chain) => {
                 self.chain = Some(chain);

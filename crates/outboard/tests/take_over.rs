@@ -72,6 +72,15 @@ impl Place {
 
 /// A front-end with a ring that runs.
 fn guest(socket: &Path, protocol: ProtocolFeatures) -> (Connection, SharedMemory, Ring) {
+    guest_with(socket, protocol, |_| ())
+}
+
+/// As [`guest`], with something told before the ring.
+fn guest_with(
+    socket: &Path,
+    protocol: ProtocolFeatures,
+    tell: impl FnOnce(&mut Connection),
+) -> (Connection, SharedMemory, Ring) {
     let mut front = Connection::connect(socket, PATIENCE).unwrap();
     let memory = SharedMemory::with_size(1 << 20).unwrap();
     front.set_owner().unwrap();
@@ -80,6 +89,7 @@ fn guest(socket: &Path, protocol: ProtocolFeatures) -> (Connection, SharedMemory
     front.set_protocol_features(protocol).unwrap();
     front.set_features(FEATURES).unwrap();
     front.set_mem_table(memory.regions()).unwrap();
+    tell(&mut front);
     let ring = Ring::new(&memory, 0, FEATURES);
     front.set_vring_num(0, common::SIZE).unwrap();
     front.set_vring_addr(0, &ring.layout).unwrap();
@@ -102,6 +112,45 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
         assert!(Instant::now() < late, "{what}");
         std::thread::yield_now();
     }
+}
+
+/// The new process goes on with the in-flight region, and a ring can be abandoned there.
+#[test]
+fn the_in_flight_region_goes_along() {
+    let protocol = ALL
+        | ProtocolFeatures::INFLIGHT_SHMFD
+        | ProtocolFeatures::GET_VRING_BASE_INFLIGHT
+        | ProtocolFeatures::SKIP_DRAIN;
+    let place = Place::new();
+    let mut old = place.first();
+    let mut region = None;
+    let (mut front, _memory, mut ring) = guest_with(&place.socket, protocol, |front| {
+        let (description, file) = front.get_inflight_fd(1, common::SIZE).unwrap().unwrap();
+        front.set_inflight_fd(description, &file).unwrap();
+        region = Some(file);
+    });
+    let region = region.unwrap();
+    let used = || {
+        let mut bytes = [0; 2];
+        rustix::io::pread(&region, &mut bytes, 14).unwrap();
+        u16::from_le_bytes(bytes)
+    };
+    for round in 1..6_u16 {
+        ring.round(b"noted");
+        // The area is told after the used index.
+        until("the region knows", || used() == round);
+        let new = place.next(HandlerOptions::default());
+        old.thread.join().unwrap().unwrap();
+        old = new;
+    }
+    ring.round(b"noted");
+    assert_eq!(front.get_vring_base_skip_drain(0).unwrap(), 6);
+    assert_eq!(used(), 6);
+    let mut entries = vec![1; 16 * usize::from(common::SIZE)];
+    rustix::io::pread(&region, &mut entries, 16).unwrap();
+    assert!(entries.chunks(16).all(|entry| entry[0] == 0), "nothing is in flight");
+    drop(front);
+    old.stop();
 }
 
 #[test]

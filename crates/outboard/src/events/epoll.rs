@@ -72,7 +72,7 @@ impl EventLoop for EpollLoop {
         false
     }
 
-    fn submit(&mut self, _: FileOp, _: u16, _: u64, chain: Chain) -> Result<(), Chain> {
+    fn submit(&mut self, _: FileOp, _: (u16, u64), _: bool, chain: Chain) -> Result<(), Chain> {
         Err(chain)
     }
 

@@ -7,6 +7,7 @@
 //! ready or hung up does not make the loop spin (rule R20).
 
 pub(crate) mod epoll;
+mod landing;
 pub(crate) mod uring;
 
 use std::fmt;
@@ -103,13 +104,22 @@ pub(crate) trait EventLoop: fmt::Debug {
     /// Whether [`EventLoop::submit`] may succeed.
     fn can_submit(&self) -> bool;
 
-    /// Starts an operation and owns the request's memory until the kernel is done with it.
+    /// Starts an operation and owns the request's memory until the kernel is done with it. `apart`:
+    /// a read goes through memory of the loop's own where that can be had, so that none of it comes
+    /// into guest memory after [`EventLoop::cancel`].
     ///
     /// # Errors
     /// The request, when the loop has no room or carries no operations.
-    fn submit(&mut self, op: FileOp, queue: u16, token: u64, chain: Chain) -> Result<(), Chain>;
+    fn submit(
+        &mut self,
+        op: FileOp,
+        of: (u16, u64),
+        apart: bool,
+        chain: Chain,
+    ) -> Result<(), Chain>;
 
     /// Asks the kernel to end the operations of a queue; they end with an event each, soon or late.
+    /// What was read apart is dropped.
     fn cancel(&mut self, queue: u16);
 
     /// The operations of a queue that have not ended.

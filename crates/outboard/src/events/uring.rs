@@ -23,6 +23,7 @@ use outboard_memory::Segment;
 use outboard_queue::Chain;
 use rustix::event::{PollFlags, epoll};
 
+use super::landing::{Landing, Landings};
 use super::{Event, EventLoop, FileId, FileOp, Flights};
 
 const ENTRIES: u32 = 256;
@@ -51,8 +52,12 @@ struct Flying {
     queue: u16,
     /// Whether it writes to guest memory.
     into_memory: bool,
+    /// Whether its request was left behind.
+    abandoned: bool,
     token: u64,
     chain: Chain,
+    /// Where the kernel reads to, when that is not the request's memory.
+    landing: Option<Landing>,
 }
 
 /// See the module.
@@ -65,6 +70,7 @@ pub(crate) struct UringLoop {
     files: Vec<Arc<File>>,
     flying: Vec<Option<Flying>>,
     free: Vec<usize>,
+    landings: Landings,
 }
 
 impl std::fmt::Debug for UringLoop {
@@ -97,14 +103,15 @@ impl UringLoop {
             files: Vec::new(),
             flying: Vec::new(),
             free: Vec::new(),
+            landings: Landings::default(),
         })
     }
 
     /// Queues an entry, submitting the others first when the queue is full.
     fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
         loop {
-            // SAFETY: what the entry points to (a request's vector, nothing for polls and syncs)
-            // is owned by `flying` until the completion is seen.
+            // SAFETY: what the entry points to (a request's vector, a buffer of our own, nothing
+            // for polls and syncs) is owned by `flying` until the completion is seen.
             let pushed = unsafe { self.ring.submission().push(entry) };
             if pushed.is_ok() {
                 return Ok(());
@@ -160,6 +167,15 @@ impl UringLoop {
         })
     }
 
+    /// A read into memory of our own.
+    fn entry_apart(&self, file: FileId, offset: u64, to: &mut Landing) -> Option<squeue::Entry> {
+        let file = self.files.get(file.0 as usize)?;
+        let room = to.room();
+        let length = u32::try_from(room.len()).ok()?;
+        let read = opcode::Read::new(Fd(file.as_raw_fd()), room.as_mut_ptr(), length);
+        Some(read.offset(offset).build())
+    }
+
     /// Turns one completion into an event, if it is one.
     fn completion(&mut self, user_data: u64, result: i32, more: bool, events: &mut Vec<Event>) {
         if user_data & IGNORE != 0 {
@@ -182,7 +198,13 @@ impl UringLoop {
             self.free.push(slot);
             let outcome = u32::try_from(result)
                 .map_err(|_| io::Error::from_raw_os_error(result.saturating_neg()));
-            let Flying { queue, token, chain, .. } = flying;
+            let Flying { queue, token, mut chain, landing, abandoned, .. } = flying;
+            if let Some(landing) = landing {
+                if let (Ok(count), false) = (usize::try_from(result), abandoned) {
+                    chain.writable().place(landing.filled(count));
+                }
+                self.landings.give_back(landing);
+            }
             events.push(Event::Done { queue, token, chain, outcome });
         }
     }
@@ -195,6 +217,10 @@ impl UringLoop {
             self.completion(entry.user_data(), entry.result(), more, events);
         }
     }
+}
+
+fn is_of(flying: &Option<Flying>, queue: u16) -> bool {
+    flying.as_ref().is_some_and(|flying| flying.queue == queue)
 }
 
 /// How many pieces one operation moves.
@@ -244,35 +270,47 @@ impl EventLoop for UringLoop {
     fn submit(
         &mut self,
         op: FileOp,
-        queue: u16,
-        token: u64,
+        (queue, token): (u16, u64),
+        apart: bool,
         mut chain: Chain,
     ) -> Result<(), Chain> {
-        let Some(entry) = self.entry(op, &mut chain) else { return Err(chain) };
-        let into_memory = matches!(op, FileOp::Read { .. });
+        let reads = matches!(op, FileOp::Read { .. });
+        let mut landing =
+            if apart && reads { self.landings.take(chain.writable().len()) } else { None };
+        let entry = match (op, &mut landing) {
+            (FileOp::Read { file, offset }, Some(landing)) => {
+                self.entry_apart(file, offset, landing)
+            }
+            _ => self.entry(op, &mut chain),
+        };
+        let Some(entry) = entry else { return Err(chain) };
+        let into_memory = reads && landing.is_none();
         let slot = self.free.pop().unwrap_or_else(|| {
             self.flying.push(None);
             self.flying.len() - 1
         });
         // In `flying` before the kernel hears of it.
         if let Some(place) = self.flying.get_mut(slot) {
-            *place = Some(Flying { queue, into_memory, token, chain });
+            *place = Some(Flying { queue, into_memory, abandoned: false, token, chain, landing });
         }
         if self.push(&entry.user_data(slot as u64)).is_ok() {
             return Ok(());
         }
         self.free.push(slot);
         match self.flying.get_mut(slot).and_then(Option::take) {
-            Some(flying) => Err(flying.chain),
+            Some(Flying { chain, landing, .. }) => {
+                landing.into_iter().for_each(|landing| self.landings.give_back(landing));
+                Err(chain)
+            }
             None => Ok(()),
         }
     }
 
     fn cancel(&mut self, queue: u16) {
         for slot in 0..self.flying.len() {
-            let theirs = matches!(self.flying.get(slot), Some(Some(of)) if of.queue == queue);
             // One that cannot be asked for ends by itself, or not: as one that the kernel cannot end.
-            if theirs {
+            if let Some(Some(flying)) = self.flying.get_mut(slot).filter(|f| is_of(f, queue)) {
+                flying.abandoned = true;
                 let cancel = opcode::AsyncCancel::new(slot as u64).build().user_data(IGNORE);
                 let _ = self.push(&cancel);
             }
@@ -334,6 +372,8 @@ impl Drop for UringLoop {
 mod tests {
     use super::*;
     use crate::notify::Waker;
+    use outboard_frontend::SharedMemory;
+    use outboard_queue::{DeviceQueue, DriverQueue, QueueLayout};
     use std::os::fd::AsFd;
 
     fn ready(ring: &mut UringLoop) -> Vec<u64> {
@@ -371,6 +411,90 @@ mod tests {
         assert!(ready(&mut ring).is_empty());
         ring.watch(waker.as_fd(), 8).unwrap();
         assert_eq!(ready(&mut ring), [8], "ready when it is watched: reported at once");
+    }
+
+    /// A request with room for `room` bytes of 0xee.
+    fn request(memory: &SharedMemory, room: u32) -> (Chain, outboard_frontend::Buffer) {
+        let area = memory.allocate(4096, 4096).unwrap();
+        area.fill(0).unwrap();
+        let data = memory.allocate(8192, 4096).unwrap();
+        data.fill(0xee).unwrap();
+        let (layout, _) = QueueLayout::split_at(area.guest(), 16).unwrap();
+        let features = 1 << 32;
+        let mut driver = DriverQueue::new(layout, features, memory.view()).unwrap();
+        // In two pieces, which do not touch.
+        let pieces = [(data.guest(), 3), (data.guest() + 4096, room - 3)];
+        driver.add(&[], &pieces, 0).unwrap();
+        driver.publish();
+        let mut device = DeviceQueue::new(layout, features, 0, memory.view()).unwrap();
+        (device.pop().unwrap().unwrap(), data)
+    }
+
+    fn done(ring: &mut UringLoop) -> (Chain, io::Result<u32>) {
+        let mut events = Vec::new();
+        loop {
+            ring.wait(None, &mut events).unwrap();
+            if let Some(Event::Done { queue, token, chain, outcome }) = events.pop() {
+                assert_eq!((queue, token), (3, 9));
+                return (chain, outcome);
+            }
+        }
+    }
+
+    fn byte(data: &outboard_frontend::Buffer, at: usize) -> u8 {
+        let mut byte = [0];
+        data.read(at, &mut byte).unwrap();
+        byte[0]
+    }
+
+    /// A disk that does not answer, and does in the end: whether the kernel can be told to give up or not.
+    #[test]
+    fn what_is_read_apart_comes_to_its_request_unless_that_was_left_behind() {
+        let memory = SharedMemory::with_size(1 << 20).unwrap();
+        for (apart, left) in [(true, false), (true, true), (false, false)] {
+            let mut ring = UringLoop::new().unwrap();
+            let (reader, writer) = rustix::pipe::pipe().unwrap();
+            let file = ring.add_file(Arc::new(File::from(reader)));
+            let (chain, data) = request(&memory, 5);
+            let read = FileOp::Read { file, offset: u64::MAX };
+            ring.submit(read, (3, 9), apart, chain).unwrap();
+            ring.wait(Some(Duration::ZERO), &mut Vec::new()).unwrap();
+            let flights = Flights { all: 1, into_memory: usize::from(!apart) };
+            assert_eq!((ring.flying(3), ring.flying(2)), (flights, Flights::default()));
+            if left {
+                // As `cancel`, of an operation that cannot be cancelled.
+                ring.flying.iter_mut().flatten().for_each(|flying| flying.abandoned = true);
+            }
+            rustix::io::write(&writer, b"abcd").unwrap();
+            let (mut chain, outcome) = done(&mut ring);
+            assert_eq!((outcome.unwrap(), chain.writable().len()), (4, 5), "still to be consumed");
+            let found = [0, 1, 2, 4096, 4097].map(|at| byte(&data, at));
+            assert_eq!(&found, if left { b"\xee\xee\xee\xee\xee" } else { b"abcd\xee" });
+            assert_eq!(ring.flying(3), Flights::default());
+        }
+    }
+
+    #[test]
+    fn what_is_cancelled_ends_and_other_queues_go_on() {
+        let memory = SharedMemory::with_size(1 << 20).unwrap();
+        let mut ring = UringLoop::new().unwrap();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let file = ring.add_file(Arc::new(File::from(reader)));
+        let read = FileOp::Read { file, offset: u64::MAX };
+        let (chain, mine) = request(&memory, 5);
+        ring.submit(read, (3, 9), false, chain).unwrap();
+        let (chain, theirs) = request(&memory, 5);
+        ring.submit(read, (4, 9), false, chain).unwrap();
+        ring.wait(Some(Duration::ZERO), &mut Vec::new()).unwrap();
+        ring.cancel(3);
+        assert!(done(&mut ring).1.is_err());
+        assert_eq!((ring.flying(3).all, ring.flying(4).all), (0, 1));
+        rustix::io::write(&writer, b"abcd").unwrap();
+        let mut events = Vec::new();
+        while events.is_empty() {
+            ring.wait(None, &mut events).unwrap();
+        }
+        assert_eq!((byte(&mine, 0), byte(&theirs, 0)), (0xee, b'a'));
     }
 
     #[test]

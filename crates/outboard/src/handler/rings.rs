@@ -296,7 +296,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     /// Starts a ring if everything it needs is there; it waits otherwise.
     fn try_start(&mut self, index: u16) -> Result<(), Error> {
         let Some(setup) = self.setup(index) else { return Ok(()) };
-        let mailbox = Mailbox::new(setup.inflight.is_some())?;
+        let mailbox = Mailbox::new(setup.abandonable)?;
         let control = QueueControl::new(Arc::clone(&mailbox));
         let queue = match Queue::new(setup, Arc::clone(self.iommu.space()), mailbox) {
             Ok(queue) => queue,
@@ -350,6 +350,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             features: self.backend.acked_features() & !virtio::LOG_ALL,
             log: self.ring_log(index, self.backend.acked_features()),
             inflight: self.inflight.area(index),
+            abandonable: self.may_abandon(index),
             base: ring.base,
             enabled: ring.enabled,
             kick: host.kick.clone()?,

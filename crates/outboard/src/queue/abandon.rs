@@ -11,7 +11,8 @@ use super::Queue;
 impl Queue {
     /// Whether requests may be left behind: somebody will know of them.
     pub(crate) fn can_abandon(&self) -> bool {
-        self.setup.inflight.as_ref().is_some_and(|area| !area.is_poisoned())
+        let area = self.setup.inflight.as_ref().filter(|_| self.setup.abandonable);
+        area.is_some_and(|area| !area.is_poisoned())
     }
 
     /// Whether another process may serve these requests again.
@@ -24,6 +25,12 @@ impl Queue {
     #[inline]
     pub(crate) fn is_recovering(&self) -> bool {
         self.recovering
+    }
+
+    /// Whether requests may be left behind while the kernel still reads for them.
+    #[inline]
+    pub(crate) fn is_abandonable(&self) -> bool {
+        self.setup.abandonable
     }
 
     /// Sets a request aside.
