@@ -17,7 +17,7 @@ const MIB: u64 = 1 << 20;
 
 fn setup(queues: u16) -> Setup {
     let timeout = Duration::from_secs(10);
-    Setup { queues, depth: 16, block_size: 4096, indirect: false, timeout }
+    Setup { queues, depth: 16, block_size: 4096, indirect: false, packed: false, timeout }
 }
 
 fn load(name: &str) -> Load {

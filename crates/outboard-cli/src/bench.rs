@@ -79,6 +79,9 @@ pub(crate) struct Args {
     /// Put requests into indirect tables.
     #[arg(long)]
     indirect: bool,
+    /// Use packed rings; the device must offer them.
+    #[arg(long)]
+    packed: bool,
     /// Longest wait for one answer, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
@@ -165,6 +168,7 @@ fn setup(args: &Args) -> Setup {
         depth: args.depth.iter().copied().max().unwrap_or(1),
         block_size: args.bs,
         indirect: args.indirect,
+        packed: args.packed,
         timeout: Duration::from_secs(args.timeout),
     }
 }

@@ -91,6 +91,9 @@ struct SocketArgs {
     /// Do not offer a feature: VIRTIO_BLK_F_DISCARD, event-idx, CONFIGURE_MEM_SLOTS ... (repeatable).
     #[arg(long, value_name = "FEATURE", value_parser = parse_feature)]
     without: Vec<Feature>,
+    /// Offer packed rings too. The requests on them are not kept track of for a process that follows a crash.
+    #[arg(long)]
+    packed: bool,
     /// Longest wait for requests under way when the front-end stops a queue.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     drain_deadline: u32,
@@ -268,6 +271,7 @@ impl SocketArgs {
     fn handler_options(&self) -> HandlerOptions {
         let mut options = HandlerOptions {
             drain_deadline: Duration::from_secs(self.drain_deadline.into()),
+            packed_rings: self.packed,
             ..HandlerOptions::default()
         };
         for feature in &self.without {

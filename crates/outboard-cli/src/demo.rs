@@ -69,8 +69,14 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
 }
 
 fn drive(args: &Args, device: &mut Device, disk: &File, folder: &Path) -> Result<(), Failure> {
-    let setup =
-        Setup { queues: 1, depth: 32, block_size: 4096, indirect: false, timeout: PATIENCE };
+    let setup = Setup {
+        queues: 1,
+        depth: 32,
+        block_size: 4096,
+        indirect: false,
+        packed: false,
+        timeout: PATIENCE,
+    };
     let connection = device.connect(&folder.join("disk.sock"))?;
     let mut target = Target::over(connection, setup).map_err(Failure::failed)?;
     let config = *target.device().config();

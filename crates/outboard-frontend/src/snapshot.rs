@@ -133,7 +133,7 @@ impl Vmm {
         let mut rings = Vec::with_capacity(snapshot.queues.len());
         for (setup, base) in &snapshot.queues {
             let memory = memory.as_ref().ok_or(Error::State("no memory was shared"))?;
-            let ring = RingShare::new(memory, *setup)?;
+            let ring = RingShare::new(memory, *setup, snapshot.features)?;
             let index = u16::try_from(*base & 0xffff).unwrap_or(0);
             driven.push(Virtqueue::starting_at(Arc::clone(&ring), snapshot.features, index)?);
             rings.push((ring, *base));

@@ -1,6 +1,6 @@
 //! A driver-side queue with its two eventfds: what the front-end puts requests into.
 //!
-//! Carries out the driver's half of virtio 1.3 §2.7 through [`outboard_queue::DriverQueue`] and the
+//! Carries out the driver's half of virtio 1.3 §2.7 and §2.8 through [`outboard_queue::DriverQueue`] and the
 //! eventfd half of vhost-user's SET_VRING_KICK and SET_VRING_CALL. Invariant: after [`Virtqueue::wait`]
 //! says that there is nothing, a completion published later has made the call descriptor readable.
 
@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use outboard_protocol::features::virtio;
-use outboard_queue::{DriverQueue, QueueLayout};
+use outboard_queue::{DriverQueue, QueueFeatures, QueueLayout};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
@@ -35,19 +35,26 @@ pub(crate) struct RingShare {
 }
 
 impl RingShare {
-    /// Lays out a zeroed split ring of `size` entries in `memory`.
-    pub(crate) fn new(memory: &SharedMemory, setup: QueueSetup) -> Result<Arc<Self>, Error> {
+    /// Lays out a zeroed ring of `size` entries in `memory`, split or packed by these features.
+    pub(crate) fn new(
+        memory: &SharedMemory,
+        setup: QueueSetup,
+        features: u64,
+    ) -> Result<Arc<Self>, Error> {
         let QueueSetup { index, size, indirect } = setup;
-        if !size.is_power_of_two() || size > 32768 {
+        let features = QueueFeatures::from_bits(features);
+        if size == 0 || size > 32768 || !(features.packed || size.is_power_of_two()) {
             return Err(Error::Queue(format!(
-                "queue size {size} is no power of two from 1 to 32768"
+                "queue size {size} is not from 1 to 32768, or no power of two"
             )));
         }
         let entries = usize::from(size);
-        // Descriptor table, then the available ring, then the used ring on a cache line of its own.
-        let avail_at = 16 * entries;
-        let used_at = (avail_at + 6 + 2 * entries).next_multiple_of(64);
-        let buffer = memory.allocate(used_at + 6 + 8 * entries, 4096)?;
+        // Descriptors, then what the driver writes, then what the device writes on a cache line of its own.
+        let bytes = |len: u64| usize::try_from(len).unwrap_or(usize::MAX);
+        let (desc, avail, used) = QueueLayout::sizes(size, features);
+        let avail_at = bytes(desc);
+        let used_at = (avail_at + bytes(avail)).next_multiple_of(64);
+        let buffer = memory.allocate(used_at + bytes(used), 4096)?;
         buffer.fill(0)?;
         let at = |offset: usize| buffer.guest().wrapping_add(crate::memory::wide(offset));
         let layout = QueueLayout { size, desc: at(0), avail: at(avail_at), used: at(used_at) };
@@ -112,7 +119,8 @@ impl RingHandle {
         std::mem::replace(&mut *self.0.kick(), kick)
     }
 
-    /// How many requests the driver has offered, modulo 2^16: the available index as it is in memory.
+    /// How many requests the driver has offered, modulo 2^16: the available index as it is in memory. A packed ring has
+    /// none, and what is read there means nothing.
     ///
     /// # Errors
     /// Never, as the ring lies in shared memory.
@@ -120,7 +128,8 @@ impl RingHandle {
         self.0.index_at(self.0.layout.avail)
     }
 
-    /// How many requests the device has given back, modulo 2^16: the used index as it is in memory.
+    /// How many requests the device has given back, modulo 2^16: the used index as it is in memory. A packed ring has
+    /// none.
     ///
     /// # Errors
     /// Never, as the ring lies in shared memory.
@@ -140,10 +149,12 @@ pub struct Virtqueue {
 
 impl Virtqueue {
     pub(crate) fn new(share: Arc<RingShare>, features: u64) -> Result<Self, Error> {
-        Self::starting_at(share, features, 0)
+        let packed = QueueFeatures::from_bits(features).packed;
+        Self::starting_at(share, features, if packed { 0x8000 } else { 0 })
     }
 
-    /// As if `index` requests had been made and finished already.
+    /// As if requests had been made and finished already, so that the next one is at `index` (packed: with the wrap
+    /// counter in bit 15).
     pub(crate) fn starting_at(
         share: Arc<RingShare>,
         features: u64,
@@ -172,6 +183,11 @@ impl Virtqueue {
     #[must_use]
     pub fn handle(&self) -> RingHandle {
         RingHandle(Arc::clone(&self.share))
+    }
+
+    /// What SET_VRING_BASE tells the device where this goes on.
+    pub(crate) fn base(&self) -> u32 {
+        self.driver.base()
     }
 
     /// Number of descriptors.

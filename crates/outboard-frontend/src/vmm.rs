@@ -68,6 +68,13 @@ impl Default for Wanted {
 }
 
 impl Wanted {
+    /// Also packed rings.
+    #[must_use]
+    pub const fn with_packed_rings(mut self) -> Self {
+        self.features |= virtio::RING_PACKED;
+        self
+    }
+
     /// Also the back-end channel and what comes over it: config changes, shared-memory regions, shared
     /// objects, host notifiers. In-band notifications stay off: they replace kicks and calls.
     #[must_use]
@@ -95,7 +102,7 @@ pub enum Sharing {
 pub struct QueueSetup {
     /// Its number.
     pub index: u16,
-    /// Its number of descriptors: a power of two.
+    /// Its number of descriptors: a power of two, unless packed rings are negotiated.
     pub size: u16,
     /// Requests of up to this many segments go into indirect tables (if negotiated); 0 = none do.
     pub indirect: u16,
@@ -318,9 +325,11 @@ impl Vmm {
         let mut rings = Vec::with_capacity(queues.len());
         for setup in queues {
             let indirect = if self.iommu.is_some() { 0 } else { setup.indirect };
-            let ring = RingShare::new(&memory, QueueSetup { indirect, ..*setup })?;
-            driven.push(Virtqueue::new(Arc::clone(&ring), self.acked)?);
-            rings.push((ring, 0));
+            let setup = QueueSetup { indirect, ..*setup };
+            let ring = RingShare::new(&memory, setup, self.acked)?;
+            let queue = Virtqueue::new(Arc::clone(&ring), self.acked)?;
+            rings.push((ring, queue.base()));
+            driven.push(queue);
         }
         self.start(rings)?;
         Ok(driven)

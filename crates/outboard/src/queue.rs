@@ -21,7 +21,9 @@ use std::sync::Arc;
 
 use futures_channel::oneshot;
 use outboard_memory::{GuestMemory, View};
-use outboard_queue::{Chain, DeviceQueue, InflightArea, QueueLayout, RingError, RingLog};
+use outboard_queue::{
+    Chain, DeviceQueue, InflightArea, QueueFeatures, QueueLayout, RingError, RingLog,
+};
 use tracing::{debug, warn};
 
 use self::translation::{Translation, find_or_wait};
@@ -542,18 +544,17 @@ impl Drop for Queue {
 
 /// Where the ring lies in guest-physical memory.
 fn guest_layout(setup: &Setup, memory: &GuestMemory) -> Result<QueueLayout, StartError> {
-    let size = u64::from(setup.size);
-    let event = 2;
-    let lengths = [16 * size, 4 + 2 * size + event, 4 + 8 * size + event];
+    let features = QueueFeatures::from_bits(setup.features);
+    let lengths = QueueLayout::sizes(setup.size, features);
     let [desc, avail, used] = setup.user;
     let find = |address, length| {
         memory.user_to_guest(address, length).ok_or(StartError::Unmapped { address, length })
     };
     Ok(QueueLayout {
         size: setup.size,
-        desc: find(desc, lengths[0])?,
-        avail: find(avail, lengths[1])?,
-        used: find(used, lengths[2])?,
+        desc: find(desc, lengths.0)?,
+        avail: find(avail, lengths.1)?,
+        used: find(used, lengths.2)?,
     })
 }
 

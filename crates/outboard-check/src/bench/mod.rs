@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use outboard_frontend::block::{BlockDevice, BlockOptions, Operation, SECTOR};
 use outboard_frontend::{Connection, SharedMemory, Wanted};
+use outboard_protocol::virtio;
 
 pub use drive::Driving;
 pub use figures::{Comparison, Latency, Round, Summary, compare, median, summary};
@@ -39,6 +40,8 @@ pub struct Setup {
     pub block_size: u32,
     /// Whether requests go into indirect tables.
     pub indirect: bool,
+    /// Whether the rings are packed.
+    pub packed: bool,
     /// Longest wait for one answer.
     pub timeout: Duration,
 }
@@ -130,7 +133,9 @@ impl Target {
     /// # Errors
     /// As [`BlockDevice::open`].
     pub fn over(connection: Connection, setup: Setup) -> Result<Self, BenchError> {
-        Self::negotiated(connection, setup, Wanted::default())
+        let wanted = Wanted::default();
+        let wanted = if setup.packed { wanted.with_packed_rings() } else { wanted };
+        Self::negotiated(connection, setup, wanted)
     }
 
     /// As [`Self::over`], with a say in what is negotiated.
@@ -158,7 +163,11 @@ impl Target {
             wanted,
             ..BlockOptions::default()
         };
-        Ok(Self { device: BlockDevice::open(connection, options)?, setup, cpu })
+        let mut device = BlockDevice::open(connection, options)?;
+        if setup.packed && device.vmm().features() & virtio::RING_PACKED == 0 {
+            return Err(BenchError::Load("the device does not offer packed rings".to_owned()));
+        }
+        Ok(Self { device, setup, cpu })
     }
 
     /// The device, for calls between rounds.

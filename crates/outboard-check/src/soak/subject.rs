@@ -54,7 +54,8 @@ impl Loaded {
     ) -> Result<Self, SoakError> {
         let Way { depth, driving, wanted, read_percent } = way;
         let timeout = options.limit;
-        let setup = Setup { queues: 1, depth, block_size: 4096, indirect: false, timeout };
+        let setup =
+            Setup { queues: 1, depth, block_size: 4096, indirect: false, packed: false, timeout };
         let none = |error: String| SoakError::NoBackend(error);
         let connection = Connection::connect_patiently(socket, timeout, START)
             .map_err(|error| none(error.to_string()))?;

@@ -17,7 +17,7 @@
 
 use std::sync::atomic::Ordering;
 
-use outboard_memory::{Descriptor, PackedTaken, Rules, View, fence};
+use outboard_memory::{Descriptor, PackedRing, PackedTaken, Rules, View, fence};
 
 use super::cells::PackedCells;
 use super::chains::PackedChains;
@@ -78,6 +78,18 @@ fn places(base: u32, size: u16) -> Option<(Place, Place)> {
     }
 }
 
+/// Index 0 and wrap counter 1, for both sides (virtio 1.3 §2.8.1).
+const FRESH: u32 = 0x8000_8000;
+
+/// Whether nobody went round this ring yet. A front-end that knows split rings only (User-mode Linux) says 0 where a
+/// fresh ring begins; so does one that went round the ring an odd number of times, but then some descriptor was used in
+/// the lap before, or is available in the one that begins, and both have USED.
+fn is_unused(ring: &PackedRing) -> bool {
+    (0..ring.count())
+        .filter_map(|at| ring.flags(at, Ordering::Acquire))
+        .all(|flags| flags & USED == 0)
+}
+
 impl PackedDevice {
     pub(crate) fn new(
         layout: QueueLayout,
@@ -89,6 +101,7 @@ impl PackedDevice {
         let cells = PackedCells::resolve(&layout, &view)?;
         let ring = cells.ring.clone();
         let wrong = RingError::PackedBase { base, size };
+        let base = if base == 0 && is_unused(&ring) { FRESH } else { base };
         let (next_avail, next_used) = places(base, size).ok_or(wrong)?;
         let held = next_avail.since(next_used, size).ok_or(wrong)?;
         let indirect = features.indirect;

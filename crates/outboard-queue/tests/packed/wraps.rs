@@ -93,9 +93,33 @@ fn a_base_has_both_halves_and_a_queue_made_with_it_goes_on_there() {
 #[test]
 fn a54_a_used_half_of_zero_says_nothing() {
     let (layout, _) = QueueLayout::packed_at(0, 6).unwrap();
-    for (base, both) in [(0x8000, 0x8000_8000), (0x8003, 0x8003_8003), (2, 0x2_0002), (0, 0)] {
+    for (base, both) in [(0x8000, 0x8000_8000), (0x8003, 0x8003_8003), (2, 0x2_0002)] {
         let device = DeviceQueue::new(layout, PACKED, base, View::new(memory())).unwrap();
         assert_eq!(device.base(), both);
+    }
+}
+
+#[test]
+fn a54_a62_a_base_of_zero_is_a_fresh_ring_unless_somebody_went_round_it() {
+    // Chains of three in a ring of five: some laps end with a chain over the end, whose descriptor at index 0 was never
+    // a used one.
+    for (size, count) in [(5, 1), (5, 3), (3, 3), (1, 1), (4, 2), (7, 5)] {
+        let mut rig = Rig::new(size, 0);
+        let again = |rig: &Rig| DeviceQueue::new(rig.layout, PACKED, 0, rig.view.clone()).unwrap();
+        assert_eq!(again(&rig).base(), FRESH, "nothing was offered yet");
+        rig.offer(0, &vec![(DATA, 1, 0); count]);
+        assert_eq!(again(&rig).base(), FRESH, "offered in the first lap");
+        for _ in 0..6 * size {
+            rig.serve();
+            if rig.device.base() == 0 {
+                assert_eq!(again(&rig).base(), 0, "between two laps");
+                rig.offer(0, &vec![(DATA, 1, 0); count]);
+                assert_eq!(again(&rig).base(), 0, "available in the second lap");
+                rig.device = again(&rig);
+            } else {
+                rig.offer(0, &vec![(DATA, 1, 0); count]);
+            }
+        }
     }
 }
 

@@ -78,6 +78,13 @@ impl SessionInflight {
 }
 
 impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
+    /// The area of a ring, when its requests are kept track of. A region that was given before packed rings were
+    /// negotiated is none for them.
+    pub(super) fn ring_inflight(&self, index: u16) -> Option<InflightArea> {
+        let packed = self.backend.acked_features() & virtio::RING_PACKED != 0;
+        if packed { None } else { self.inflight.area(index) }
+    }
+
     /// GET_INFLIGHT_FD: a fresh region, which nobody but the front-end keeps. None for packed rings.
     pub(super) fn get_inflight_fd(
         &self,

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use outboard_memory::DirtyLog;
 use outboard_protocol::payload::{Log, VRING_F_LOG};
 use outboard_protocol::{Refusal, Request, virtio};
-use outboard_queue::{QueueLayout, RingLog};
+use outboard_queue::{QueueFeatures, QueueLayout, RingLog};
 use tracing::{info, warn};
 
 use super::session::Session;
@@ -132,7 +132,8 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             return Err(Refusal::because("the file of the dirty log was cut short"));
         }
         let size = self.backend.ring(index).and_then(|ring| ring.size).unwrap_or(1);
-        let (_, _, len) = QueueLayout::split_sizes(size);
+        let features = QueueFeatures::from_bits(self.backend.acked_features());
+        let (_, _, len) = QueueLayout::sizes(size, features);
         if base.covers(guest, len) {
             return Ok(());
         }

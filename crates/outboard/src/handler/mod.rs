@@ -47,6 +47,7 @@ pub(crate) const MEM_SLOTS: u64 = 509;
 /// Feature bits that the framework carries for every device.
 pub(crate) const RING_FEATURES: u64 = virtio::RING_INDIRECT_DESC
     | virtio::RING_EVENT_IDX
+    | virtio::RING_PACKED
     | virtio::VERSION_1
     | virtio::RING_RESET
     | virtio::LOG_ALL
@@ -70,6 +71,9 @@ const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
 pub struct HandlerOptions {
     /// Feature bits that are not offered, to test a front-end or to work around one.
     pub without_features: u64,
+    /// Offer packed rings (VIRTIO_F_RING_PACKED) to the driver. Their requests are not kept track of in an in-flight
+    /// region: a front-end that asks for one is told that there is none.
+    pub packed_rings: bool,
     /// Protocol features that are not offered.
     pub without_protocol_features: ProtocolFeatures,
     /// How long a queue may take to finish its requests when it is stopped, and to take a change.
@@ -94,6 +98,7 @@ impl Default for HandlerOptions {
     fn default() -> Self {
         Self {
             without_features: 0,
+            packed_rings: false,
             without_protocol_features: ProtocolFeatures::empty(),
             drain_deadline: Duration::from_secs(30),
             stop_deadline: Duration::from_secs(2),
@@ -248,7 +253,9 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
         if !protocol_features.contains(ProtocolFeatures::GET_VRING_BASE_INFLIGHT) {
             protocol_features -= ProtocolFeatures::SKIP_DRAIN;
         }
-        let mut features = (RING_FEATURES | device.features()) & !self.options.without_features;
+        let packed = if self.options.packed_rings { virtio::RING_PACKED } else { 0 };
+        let ring_features = (RING_FEATURES & !virtio::RING_PACKED) | packed;
+        let mut features = (ring_features | device.features()) & !self.options.without_features;
         // Misses are told over the channel.
         if !protocol_features.contains(ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::REPLY_ACK)
         {

@@ -196,7 +196,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     fn may_abandon(&self, index: u16) -> bool {
         let negotiated = ProtocolFeatures::GET_VRING_BASE_INFLIGHT;
         self.backend.acked_protocol_features().contains(negotiated)
-            && self.inflight.area(index).is_some_and(|area| !area.is_poisoned())
+            && self.ring_inflight(index).is_some_and(|area| !area.is_poisoned())
     }
 
     /// Waits for a worker to finish.
@@ -349,7 +349,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             user: [addresses.desc, addresses.avail, addresses.used],
             features: self.backend.acked_features() & !virtio::LOG_ALL,
             log: self.ring_log(index, self.backend.acked_features()),
-            inflight: self.inflight.area(index),
+            inflight: self.ring_inflight(index),
             abandonable: self.may_abandon(index),
             base: ring.base,
             enabled: ring.enabled,
