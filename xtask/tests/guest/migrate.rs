@@ -1,5 +1,5 @@
 //! QEMU migrates a guest that writes and verifies, between two processes of our device on one image
-//! ([state], Build 4 to 6): the dirty log, the image lock, the rings' places.
+//! ([state], Build 4 to 6 and 8): the dirty log, the image lock, the rings' places, postcopy.
 //!
 //! `OUTBOARD_ROUNDS=20` moves it there and back so many times.
 
@@ -54,12 +54,14 @@ struct Bench {
 }
 
 impl Bench {
-    fn new() -> Result<Option<Self>> {
+    /// Devices with these arguments.
+    fn new(arguments: &[&str]) -> Result<Option<Self>> {
         let Some(lab) = Lab::open(|| xtask::backend::outboard().map(drop))? else {
             return Ok(None);
         };
         let image = image(lab.path(), 256)?;
-        let serve = |name| outboard_block_named(name, lab.path(), &image, &["--num-queues", "2"]);
+        let arguments = [&["--num-queues", "2"], arguments].concat();
+        let serve = |name| outboard_block_named(name, lab.path(), &image, &arguments);
         let devices = [serve("disk0")?, serve("disk1")?];
         let guest = machine(&devices[0]).boot(&lab.root, &folder(&lab, 0)?);
         let mut guest = sound(guest, &devices[0])?;
@@ -110,6 +112,33 @@ impl Bench {
         Ok(())
     }
 
+    /// The same as postcopy: the guest goes on over there while most of its memory is still here.
+    fn go_ahead(&mut self) -> Result<()> {
+        let (there, stream) = self.other_side()?;
+        let mut monitor = self.guest.monitor()?;
+        let postcopy = json!({ "capabilities": [{ "capability": "postcopy-ram", "state": true }] });
+        there.monitor()?.execute("migrate-set-capabilities", &postcopy)?;
+        monitor.execute("migrate-set-capabilities", &postcopy)?;
+        // Too slow for an end, while the guest writes; then as fast as it goes.
+        monitor.execute("migrate-set-parameters", &json!({ "max-bandwidth": 4 << 20 }))?;
+        monitor.execute("migrate", &json!({ "uri": format!("unix:{}", stream.display()) }))?;
+        under_way(&mut monitor)?;
+        monitor.execute("migrate-start-postcopy", &json!({}))?;
+        let device = &self.devices[1 - self.here];
+        let done = sound(outcome(&mut monitor), device)?;
+        ensure!(done["status"] == "completed", "{done}\n{}", device.said());
+        let asked = done["ram"]["postcopy-requests"].as_u64().unwrap_or(0);
+        ensure!(asked > 0, "no page was asked for: {done}");
+        let said = device.said();
+        for line in ["guest memory comes as it is touched", "all of guest memory has come"] {
+            ensure!(said.contains(line), "the device was not told of postcopy: {said}");
+        }
+        eprintln!("moved: {asked} pages were asked for, downtime {} ms", done["downtime"]);
+        self.guest = there;
+        self.here = 1 - self.here;
+        Ok(())
+    }
+
     fn verify(mut self) -> Result<()> {
         let device = &self.devices[self.here];
         script(&mut self.guest, device, &[VERIFY, UNMOUNT])?;
@@ -132,6 +161,20 @@ fn folder(lab: &Lab, number: usize) -> Result<PathBuf> {
     Ok(dir)
 }
 
+/// Waits until some of the memory has been sent.
+fn under_way(monitor: &mut Monitor) -> Result<()> {
+    let end = Instant::now() + LONG;
+    loop {
+        let now = monitor.execute("query-migrate", &json!({}))?;
+        if now["ram"]["transferred"].as_u64().unwrap_or(0) > 4 << 20 {
+            ensure!(now["status"] == "active", "{now}");
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "the migration does not begin: {now}");
+        std::thread::sleep(Duration::from_millis(20)); // it sends no event here
+    }
+}
+
 /// How a migration ends.
 fn outcome(monitor: &mut Monitor) -> Result<Value> {
     let end = Instant::now() + LONG;
@@ -152,7 +195,7 @@ fn rounds() -> usize {
 
 #[test]
 fn a_guest_moves_there_and_back_while_it_writes_and_verifies() -> Result<()> {
-    let Some(mut bench) = Bench::new()? else { return Ok(()) };
+    let Some(mut bench) = Bench::new(&[])? else { return Ok(()) };
     for _ in 0..2 * rounds() {
         bench.start_load()?;
         bench.go()?;
@@ -161,9 +204,24 @@ fn a_guest_moves_there_and_back_while_it_writes_and_verifies() -> Result<()> {
     bench.verify()
 }
 
+// Postcopy is not for memory slots (vhost-user, "Postcopy migration").
+#[test]
+fn a_guest_moves_ahead_of_its_memory_and_the_device_asks_for_the_pages_that_it_needs() -> Result<()>
+{
+    let Some(mut bench) = Bench::new(&["--without", "CONFIGURE_MEM_SLOTS"])? else {
+        return Ok(());
+    };
+    for _ in 0..2 {
+        bench.start_load()?;
+        bench.go_ahead()?;
+        bench.finish_load()?;
+    }
+    bench.verify()
+}
+
 #[test]
 fn a_guest_goes_on_when_the_other_side_is_killed_in_mid_migration() -> Result<()> {
-    let Some(mut bench) = Bench::new()? else { return Ok(()) };
+    let Some(mut bench) = Bench::new(&[])? else { return Ok(()) };
     for _ in 0..rounds() {
         bench.start_load()?;
         let (there, stream) = bench.other_side()?;
@@ -171,16 +229,7 @@ fn a_guest_goes_on_when_the_other_side_is_killed_in_mid_migration() -> Result<()
         // Slow enough to be in the middle of it.
         monitor.execute("migrate-set-parameters", &json!({ "max-bandwidth": 4 << 20 }))?;
         monitor.execute("migrate", &json!({ "uri": format!("unix:{}", stream.display()) }))?;
-        let end = Instant::now() + LONG;
-        loop {
-            let now = monitor.execute("query-migrate", &json!({}))?;
-            if now["ram"]["transferred"].as_u64().unwrap_or(0) > 4 << 20 {
-                ensure!(now["status"] == "active", "{now}");
-                break;
-            }
-            ensure!(Instant::now() < end, "the migration does not begin: {now}");
-            std::thread::sleep(Duration::from_millis(20)); // as above
-        }
+        under_way(&mut monitor)?;
         drop(there);
         let failed = outcome(&mut monitor)?;
         ensure!(failed["status"] == "failed", "{failed}");
