@@ -320,8 +320,11 @@ impl<W: Worker> Thread<W> {
 
     fn handle_events(&mut self) {
         let mut happened = std::mem::take(&mut self.happened);
+        let mut ordered = false;
         for event in happened.drain(..) {
             match event {
+                // Afterwards: an operation that has ended is no longer there to be abandoned.
+                Event::Ready(token::PORT) => ordered = true,
                 Event::Ready(token) => self.ready(token),
                 Event::Done { queue, token, chain, outcome } => {
                     self.completed(queue, token, chain, outcome);
@@ -329,6 +332,12 @@ impl<W: Worker> Thread<W> {
             }
         }
         self.happened = happened;
+        if ordered {
+            self.port.waker.drain();
+            while let Some(order) = self.port.take() {
+                self.order(order);
+            }
+        }
         for lane in &mut self.lanes {
             if lane.polled {
                 lane.ready = true;
@@ -358,12 +367,6 @@ impl<W: Worker> Thread<W> {
 
     fn ready(&mut self, token: u64) {
         match token::kind(token) {
-            token::PORT => {
-                self.port.waker.drain();
-                while let Some(order) = self.port.take() {
-                    self.order(order);
-                }
-            }
             token::KICK => {
                 if let Some(lane) = self.lane(token::low(token)) {
                     lane.queue.drain_kick();

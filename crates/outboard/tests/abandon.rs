@@ -34,6 +34,7 @@ const ALL: ProtocolFeatures = PARKING.union(ProtocolFeatures::SKIP_DRAIN);
 const KEEP: u8 = b'k';
 const READ: u8 = b'r';
 const WRITE: u8 = b'w';
+const WAIT: u8 = b'B';
 
 /// What the device does, seen from outside.
 #[derive(Default)]
@@ -41,6 +42,8 @@ struct Seen {
     suspended: AtomicU32,
     /// Operations that ended after their requests had been left behind.
     abandoned: AtomicU32,
+    /// Where a worker waits for the test.
+    gate: Mutex<()>,
 }
 
 /// Answers a request with its bytes, unless it is kept or given to the kernel.
@@ -61,6 +64,9 @@ impl Worker for Hung {
                 return Ok(Served::later());
             }
             _ => {
+                if byte == WAIT {
+                    drop(self.seen.gate.lock().unwrap());
+                }
                 request.writable().write_all(&[byte])?;
                 return Ok(request.done(1));
             }
@@ -444,4 +450,33 @@ fn what_needs_what_is_not_offered_is_not_offered_either() {
         assert_eq!(all & ALL, offered);
         assert!(back.front.set_protocol_features(ALL).is_ok() == (offered == ALL));
     }
+}
+
+/// It has ended, and the worker learns of that and of the stop at once.
+#[test]
+fn an_operation_that_ends_as_its_ring_is_abandoned_is_counted_once() {
+    let mut bench = Bench::new();
+    let mut back = Back::new(&bench.reader, LoopKind::Uring, HandlerOptions::default(), ALL);
+    bench.begin(&mut back);
+    bench.offer(&[READ, b'a']);
+    assert_eq!(bench.answer(), b'a');
+    let gate = back.seen.gate.lock().unwrap();
+    bench.offer(&[WAIT]);
+    std::thread::sleep(MOMENT);
+    let mut front = back.front;
+    let asking = std::thread::spawn(move || {
+        front.get_vring_base_skip_drain(0).unwrap();
+        front
+    });
+    std::thread::sleep(MOMENT);
+    (&*bench.writer).write_all(&[1]).unwrap();
+    drop(gate);
+    back.front = asking.join().unwrap();
+    // Or it is served again, and needs another byte.
+    (&*bench.writer).write_all(&[2]).unwrap();
+    bench.start_again(&mut back);
+    let mut answers = [bench.answer(), bench.answer()];
+    answers.sort_unstable();
+    assert_eq!(answers, [WAIT, READ]);
+    assert!(bench.none_answered());
 }
