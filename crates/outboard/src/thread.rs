@@ -333,10 +333,7 @@ impl<W: Worker> Thread<W> {
         }
         self.happened = happened;
         if ordered {
-            self.port.waker.drain();
-            while let Some(order) = self.port.take() {
-                self.order(order);
-            }
+            self.orders();
         }
         for lane in &mut self.lanes {
             if lane.polled {
@@ -404,6 +401,13 @@ impl<W: Worker> Thread<W> {
         let request = Request::new(chain, &mut lane.queue, Some(self.events.as_mut()));
         if let Err(error) = self.worker.completed(request, token, outcome) {
             warn!(queue = index, "request failed: {error}");
+        }
+    }
+
+    fn orders(&mut self) {
+        self.port.waker.drain();
+        while let Some(order) = self.port.take() {
+            self.order(order);
         }
     }
 
@@ -517,6 +521,8 @@ impl<W: Worker> Thread<W> {
         match make(&mut WorkerContext { events, thread: number }) {
             Ok(worker) => {
                 self.worker = worker;
+                // Their wake-up may have come with what the old one panicked on.
+                self.orders();
                 true
             }
             Err(error) => {
