@@ -40,6 +40,8 @@ pub struct Notes {
     last: u16,
     /// Finished, and the used index does not cover it.
     batch: Vec<u16>,
+    /// What the used index covered when it was stored last.
+    shown: Vec<u16>,
     /// What an earlier process held, the oldest first.
     pub owed: Vec<u16>,
 }
@@ -64,7 +66,14 @@ impl Notes {
         used: u16,
         guest: &mut Guest,
     ) -> Result<(Self, bool), NoStart> {
-        let mut notes = Self { at, counter: 0, last: 0, batch: Vec::new(), owed: Vec::new() };
+        let mut notes = Self {
+            at,
+            counter: 0,
+            last: 0,
+            batch: Vec::new(),
+            shown: Vec::new(),
+            owed: Vec::new(),
+        };
         if entries < size {
             return Err(NoStart::Wrong);
         }
@@ -135,16 +144,19 @@ impl Notes {
     }
 
     pub fn published(&mut self, guest: &mut Guest, used: u16) {
-        for head in std::mem::take(&mut self.batch) {
-            self.flag(guest, head, 0);
+        self.shown = std::mem::take(&mut self.batch);
+        for head in &self.shown {
+            self.flag(guest, *head, 0);
         }
         guest.put_u16(self.field(14), used);
     }
 }
 
 impl Live {
-    /// Killed now, and the region given to another process: it owes what this one held.
-    pub fn check_killed(&self, region: Region, ring: usize, guest: &mut Guest) {
+    /// Killed now, or in the middle of showing answers (`torn`), and the region given to another
+    /// process: it owes what this one held. Unless the driver offered a head again that was not
+    /// used yet: of such a ring nothing is promised.
+    pub fn check_killed(&self, region: Region, ring: usize, torn: bool, guest: &mut Guest) {
         let (Some(notes), Some(area)) = (&self.notes, region.area(ring)) else { return };
         if guest.scribbled || region.file != NOTES {
             return;
@@ -153,7 +165,10 @@ impl Live {
         held.extend(&notes.batch);
         held.extend(&notes.owed);
         held.sort_unstable();
-        let twice = held.windows(2).any(|pair| pair[0] == pair[1]);
+        let shown = if torn { &notes.shown[..] } else { &[] };
+        let mut all = [&held[..], shown].concat();
+        all.sort_unstable();
+        let twice = all.windows(2).any(|pair| pair[0] == pair[1]);
         let Some(used) = self.used_index(guest).filter(|_| !twice) else { return };
         let picture = guest.picture();
         let (next, _) = Notes::start(area, self.setup.size, used, guest).expect("our own region");

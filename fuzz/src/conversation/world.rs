@@ -211,7 +211,7 @@ impl<'a> World<'a> {
         if let Some(region) = self.model.inflight {
             for ring in self.model.live() {
                 if let Some(live) = &self.model.rings[ring].live {
-                    live.check_killed(region, ring, self.guest);
+                    live.check_killed(region, ring, torn.is_some(), self.guest);
                 }
             }
         }
