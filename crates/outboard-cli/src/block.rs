@@ -50,7 +50,7 @@ OUTBOARD_LOG=debug (or outboard=trace, ...) says more, OUTBOARD_LOG=warn less.";
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The image: a raw file or a block device.
+    /// The image: a raw file, a block device, ram:SIZE (gone with the process) or null:SIZE (stores nothing).
     #[arg(value_name = "IMAGE", group = "image")]
     operand: Option<PathBuf>,
     /// The image, as QEMU's conventions name it.
@@ -129,7 +129,7 @@ struct EngineArgs {
     /// Past the page cache of the host (O_DIRECT).
     #[arg(long)]
     direct: bool,
-    /// How the image is reached: auto is sync for files in memory and uring for others.
+    /// How the image is reached: auto is mmap for files in memory and uring for others.
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     engine: Engine,
     /// What the threads wait on: auto is uring, or epoll where io_uring is refused.
@@ -151,6 +151,7 @@ enum Engine {
     Auto,
     Uring,
     Sync,
+    Mmap,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -228,6 +229,7 @@ impl Args {
                 Engine::Auto => EngineKind::Auto,
                 Engine::Uring => EngineKind::Uring,
                 Engine::Sync => EngineKind::Sync,
+                Engine::Mmap => EngineKind::Mmap,
             },
         }
     }

@@ -114,6 +114,7 @@ fn blkio_reads_writes_flushes_zeroes_and_discards_our_disk() {
         (EngineKind::Sync, LoopKind::Epoll),
         (EngineKind::Sync, LoopKind::Uring),
         (EngineKind::Uring, LoopKind::Uring),
+        (EngineKind::Mmap, LoopKind::Uring),
     ] {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         let (image, socket) = (folder.path().join("disk.img"), folder.path().join("s"));

@@ -65,6 +65,17 @@ pub(crate) unsafe fn copy_out(from: *const u8, to: *mut u8, len: usize) {
     });
 }
 
+/// Copies `len` bytes from one shared mapping to another, each touched once by a `memcpy`.
+///
+/// # Safety
+/// `from` is readable and `to` writable for `len` bytes, in live mappings whose addresses do not overlap.
+#[inline(always)]
+pub(crate) unsafe fn across(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { ptr::copy_nonoverlapping(from, to, len) };
+    compiler_fence(Ordering::SeqCst);
+}
+
 /// Writes `len` zero bytes into guest memory at `to`.
 ///
 /// # Safety

@@ -141,6 +141,12 @@ impl<'a> Cursor<'a> {
         self.each_piece(count, |_, _| ())
     }
 
+    /// Drops everything.
+    #[inline(always)]
+    pub(crate) fn spend_all(&mut self) {
+        self.span.next = self.span.end;
+    }
+
     /// Copies `len` bytes to `to` and drops them.
     ///
     /// # Safety

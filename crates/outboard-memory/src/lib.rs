@@ -40,6 +40,7 @@ mod userfault;
 mod usual;
 mod view;
 mod window;
+mod window_copy;
 
 pub use buffers::{Buffers, Segment};
 #[cfg(outboard_loom)]
@@ -62,3 +63,4 @@ pub use userfault::{FaultServer, UserFault};
 pub use usual::Rules;
 pub use view::View;
 pub use window::{Window, page_size};
+pub use window_copy::RESIDENT_PAGES;

@@ -215,6 +215,8 @@ extern "C" fn on_sigbus(
 /// Puts zeros over the hole at `address` when it lies in a region of ours.
 fn mend(address: usize) -> bool {
     let Some((slot, start, page)) = find(address) else { return false };
+    // Before the page changes: whoever stored into the new one finds the mark.
+    slot.poison();
     // SAFETY: always valid; the handler must leave errno as the interrupted code knows it.
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: the pointer to this thread's errno is valid for its life.
@@ -226,11 +228,7 @@ fn mend(address: usize) -> bool {
     let put = unsafe { libc::mmap(at, page, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
     // SAFETY: as above.
     unsafe { *errno = saved };
-    if put == libc::MAP_FAILED {
-        return false;
-    }
-    slot.poison();
-    true
+    put != libc::MAP_FAILED
 }
 
 /// Not ours: what would have happened without us.

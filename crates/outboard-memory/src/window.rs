@@ -83,7 +83,7 @@ impl Window {
     }
 
     /// The address of a range that lies inside.
-    fn checked(&self, at: u64, len: usize) -> Result<*mut u8, WindowError> {
+    pub(crate) fn checked(&self, at: u64, len: usize) -> Result<*mut u8, WindowError> {
         let len = wide(len);
         match at.checked_add(len) {
             Some(end) if end <= self.size => {
@@ -111,7 +111,7 @@ impl Window {
         self.mapping.is_poisoned()
     }
 
-    fn intact(&self) -> Result<(), WindowError> {
+    pub(crate) fn intact(&self) -> Result<(), WindowError> {
         if self.mapping.is_poisoned() { Err(WindowError::Poisoned) } else { Ok(()) }
     }
 }

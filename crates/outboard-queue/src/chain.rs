@@ -11,7 +11,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 
-use outboard_memory::{Buffers, Cursor, Segment};
+use outboard_memory::{Buffers, Cursor, Segment, Window, WindowError};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::error::ShortBuffer;
@@ -178,6 +178,14 @@ impl Readable<'_> {
     pub fn write_to_file_at(&mut self, file: impl AsFd, offset: u64) -> io::Result<usize> {
         self.0.write_to_file_at(file, offset)
     }
+
+    /// Copies what is left into `window` at byte `at`, and drops it. Returns the bytes.
+    ///
+    /// # Errors
+    /// The range does not lie inside, the window is read-only, or its file was cut short; nothing is dropped.
+    pub fn write_to_window(&mut self, window: &Window, at: u64) -> Result<u64, WindowError> {
+        self.0.write_to_window(window, at)
+    }
 }
 
 /// The bytes of a request that the device is to write, taken from the front.
@@ -271,6 +279,14 @@ impl Writable<'_> {
     /// system cannot tell.
     pub fn read_cached_at(&mut self, file: impl AsFd, offset: u64) -> io::Result<usize> {
         self.cursor.read_cached_at(file, offset)
+    }
+
+    /// Fills the room from byte `at` of `window` on. Returns the bytes.
+    ///
+    /// # Errors
+    /// The range does not lie inside, or its file was cut short; no room is used up.
+    pub fn read_from_window(&mut self, window: &Window, at: u64) -> Result<u64, WindowError> {
+        self.cursor.read_from_window(window, at)
     }
 
     /// Fills the room from `source` until it is full, `max` bytes were written or the source ends, through a bounded

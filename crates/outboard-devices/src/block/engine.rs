@@ -1,4 +1,11 @@
-//! How operations reach the image: system calls of our own, or io_uring (design §2, [`Engine`]).
+//! How operations reach the image: system calls of our own, or io_uring (design §2, [`Engine`]);
+//! `mapped.rs` has copies for files that live in memory.
+//!
+//! | image | `auto` takes | why (4 KiB, one at a time and in batches of 32) |
+//! |---|---|---|
+//! | lives in memory: tmpfs, ramfs, hugetlbfs, DAX, `ram:` | mmap | a copy takes 0.1–0.3 µs, `preadv` 1.2–1.8 µs, io_uring 6.8 and 2.8–3.7 µs: the kernel punts such reads to threads |
+//! | anything else | io_uring, or system calls where it is refused | the worker goes on while the disk works; what the page cache has is read at once (`RWF_NOWAIT`) |
+//! | `null:` | nothing | |
 //!
 //! An engine moves bytes and says how many; what that means for the request is its job's business.
 //! Invariant: a transfer that O_DIRECT does not take as it lies goes through an aligned buffer of
@@ -14,9 +21,11 @@ use outboard::memory::Segment;
 use outboard::{Error, FileId, FileOp, Request, Served, WorkerContext};
 use rustix::fs::FallocateFlags;
 use rustix::io::retry_on_intr;
+use tracing::{info, warn};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::image::{Alignment, Direct, Image};
+use super::mapped::MmapEngine;
 
 /// Pages of the buffer for unaligned transfers: 256 KiB.
 const BOUNCE_PAGES: usize = 64;
@@ -110,16 +119,19 @@ pub trait Engine {
     }
 }
 
-/// Which engine a disk runs on.
+/// Which engine a disk runs on. An image that stores nothing has one of its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EngineKind {
-    /// System calls for files that live in memory, io_uring for others where it can be had.
+    /// Copies for files that live in memory, io_uring for others where it can be had, system calls
+    /// else.
     #[default]
     Auto,
     /// System calls.
     Sync,
     /// io_uring.
     Uring,
+    /// Copies from and to the mapped file, of what is in memory; system calls for the rest.
+    Mmap,
 }
 
 impl EngineKind {
@@ -128,20 +140,82 @@ impl EngineKind {
         image: &Arc<Image>,
         context: &mut WorkerContext<'_>,
     ) -> Result<Box<dyn Engine>, Error> {
-        let uring = match self {
-            Self::Sync => false,
-            Self::Auto => context.can_submit() && !image.in_memory(),
-            Self::Uring if !context.can_submit() => {
-                return Err(Error::refused("engine uring is not to be had: io_uring is refused"));
-            }
-            Self::Uring => true,
-        };
-        let sync = SyncEngine::new(Arc::clone(image));
-        if !uring {
-            return Ok(Box::new(sync));
+        let chosen = self.choose(image, context)?;
+        if context.thread() == 0 {
+            let name = if image.stores_nothing() { "null" } else { chosen.name() };
+            info!("image {}: engine {name}", image.path().display());
         }
-        let file = context.add_file(Arc::clone(image.file()));
-        Ok(Box::new(UringEngine { sync, file, skip: 0 }))
+        if image.stores_nothing() {
+            return Ok(Box::new(NullEngine));
+        }
+        let sync = SyncEngine::new(Arc::clone(image));
+        Ok(match (chosen, image.map()) {
+            (Self::Mmap, Ok(map)) => Box::new(MmapEngine::new(sync, Arc::clone(map))),
+            (Self::Uring, _) => {
+                let file = context.add_file(Arc::clone(image.file()));
+                Box::new(UringEngine { sync, file, skip: 0 })
+            }
+            _ => Box::new(sync),
+        })
+    }
+
+    /// What `auto` means here, or whether what was asked for can be had.
+    fn choose(self, image: &Image, context: &WorkerContext<'_>) -> Result<Self, Error> {
+        let refused = |engine: &str, why: &dyn std::fmt::Display| {
+            Err(Error::refused(format!("engine {engine} is not to be had: {why}")))
+        };
+        match self {
+            _ if image.stores_nothing() => Ok(Self::Sync),
+            Self::Auto if image.in_memory() => Ok(match image.map() {
+                Ok(_) => Self::Mmap,
+                Err(why) => {
+                    warn!("image {} is not mapped: {why}", image.path().display());
+                    Self::Sync
+                }
+            }),
+            Self::Auto if context.can_submit() => Ok(Self::Uring),
+            Self::Auto => Ok(Self::Sync),
+            Self::Uring if !context.can_submit() => refused("uring", &"io_uring is refused"),
+            Self::Mmap => match image.map() {
+                Ok(_) => Ok(self),
+                Err(why) => refused("mmap", why),
+            },
+            Self::Uring | Self::Sync => Ok(self),
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Sync => "sync",
+            Self::Uring => "uring",
+            Self::Mmap => "mmap",
+        }
+    }
+}
+
+/// Of a disk that stores nothing: what is written is forgotten, what is read stays as the driver's
+/// buffers were.
+struct NullEngine;
+
+impl Engine for NullEngine {
+    fn run(&mut self, op: Op, request: &mut Request<'_>) -> io::Result<u64> {
+        match op {
+            Op::Read { .. } => {
+                let mut to = request.writable();
+                let length = to.len();
+                to.advance(length).map_err(io::Error::other)?;
+                Ok(length)
+            }
+            Op::Write { .. } => {
+                let mut from = request.readable();
+                let length = from.len();
+                from.skip(length).map_err(io::Error::other)?;
+                Ok(length)
+            }
+            Op::WriteZeros { length, .. } => Ok(length),
+            Op::Sync | Op::Allocate { .. } => Ok(0),
+        }
     }
 }
 
@@ -162,6 +236,10 @@ impl SyncEngine {
     #[must_use]
     pub fn new(image: Arc<Image>) -> Self {
         Self { image, bounce: Vec::new() }
+    }
+
+    pub(crate) fn image(&self) -> &Image {
+        &self.image
     }
 
     fn read(&mut self, offset: u64, request: &mut Request<'_>) -> io::Result<u64> {

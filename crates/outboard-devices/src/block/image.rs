@@ -8,19 +8,22 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use rustix::fs::{AtFlags, FileType, OFlags, SeekFrom, StatxFlags};
+use outboard::memory::MapError;
+use rustix::fs::{AtFlags, FileType, OFlags, SeekFrom, StatxAttributes, StatxFlags};
 use thiserror::Error;
 
 use super::config::SECTOR;
+use super::mapped::Mapped;
 
 /// Smallest and largest `blk_size`, in bytes.
 const BLOCK_SIZES: [u32; 2] = [512, 4096];
 /// O_DIRECT's alignment where the system does not tell: enough for every disk.
 const SAFE_ALIGNMENT: u32 = 4096;
 /// File systems whose files live in memory (statfs(2)): tmpfs, ramfs, hugetlbfs.
-const IN_MEMORY: [u32; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
+const IN_MEMORY: [u32; 3] = [0x0102_1994, 0x8584_58f6, HUGETLBFS];
+const HUGETLBFS: u32 = 0x9584_58f6;
 
 /// Why an image cannot be used.
 #[derive(Debug, Error)]
@@ -77,6 +80,12 @@ pub enum ImageError {
         /// Why.
         why: String,
     },
+    /// A disk of memory or of nothing, of a size that is none.
+    #[error("image {path}: no size, which is a number of bytes or of K, M, G, T", path = path.display())]
+    NoSize {
+        /// Its name.
+        path: PathBuf,
+    },
     /// O_DIRECT is not to be had.
     #[error("image {path}: its file system has no direct access ({source})", path = path.display())]
     Direct {
@@ -132,6 +141,17 @@ pub(crate) struct Direct {
     pub(crate) buffered: File,
 }
 
+/// Where the contents of an image are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keeps {
+    /// In the file that it was opened from.
+    File,
+    /// In memory that ends with this process.
+    Memory,
+    /// Nowhere.
+    Nothing,
+}
+
 /// An open image.
 #[derive(Debug)]
 pub struct Image {
@@ -141,17 +161,26 @@ pub struct Image {
     geometry: Geometry,
     read_only: bool,
     in_memory: bool,
+    /// `null:`, `ram:` or a file.
+    keeps: Keeps,
+    /// Made when an engine asks for it.
+    map: OnceLock<Result<Arc<Mapped>, MapError>>,
     /// Of what can be discarded at once: the logical block of a block device, 1 in a file.
     granularity: u64,
 }
 
 impl Image {
-    /// Opens and measures an image.
+    /// Opens and measures an image: a file, a block device, or one that is no file at all. `null:1G`
+    /// stores nothing (for measuring), `ram:1G` lives as long as this process; sizes in bytes, or
+    /// with K, M, G or T. (A file of such a name is `./null:1G`.)
     ///
     /// # Errors
     /// It cannot be opened as asked, or it is no disk; nothing was changed.
     pub fn open(path: impl AsRef<Path>, options: ImageOptions) -> Result<Self, ImageError> {
         let path = path.as_ref().to_owned();
+        if let Some((keeps, size)) = special(&path) {
+            return Self::made(path, keeps, size, options);
+        }
         let system = |source| ImageError::Open { path: path.clone(), source };
         let file = open(&path, options.read_only)?;
         let kind = kind_of(&file).map_err(system)?;
@@ -178,12 +207,75 @@ impl Image {
         let physical_block_size = physical.max(block_size);
         Ok(Self {
             in_memory: !block_device && lives_in_memory(&file),
+            keeps: Keeps::File,
+            map: OnceLock::new(),
             file: Arc::new(file),
             direct,
             geometry: Geometry { size, block_size, physical_block_size },
             read_only: options.read_only,
             granularity: if block_device { u64::from(logical) } else { 1 },
             path,
+        })
+    }
+
+    /// An image without a file, on memory of its own.
+    fn made(
+        path: PathBuf,
+        keeps: Keeps,
+        size: Option<u64>,
+        options: ImageOptions,
+    ) -> Result<Self, ImageError> {
+        let Some(size) = size else { return Err(ImageError::NoSize { path }) };
+        let failed = |source| ImageError::Open { path: path.clone(), source };
+        if options.direct {
+            let source = io::ErrorKind::Unsupported.into();
+            return Err(ImageError::Direct { path, source });
+        }
+        let block_size = options.block_size.unwrap_or(BLOCK_SIZES[0]);
+        check_block_size(&path, block_size, BLOCK_SIZES[0])?;
+        if size == 0 {
+            return Err(ImageError::Empty { path });
+        }
+        if !size.is_multiple_of(u64::from(block_size)) {
+            return Err(ImageError::Size { path, size, block_size });
+        }
+        let file = rustix::fs::memfd_create("outboard-disk", rustix::fs::MemfdFlags::CLOEXEC);
+        let file = File::from(file.map_err(|error| failed(error.into()))?);
+        file.set_len(size).map_err(failed)?;
+        Ok(Self {
+            in_memory: true,
+            keeps,
+            map: OnceLock::new(),
+            file: Arc::new(file),
+            direct: None,
+            geometry: Geometry { size, block_size, physical_block_size: BLOCK_SIZES[1] },
+            read_only: options.read_only,
+            granularity: 1,
+            path,
+        })
+    }
+
+    /// Whether reads read nothing and writes write nothing.
+    #[must_use]
+    pub fn stores_nothing(&self) -> bool {
+        self.keeps == Keeps::Nothing
+    }
+
+    /// Whether its contents end with this process.
+    #[must_use]
+    pub fn is_volatile(&self) -> bool {
+        self.keeps == Keeps::Memory
+    }
+
+    /// The image as memory of this process, mapped at the first call.
+    pub(crate) fn map(&self) -> &Result<Arc<Mapped>, MapError> {
+        self.map.get_or_init(|| {
+            let file = self.file.try_clone().map_err(|error| MapError::Host {
+                call: "dup",
+                errno: error.raw_os_error().unwrap_or_default(),
+            })?;
+            let holes = !lies_open(&self.file);
+            Mapped::new(file.into(), self.geometry.size, !self.read_only, holes).map(Arc::new)
         })
     }
 
@@ -269,9 +361,31 @@ impl Image {
             geometry,
             read_only,
             in_memory: true,
+            keeps: Keeps::File,
+            map: OnceLock::new(),
             granularity: 1,
         }
     }
+}
+
+/// `null:SIZE` or `ram:SIZE`; the size is None when it is none.
+fn special(path: &Path) -> Option<(Keeps, Option<u64>)> {
+    let name = path.to_str()?;
+    let (keeps, size) = match name.split_once(':')? {
+        ("null", size) => (Keeps::Nothing, size),
+        ("ram", size) => (Keeps::Memory, size),
+        _ => return None,
+    };
+    let shift = match size.bytes().last().map(|last| last.to_ascii_uppercase()) {
+        Some(b'K') => 10,
+        Some(b'M') => 20,
+        Some(b'G') => 30,
+        Some(b'T') => 40,
+        _ => 0,
+    };
+    let digits = if shift == 0 { size } else { size.get(..size.len() - 1).unwrap_or_default() };
+    let size = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    Some((keeps, size.filter(|size| i64::try_from(*size).is_ok())))
 }
 
 /// Opens without waiting, also when the name is a pipe's.
@@ -348,8 +462,22 @@ fn check_block_size(path: &Path, block_size: u32, logical: u32) -> Result<(), Im
 }
 
 fn lives_in_memory(file: &File) -> bool {
-    let Ok(found) = rustix::fs::fstatfs(file) else { return false };
-    IN_MEMORY.iter().any(|magic| i64::from(*magic) == found.f_type & 0xffff_ffff)
+    IN_MEMORY.iter().any(|magic| is_on(file, *magic)) || is_dax(file)
+}
+
+/// Whether any of its bytes can be touched without taking more room than it has.
+fn lies_open(file: &File) -> bool {
+    is_on(file, HUGETLBFS) || is_dax(file)
+}
+
+fn is_on(file: &File, magic: u32) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|found| i64::from(magic) == found.f_type & 0xffff_ffff)
+}
+
+/// Persistent memory whose file system gives it out page by page, past the page cache.
+fn is_dax(file: &File) -> bool {
+    rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::empty())
+        .is_ok_and(|found| found.stx_attributes.contains(StatxAttributes::DAX))
 }
 
 #[cfg(test)]
@@ -428,6 +556,26 @@ mod tests {
         drop(reader);
         another.unlock();
         second.lock().expect("free again");
+    }
+
+    #[test]
+    fn a_disk_without_a_file_has_the_size_that_its_name_says() {
+        let open = |name: &str| Image::open(name, ImageOptions::default());
+        for (name, size) in [("null:4096", 4096), ("null:2k", 2048), ("ram:3M", 3 << 20)] {
+            let image = open(name).expect(name);
+            assert_eq!(image.geometry().size, size, "{name}");
+            assert_eq!((image.stores_nothing(), image.is_volatile()).0, name.starts_with('n'));
+            assert_eq!(image.stores_nothing(), !image.is_volatile(), "{name}");
+        }
+        for name in ["null:", "ram:G", "ram:1GG", "null:-1", "ram:9999999999T", "null:1.5G"] {
+            let error = open(name).expect_err("no size").to_string();
+            assert!(error.contains("no size"), "{name}: {error}");
+        }
+        assert!(open("ram:0").is_err_and(|error| error.to_string().contains("is empty")));
+        assert!(open("ram:513").is_err_and(|error| error.to_string().contains("no multiple")));
+        assert!(open("rom:4k").is_err_and(|error| error.to_string().contains("No such file")));
+        let direct = ImageOptions { direct: true, ..ImageOptions::default() };
+        Image::open("ram:4k", direct).expect_err("nothing to go past");
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod config;
 mod engine;
 mod image;
 mod job;
+mod mapped;
 mod order;
 mod request;
 mod state;
@@ -303,6 +304,9 @@ impl Model for Block {
     }
 
     fn snapshot(&mut self) -> Result<Snapshot, Error> {
+        if self.image().is_volatile() {
+            return Err(Error::refused("what a disk of memory holds stays with its process"));
+        }
         Ok(State::new(self.image(), self.writeback(), self.disk.flush_failed()).save())
     }
 

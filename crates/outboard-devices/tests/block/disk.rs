@@ -29,11 +29,13 @@ pub(crate) const UNTOUCHED: u8 = 0xee;
 const PATIENCE: Duration = Duration::from_secs(20);
 const ARENA: usize = 8 << 20;
 
-/// Both ways to reach an image, on the event loop that each needs.
-pub(crate) const ENGINES: [(EngineKind, LoopKind); 3] = [
+/// All ways to reach an image, on the event loops that they need.
+pub(crate) const ENGINES: [(EngineKind, LoopKind); 5] = [
     (EngineKind::Sync, LoopKind::Epoll),
     (EngineKind::Sync, LoopKind::Uring),
     (EngineKind::Uring, LoopKind::Uring),
+    (EngineKind::Mmap, LoopKind::Epoll),
+    (EngineKind::Mmap, LoopKind::Uring),
 ];
 
 /// A file of the test's own on a real file system, gone with the test.

@@ -5,6 +5,7 @@
 mod disk;
 mod faults;
 mod later;
+mod memory;
 mod model;
 mod order;
 mod outage;
