@@ -6,6 +6,7 @@
 //! directory (`target/xtask`) and, for downloaded packages, the user's cache directory.
 
 pub mod backend;
+pub mod bench;
 pub mod cases;
 pub mod counts;
 pub mod fuzz;

@@ -5,7 +5,7 @@ mod guest_command;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 use xtask::packages::Root;
-use xtask::{cases, counts, fuzz, guards, judged, lint, soak, suite};
+use xtask::{bench, cases, counts, fuzz, guards, judged, lint, soak, suite};
 
 /// Outboard's own chores.
 #[derive(Parser)]
@@ -51,6 +51,8 @@ enum Chore {
         /// Only those whose title has this in it
         only: Option<String>,
     },
+    /// Our disk beside other people's on the same work, in turns: writes docs/performance.md
+    Bench(bench::Options),
     /// Count instructions per request with callgrind, against xtask/counts.txt
     Counts {
         /// Write what was counted as the new record
@@ -97,6 +99,7 @@ fn main() -> ExitCode {
         Chore::Lint => lint::run(),
         Chore::Fuzz { seconds, target } => fuzz::run(seconds, target.as_deref()).and_then(closing),
         Chore::Plant { seconds, only } => fuzz::plant::run(seconds, only.as_deref()),
+        Chore::Bench(options) => bench::run(&options),
         Chore::Counts { bless } => counts::run(bless).and_then(closing),
         Chore::Soak(options) => soak::run(&options),
         Chore::Judged { only, quick } => judged::run(&only, quick),

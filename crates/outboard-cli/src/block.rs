@@ -135,9 +135,10 @@ struct EngineArgs {
     /// What the threads wait on: auto is uring, or epoll where io_uring is refused.
     #[arg(long, value_enum, default_value_t = Loop::Auto)]
     event_loop: Loop,
-    /// Longest look at the rings before a thread sleeps, in microseconds; 0 always sleeps.
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
-    poll_us: u32,
+    /// Longest look at the rings before a thread sleeps, in microseconds; 0 always sleeps, `always`
+    /// never does while a ring runs: for processors of their own.
+    #[arg(long, value_name = "MICROSECONDS", default_value = "50", value_parser = parse_poll)]
+    poll_us: Poll,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -161,10 +162,23 @@ enum Loop {
     Epoll,
 }
 
+/// How long a thread looks at its rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Poll(Duration);
+
+fn parse_poll(text: &str) -> Result<Poll, String> {
+    if text == "always" {
+        return Ok(Poll(WorkerOptions::NEVER_SLEEP));
+    }
+    let micros = text.parse().ok().filter(|micros| *micros <= 1_000_000);
+    let micros =
+        micros.ok_or_else(|| format!("'{text}' is not from 0 to 1000000, nor 'always'"))?;
+    Ok(Poll(Duration::from_micros(micros)))
+}
+
 impl EngineArgs {
     fn options(&self) -> WorkerOptions {
-        let poll = Duration::from_micros(u64::from(self.poll_us));
-        WorkerOptions { event_loop: self.event_loop.into(), poll }
+        WorkerOptions { event_loop: self.event_loop.into(), poll: self.poll_us.0 }
     }
 }
 
@@ -185,13 +199,13 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     let options =
         ImageOptions { read_only, direct: args.engine.direct, block_size: args.disk.block_size };
     let image = Image::open(path, options).map_err(Failure::usage)?;
-    let described = describe(&image, args.disk.num_queues);
+    let (described, engine) = (describe(&image, args.disk.num_queues), image.engine());
     let block = Block::new(image, args.block_options()).map_err(Failure::usage)?;
     let device =
         WorkerDevice::with_options(block, args.engine.options()).map_err(Failure::usage)?;
     let server = args.socket.server()?.with_options(args.socket.handler_options());
     stop_on_signals(&server).map_err(Failure::failed)?;
-    info!("serving {described}");
+    info!("serving {described}, engine {}", engine.get().unwrap_or(&"unknown"));
     service::ready(&server);
     server.serve(device).map_err(Failure::failed)
 }
@@ -366,6 +380,18 @@ mod tests {
         assert!(good("--socket-path s").image().is_err());
         assert!(parse("disk.img --blk-file disk.img").is_err());
         assert!(parse("--file a --blk-file b").is_err());
+    }
+
+    #[test]
+    fn polling_has_a_bound_or_none_at_all() {
+        let polled = |line: &str| good(line).engine.options().poll;
+        assert_eq!(polled("a"), Duration::from_micros(50));
+        assert_eq!(polled("a --poll-us 0"), Duration::ZERO);
+        assert_eq!(polled("a --poll-us 1000000"), Duration::from_secs(1));
+        assert_eq!(polled("a --poll-us always"), WorkerOptions::NEVER_SLEEP);
+        for wrong in ["1000001", "-1", "ever", "1.5", ""] {
+            assert!(parse(&format!("a --poll-us={wrong}")).is_err(), "{wrong}");
+        }
     }
 
     #[test]

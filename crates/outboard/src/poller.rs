@@ -6,11 +6,22 @@
 //! been worth spinning through, so the window doubles, up to the bound; one that lasted longer
 //! would not, so the window closes. An idle device therefore spins once, for at most the bound,
 //! and then sleeps until somebody kicks.
+//!
+//! ```text
+//!  gap between requests   0 … 8 µs: looked through at once      beyond the bound: never looked for
+//!                         8 µs … bound: after a few short sleeps, each of which doubles the window
+//! ```
+//! A bound of zero never looks, [`ALWAYS`] never sleeps while a ring runs: for a processor of its own.
 
 use std::time::Duration;
 
 /// The first window that opens.
 const START: Duration = Duration::from_micros(8);
+
+/// The bound of a worker that never sleeps.
+pub(crate) const ALWAYS: Duration = Duration::MAX;
+/// How long one that never sleeps looks at its rings before it looks at everything else.
+const STRETCH: Duration = Duration::from_micros(20);
 
 /// See the module.
 #[derive(Clone, Copy, Debug)]
@@ -25,9 +36,14 @@ impl Poller {
         Self { window: Duration::ZERO, bound }
     }
 
-    /// How long to look before the next sleep.
+    /// How long to look before the next sleep, or the next look at everything else.
     pub(crate) fn window(&self) -> Duration {
-        self.window
+        if self.always() { STRETCH } else { self.window }
+    }
+
+    /// Whether there is no sleep.
+    pub(crate) fn always(&self) -> bool {
+        self.bound == ALWAYS
     }
 
     /// A sleep lasted this long until a kick came.
@@ -64,6 +80,15 @@ mod tests {
         poller.slept(Duration::from_micros(20));
         poller.slept(Duration::from_micros(51));
         assert_eq!(poller.window(), Duration::ZERO);
+    }
+
+    #[test]
+    fn one_that_never_sleeps_looks_from_the_start_and_whatever_it_slept_before_its_rings_ran() {
+        let mut poller = Poller::new(ALWAYS);
+        assert!(poller.always() && !poller.window().is_zero());
+        poller.slept(Duration::from_secs(1));
+        assert!(!poller.window().is_zero());
+        assert!(!Poller::new(BOUND).always());
     }
 
     #[test]

@@ -247,12 +247,13 @@ impl<W: Worker> Thread<W> {
         }
     }
 
-    /// Looks at the rings for as long as that pays; true when one of them had something. While the
-    /// kernel works on a request, sleeping is better: its completion wakes.
+    /// Looks at the rings for as long as that pays; true when the events are to be looked at and then
+    /// the rings again: one of them had something, or the thread never sleeps. While the kernel works
+    /// on a request, sleeping is better: its completion wakes.
     fn spin(&mut self) -> bool {
-        let window = self.poller.window();
+        let (window, always) = (self.poller.window(), self.poller.always());
         let idle = self.lanes.iter().all(|lane| lane.armed);
-        let waiting = self.lanes.iter().any(|lane| lane.queue.in_flight() != 0);
+        let waiting = !always && self.lanes.iter().any(|lane| lane.queue.in_flight() != 0);
         if window.is_zero() || idle || waiting {
             return false;
         }
@@ -268,7 +269,7 @@ impl<W: Worker> Thread<W> {
                 std::hint::spin_loop();
             }
             if Instant::now() >= until {
-                return false;
+                return always;
             }
         }
     }

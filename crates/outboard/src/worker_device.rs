@@ -33,6 +33,11 @@ pub struct WorkerOptions {
     pub poll: Duration,
 }
 
+impl WorkerOptions {
+    /// A [`WorkerOptions::poll`] that never ends: a worker with a processor of its own.
+    pub const NEVER_SLEEP: Duration = crate::poller::ALWAYS;
+}
+
 impl Default for WorkerOptions {
     fn default() -> Self {
         Self { event_loop: LoopKind::Auto, poll: Duration::from_micros(50) }

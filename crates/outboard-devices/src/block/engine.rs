@@ -21,7 +21,7 @@ use outboard::memory::Segment;
 use outboard::{Error, FileId, FileOp, Request, Served, WorkerContext};
 use rustix::fs::FallocateFlags;
 use rustix::io::retry_on_intr;
-use tracing::{info, warn};
+use tracing::warn;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::image::{Alignment, Direct, Image};
@@ -141,10 +141,7 @@ impl EngineKind {
         context: &mut WorkerContext<'_>,
     ) -> Result<Box<dyn Engine>, Error> {
         let chosen = self.choose(image, context)?;
-        if context.thread() == 0 {
-            let name = if image.stores_nothing() { "null" } else { chosen.name() };
-            info!("image {}: engine {name}", image.path().display());
-        }
+        image.reached_by(if image.stores_nothing() { "null" } else { chosen.name() });
         if image.stores_nothing() {
             return Ok(Box::new(NullEngine));
         }

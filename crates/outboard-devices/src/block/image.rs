@@ -4,6 +4,8 @@
 //! its place meanwhile changes nothing; its size is read once, and nothing here ever makes a file
 //! grow; the lock belongs to the open file, so every duplicate and every thread shares it.
 
+mod made;
+
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -16,6 +18,7 @@ use thiserror::Error;
 
 use super::config::SECTOR;
 use super::mapped::Mapped;
+use made::Keeps;
 
 /// Smallest and largest `blk_size`, in bytes.
 const BLOCK_SIZES: [u32; 2] = [512, 4096];
@@ -141,17 +144,6 @@ pub(crate) struct Direct {
     pub(crate) buffered: File,
 }
 
-/// Where the contents of an image are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Keeps {
-    /// In the file that it was opened from.
-    File,
-    /// In memory that ends with this process.
-    Memory,
-    /// Nowhere.
-    Nothing,
-}
-
 /// An open image.
 #[derive(Debug)]
 pub struct Image {
@@ -163,6 +155,8 @@ pub struct Image {
     in_memory: bool,
     /// `null:`, `ram:` or a file.
     keeps: Keeps,
+    /// How it is reached, once a worker has been built.
+    engine: Arc<OnceLock<&'static str>>,
     /// Made when an engine asks for it.
     map: OnceLock<Result<Arc<Mapped>, MapError>>,
     /// Of what can be discarded at once: the logical block of a block device, 1 in a file.
@@ -178,7 +172,7 @@ impl Image {
     /// It cannot be opened as asked, or it is no disk; nothing was changed.
     pub fn open(path: impl AsRef<Path>, options: ImageOptions) -> Result<Self, ImageError> {
         let path = path.as_ref().to_owned();
-        if let Some((keeps, size)) = special(&path) {
+        if let Some((keeps, size)) = made::special(&path) {
             return Self::made(path, keeps, size, options);
         }
         let system = |source| ImageError::Open { path: path.clone(), source };
@@ -208,49 +202,13 @@ impl Image {
         Ok(Self {
             in_memory: !block_device && lives_in_memory(&file),
             keeps: Keeps::File,
+            engine: Arc::default(),
             map: OnceLock::new(),
             file: Arc::new(file),
             direct,
             geometry: Geometry { size, block_size, physical_block_size },
             read_only: options.read_only,
             granularity: if block_device { u64::from(logical) } else { 1 },
-            path,
-        })
-    }
-
-    /// An image without a file, on memory of its own.
-    fn made(
-        path: PathBuf,
-        keeps: Keeps,
-        size: Option<u64>,
-        options: ImageOptions,
-    ) -> Result<Self, ImageError> {
-        let Some(size) = size else { return Err(ImageError::NoSize { path }) };
-        let failed = |source| ImageError::Open { path: path.clone(), source };
-        if options.direct {
-            let source = io::ErrorKind::Unsupported.into();
-            return Err(ImageError::Direct { path, source });
-        }
-        let block_size = options.block_size.unwrap_or(BLOCK_SIZES[0]);
-        check_block_size(&path, block_size, BLOCK_SIZES[0])?;
-        if size == 0 {
-            return Err(ImageError::Empty { path });
-        }
-        if !size.is_multiple_of(u64::from(block_size)) {
-            return Err(ImageError::Size { path, size, block_size });
-        }
-        let file = rustix::fs::memfd_create("outboard-disk", rustix::fs::MemfdFlags::CLOEXEC);
-        let file = File::from(file.map_err(|error| failed(error.into()))?);
-        file.set_len(size).map_err(failed)?;
-        Ok(Self {
-            in_memory: true,
-            keeps,
-            map: OnceLock::new(),
-            file: Arc::new(file),
-            direct: None,
-            geometry: Geometry { size, block_size, physical_block_size: BLOCK_SIZES[1] },
-            read_only: options.read_only,
-            granularity: 1,
             path,
         })
     }
@@ -265,6 +223,16 @@ impl Image {
     #[must_use]
     pub fn is_volatile(&self) -> bool {
         self.keeps == Keeps::Memory
+    }
+
+    /// The name of the engine that the workers reach it by, for the log; empty until one is built.
+    #[must_use]
+    pub fn engine(&self) -> Arc<OnceLock<&'static str>> {
+        Arc::clone(&self.engine)
+    }
+
+    pub(crate) fn reached_by(&self, engine: &'static str) {
+        let _ = self.engine.set(engine);
     }
 
     /// The image as memory of this process, mapped at the first call.
@@ -362,30 +330,11 @@ impl Image {
             read_only,
             in_memory: true,
             keeps: Keeps::File,
+            engine: Arc::default(),
             map: OnceLock::new(),
             granularity: 1,
         }
     }
-}
-
-/// `null:SIZE` or `ram:SIZE`; the size is None when it is none.
-fn special(path: &Path) -> Option<(Keeps, Option<u64>)> {
-    let name = path.to_str()?;
-    let (keeps, size) = match name.split_once(':')? {
-        ("null", size) => (Keeps::Nothing, size),
-        ("ram", size) => (Keeps::Memory, size),
-        _ => return None,
-    };
-    let shift = match size.bytes().last().map(|last| last.to_ascii_uppercase()) {
-        Some(b'K') => 10,
-        Some(b'M') => 20,
-        Some(b'G') => 30,
-        Some(b'T') => 40,
-        _ => 0,
-    };
-    let digits = if shift == 0 { size } else { size.get(..size.len() - 1).unwrap_or_default() };
-    let size = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
-    Some((keeps, size.filter(|size| i64::try_from(*size).is_ok())))
 }
 
 /// Opens without waiting, also when the name is a pipe's.
@@ -556,26 +505,6 @@ mod tests {
         drop(reader);
         another.unlock();
         second.lock().expect("free again");
-    }
-
-    #[test]
-    fn a_disk_without_a_file_has_the_size_that_its_name_says() {
-        let open = |name: &str| Image::open(name, ImageOptions::default());
-        for (name, size) in [("null:4096", 4096), ("null:2k", 2048), ("ram:3M", 3 << 20)] {
-            let image = open(name).expect(name);
-            assert_eq!(image.geometry().size, size, "{name}");
-            assert_eq!((image.stores_nothing(), image.is_volatile()).0, name.starts_with('n'));
-            assert_eq!(image.stores_nothing(), !image.is_volatile(), "{name}");
-        }
-        for name in ["null:", "ram:G", "ram:1GG", "null:-1", "ram:9999999999T", "null:1.5G"] {
-            let error = open(name).expect_err("no size").to_string();
-            assert!(error.contains("no size"), "{name}: {error}");
-        }
-        assert!(open("ram:0").is_err_and(|error| error.to_string().contains("is empty")));
-        assert!(open("ram:513").is_err_and(|error| error.to_string().contains("no multiple")));
-        assert!(open("rom:4k").is_err_and(|error| error.to_string().contains("No such file")));
-        let direct = ImageOptions { direct: true, ..ImageOptions::default() };
-        Image::open("ram:4k", direct).expect_err("nothing to go past");
     }
 
     #[test]

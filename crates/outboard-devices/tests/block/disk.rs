@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use outboard::protocol::ProtocolFeatures;
-use outboard::{LoopKind, Server, WorkerDevice};
+use outboard::{LoopKind, Server, WorkerDevice, WorkerOptions};
 use outboard_devices::block::{Block, BlockOptions, EngineKind, Image, ImageOptions};
 use outboard_frontend::{Buffer, Connection, QueueSetup, SharedMemory, Virtqueue, Vmm, Wanted};
 use tempfile::NamedTempFile;
@@ -113,7 +113,7 @@ impl Driven {
     }
 
     /// Starts the disk and negotiates, without those feature bits that are not in `mask`.
-    pub(crate) fn asleep(block: Block, events: LoopKind, mask: u64) -> Self {
+    pub(crate) fn asleep(block: Block, events: impl Into<WorkerOptions>, mask: u64) -> Self {
         let device = WorkerDevice::with_options(block, events.into()).expect("a device");
         let (ours, theirs) = UnixStream::pair().expect("sockets");
         let server = Server::from_socket(theirs.into()).expect("a server");

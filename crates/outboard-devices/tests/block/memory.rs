@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
-use outboard::LoopKind;
+use outboard::{LoopKind, WorkerOptions};
 use outboard_devices::block::{Block, BlockOptions, EngineKind, Image, ImageOptions};
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -128,4 +128,30 @@ fn a_disk_of_memory_does_not_leave_its_process_by_a_state_that_lacks_what_it_hol
     let mut block = Block::new(image, BlockOptions::default()).expect("a disk");
     let error = outboard::Model::snapshot(&mut block).expect_err("refused").to_string();
     assert!(error.contains("stays with its process"), "{error}");
+}
+
+#[test]
+fn a_worker_that_never_sleeps_serves_and_hears_what_is_changed() {
+    for event_loop in [LoopKind::Uring, LoopKind::Epoll] {
+        for kind in [EngineKind::Auto, EngineKind::Sync, EngineKind::Uring] {
+            if (kind, event_loop) == (EngineKind::Uring, LoopKind::Epoll) {
+                continue;
+            }
+            let file = numbered_file(SECTORS);
+            let options = BlockOptions { engine: kind, ..BlockOptions::default() };
+            let block = Block::new(open(&file), options).expect("a disk");
+            let never = WorkerOptions { event_loop, poll: WorkerOptions::NEVER_SLEEP };
+            let mut disk = Driven::asleep(block, never, u64::MAX);
+            disk.activate(1);
+            for sector in 0..SECTORS {
+                assert_eq!(disk.read(sector, 512), [number(sector); 512]);
+            }
+            disk.vmm.sleep().expect("its rings stop");
+            disk.vmm.wake().expect("and start");
+            assert_eq!(disk.write(1, &[9; 512]), OK);
+            assert_eq!(disk.flush(), OK);
+            assert_eq!(disk.read(1, 512), [9; 512]);
+            end(disk);
+        }
+    }
 }

@@ -209,6 +209,13 @@ impl UringLoop {
         }
     }
 
+    /// Whether the kernel is to be entered although nothing is waited for: it has entries to take, or
+    /// holds completions back until then. A look that finds neither is two loads, no system call.
+    fn has_errand(&mut self) -> bool {
+        let queue = self.ring.submission();
+        !queue.is_empty() || queue.taskrun() || queue.cq_overflow()
+    }
+
     fn reap(&mut self, events: &mut Vec<Event>) {
         loop {
             let next = self.ring.completion().next();
@@ -331,6 +338,9 @@ impl EventLoop for UringLoop {
         self.rearm()?;
         self.reap(events);
         let want = usize::from(events.is_empty() && timeout != Some(Duration::ZERO));
+        if want == 0 && !self.has_errand() {
+            return Ok(());
+        }
         let entered = match timeout {
             Some(timeout) if want > 0 => {
                 let timeout = Timespec::from(timeout);
