@@ -47,7 +47,8 @@ fn at(ratio: f64) -> f64 {
 
 fn bar(svg: &mut String, y: u32, row: &Value) {
     let text = |field: &str| row[field].as_str().unwrap_or_default();
-    let scene = text("scene").split([' ', ',']).last().unwrap_or_default().trim_matches(['(', ')']);
+    let scene =
+        text("scene").split([' ', ',']).next_back().unwrap_or_default().trim_matches(['(', ')']);
     let ratio = row["ratio"].as_f64().unwrap_or(1.0);
     let (from, to) = (at(1.0).min(at(ratio)), at(1.0).max(at(ratio)));
     let colour = match text("peer") {
