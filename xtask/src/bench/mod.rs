@@ -113,7 +113,12 @@ fn machine() -> Result<String> {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let processors = std::thread::available_parallelism()?;
     let release = kernel.split(['-', '+']).next().unwrap_or_default().trim();
-    Ok(format!("{processors} processors ({}), Linux {release}", model.unwrap_or("unknown")))
+    let load = std::fs::read_to_string("/proc/loadavg")?;
+    let load = load.split(' ').next().unwrap_or_default();
+    let model = model.unwrap_or("unknown");
+    Ok(format!(
+        "{processors} processors ({model}), Linux {release}, load average {load} at the start"
+    ))
 }
 
 /// A scratch folder for a scene's images: in memory, or on the disk of the target directory.

@@ -16,7 +16,6 @@ use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use outboard::memory::Segment;
 use outboard::{Error, FileId, FileOp, Request, Served, WorkerContext};
@@ -34,12 +33,6 @@ const BOUNCE_PAGES: usize = 64;
 const ZERO_PAGES: usize = 256;
 /// How many reads go straight to the disk after one that was not in the page cache.
 const AFTER_MISS: u32 = 15;
-/// Bytes of a page of the page cache, at most. (Where pages are larger, a part may be read first.)
-const PAGE: u32 = 4096;
-/// What no write into the page cache takes that does not wait for the disk.
-const SLOW_WRITE: Duration = Duration::from_millis(1);
-/// How many writes are started after one that waited.
-const AFTER_SLOW_WRITE: u32 = 255;
 static ZEROS: Page = Page([0; 4096]);
 
 /// An operation on the image; positions and lengths in bytes.
@@ -157,7 +150,7 @@ impl EngineKind {
             (Self::Mmap, Ok(map)) => Box::new(MmapEngine::new(sync, Arc::clone(map))),
             (Self::Uring, _) => {
                 let file = context.add_file(Arc::clone(image.file()));
-                Box::new(UringEngine { sync, file, skip: 0, patience: Patience::default() })
+                Box::new(UringEngine { sync, file, skip: 0 })
             }
             _ => Box::new(sync),
         })
@@ -325,31 +318,6 @@ struct UringEngine {
     file: FileId,
     /// Reads that are started without a look into the page cache.
     skip: u32,
-    patience: Patience,
-}
-
-/// Whether writes into the page cache are made at once. io_uring hands such writes to kernel threads
-/// where the file system does not promise not to wait (ext4): 10 µs more for each. Nearly all of
-/// them are copies; one that had to wait (too much of the page cache is dirty) shows that the next
-/// ones will, and those are started instead, so that reads do not wait behind them.
-#[derive(Debug, Default)]
-struct Patience {
-    /// Writes that are started without a try.
-    skip: u32,
-}
-
-impl Patience {
-    fn allows(&mut self) -> bool {
-        let skipped = self.skip.checked_sub(1);
-        self.skip = skipped.unwrap_or(0);
-        skipped.is_none()
-    }
-
-    fn took(&mut self, time: Duration) {
-        if time > SLOW_WRITE {
-            self.skip = AFTER_SLOW_WRITE;
-        }
-    }
 }
 
 impl UringEngine {
@@ -400,20 +368,6 @@ impl UringEngine {
     }
 }
 
-impl UringEngine {
-    /// Writes whole pages into the page cache; a part of a page may have to be read first.
-    fn write_cached(&mut self, offset: u64, request: &mut Request<'_>) -> Option<io::Result<u64>> {
-        let whole = aligned(PAGE, offset, request.readable().len());
-        if self.sync.image.direct().is_some() || !whole || !self.patience.allows() {
-            return None;
-        }
-        let before = Instant::now();
-        let outcome = self.sync.write(offset, request);
-        self.patience.took(before.elapsed());
-        Some(outcome)
-    }
-}
-
 impl Engine for UringEngine {
     fn run(&mut self, op: Op, request: &mut Request<'_>) -> io::Result<u64> {
         self.sync.run(op, request)
@@ -422,7 +376,6 @@ impl Engine for UringEngine {
     fn now(&mut self, op: Op, request: &mut Request<'_>) -> Option<io::Result<u64>> {
         match op {
             Op::Read { offset } => self.cached(offset, request),
-            Op::Write { offset } => self.write_cached(offset, request),
             _ => None,
         }
     }
@@ -504,16 +457,6 @@ mod tests {
     fn alignment_looks_at_both_ends() {
         assert!(aligned(512, 0, 0) && aligned(512, 1024, 512) && aligned(1, 3, 7));
         assert!(!aligned(512, 1, 511) && !aligned(4096, 4096, 512) && !aligned(4096, 512, 4096));
-    }
-
-    #[test]
-    fn after_a_write_that_waited_the_next_ones_are_started_for_a_while() {
-        let mut patience = Patience::default();
-        patience.took(SLOW_WRITE);
-        assert!(patience.allows());
-        patience.took(SLOW_WRITE * 2);
-        assert!((0..AFTER_SLOW_WRITE).all(|_| !patience.allows()));
-        assert!(patience.allows() && patience.allows());
     }
 
     #[test]
