@@ -192,11 +192,17 @@ fn answers(peer: &mut Peer, limit: Duration) -> Outcome {
 
 fn play(check: &Check, peer: &mut Peer, traits: Traits, options: &Options) -> Outcome {
     let counts = traits.serves_again;
-    let before = match counts {
-        true => answers(peer, options.limit).ok().and_then(|()| settled_fds(peer, None)),
+    let quiet = Duration::from_millis(if options.quick { 25 } else { 100 });
+    let before = match counts && answers(peer, options.limit).is_ok() {
+        true => {
+            // That this front-end has left must have been seen.
+            if !traits.never_sleeps {
+                peer.digests(quiet * 8);
+            }
+            settled_fds(peer, None)
+        }
         false => None,
     };
-    let quiet = Duration::from_millis(if options.quick { 25 } else { 100 });
     let log = peer.log_size();
     let mut case = Case {
         peer,
