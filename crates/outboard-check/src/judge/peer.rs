@@ -297,7 +297,7 @@ impl Peer {
     }
 
     /// Whether a thread of it runs or waits for a processor.
-    fn ready_to_run(&self) -> bool {
+    pub(crate) fn ready_to_run(&self) -> bool {
         let tasks = self.pid.and_then(|pid| std::fs::read_dir(format!("/proc/{pid}/task")).ok());
         let state = |path: PathBuf| std::fs::read_to_string(path.join("stat")).unwrap_or_default();
         tasks.into_iter().flatten().flatten().any(|task| {

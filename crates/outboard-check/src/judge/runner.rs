@@ -137,7 +137,8 @@ fn gone() -> Finding {
 pub(crate) fn explore(peer: &mut Peer, options: &Options) -> Result<Traits, JudgeError> {
     let first = peer.connect(START).map_err(|finding| JudgeError::NoBackend(finding.why))?;
     let deaf = |finding: Finding| JudgeError::Deaf(finding.why);
-    let mut traits = ask_traits(first, options.limit).map_err(deaf)?;
+    // What is not found out here is not offered for good: a busy machine is given time.
+    let mut traits = ask_traits(first, options.limit * 4).map_err(deaf)?;
     traits.serves_again = answers(peer, options.limit).is_ok();
     // Again and again: what it does at its start is no polling.
     traits.never_sleeps = matches!(peer.settles(&[20, 60, 300, 300], 0.5), Some(Err(_)));
@@ -269,7 +270,11 @@ fn dead(case: &mut Case<'_>) -> Outcome {
 fn settled_fds(peer: &Peer, wanted: Option<usize>) -> Option<usize> {
     let mut last = peer.open_fds()?;
     let mut same = 0;
-    for _ in 0..1000 {
+    for round in 0..10_000 {
+        // One that waits for a processor cannot close anything.
+        if round > 1000 && !peer.ready_to_run() {
+            break;
+        }
         if wanted.is_some_and(|wanted| last <= wanted) || (wanted.is_none() && same >= 3) {
             break;
         }
