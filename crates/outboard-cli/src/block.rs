@@ -1,30 +1,18 @@
 //! `outboard block`: a disk for a VMM (vhost-user, "Backend program conventions").
 //!
-//! Invariant: everything that can be wrong with the command line or the image is found before the
-//! socket exists; then nothing was made and nothing removed, and the exit code is 2.
+//! Invariant: what is wrong with the image is found before the socket exists.
 
 use std::ffi::OsStr;
-use std::io;
-use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::time::Duration;
 
 use clap::ValueEnum;
-use outboard::protocol::{ProtocolFeatures, virtio};
-use outboard::{HandlerOptions, LoopKind, Server, WorkerDevice, WorkerOptions};
 use outboard_devices::block::{
     Block, BlockOptions, CacheMode, EngineKind, Image, ImageOptions, feature,
 };
-use signal_hook::consts::{SIGINT, SIGTERM};
-use tracing::info;
 
-use crate::{Failure, service};
-
-/// For management programs: what this one understands of vhost-user.json.
-const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
+use crate::Failure;
+use crate::device::{self, DeviceArgs, Kind, Made};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -59,44 +47,30 @@ pub(crate) struct Args {
     /// The image, as crosvm names it.
     #[arg(long, value_name = "IMAGE[:read-only]", group = "image")]
     file: Option<PathBuf>,
-    /// Print what this program understands, as JSON, and exit.
-    #[arg(long)]
-    print_capabilities: bool,
-    #[command(flatten, next_help_heading = "Socket")]
-    socket: SocketArgs,
+    #[command(flatten)]
+    device: DeviceArgs<Disk>,
     #[command(flatten, next_help_heading = "Disk")]
     disk: DiskArgs,
     #[command(flatten, next_help_heading = "Engine")]
     engine: EngineArgs,
 }
 
-#[derive(clap::Args)]
-struct SocketArgs {
-    /// Listen on this path; a stale socket is replaced, a live one is not.
-    #[arg(long, value_name = "PATH", group = "socket")]
-    socket_path: Option<PathBuf>,
-    /// Serve this inherited descriptor, a connected or a listening Unix socket.
-    #[arg(long, value_name = "NUMBER", group = "socket")]
-    fd: Option<RawFd>,
-    /// Connect to a front-end that listens on this path.
-    #[arg(long, value_name = "PATH", group = "socket")]
-    connect: Option<PathBuf>,
-    /// Take the place of a running device that has this control socket: its sockets and its
-    /// front-end, which sees nothing but a pause. If that fails, the other one goes on.
-    #[arg(long, value_name = "CONTROL", group = "socket")]
-    take_over: Option<PathBuf>,
-    /// Make a control socket here, on which a newer program can take over.
-    #[arg(long, value_name = "PATH", conflicts_with = "take_over")]
-    control: Option<PathBuf>,
-    /// Do not offer a feature: VIRTIO_BLK_F_DISCARD, event-idx, CONFIGURE_MEM_SLOTS ... (repeatable).
-    #[arg(long, value_name = "FEATURE", value_parser = parse_feature)]
-    without: Vec<Feature>,
-    /// Offer packed rings too. The requests on them are not kept track of for a process that follows a crash.
-    #[arg(long)]
-    packed: bool,
-    /// Longest wait for requests under way when the front-end stops a queue.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
-    drain_deadline: u32,
+/// What the common options have to know of a disk.
+#[derive(Clone)]
+struct Disk;
+
+impl Kind for Disk {
+    const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
+    const EXAMPLE: &str = "VIRTIO_BLK_F_DISCARD, ";
+
+    fn feature(name: &str) -> Option<u64> {
+        feature::by_name(name)
+    }
+
+    /// Virtio 1.3 §5.2.5.2: whoever offers CONFIG_WCE must offer FLUSH.
+    fn without(hidden: u64) -> u64 {
+        if hidden & feature::FLUSH == 0 { hidden } else { hidden | feature::CONFIG_WCE }
+    }
 }
 
 #[derive(clap::Args)]
@@ -132,13 +106,6 @@ struct EngineArgs {
     /// How the image is reached: auto is mmap for files in memory and uring for others.
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     engine: Engine,
-    /// What the threads wait on: auto is uring, or epoll where io_uring is refused.
-    #[arg(long, value_enum, default_value_t = Loop::Auto)]
-    event_loop: Loop,
-    /// Longest look at the rings before a thread sleeps, in microseconds; 0 always sleeps, `always`
-    /// never does while a ring runs: for processors of their own.
-    #[arg(long, value_name = "MICROSECONDS", default_value = "50", value_parser = parse_poll)]
-    poll_us: Poll,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -155,62 +122,28 @@ enum Engine {
     Mmap,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Loop {
-    Auto,
-    Uring,
-    Epoll,
-}
-
-/// How long a thread looks at its rings.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Poll(Duration);
-
-fn parse_poll(text: &str) -> Result<Poll, String> {
-    if text == "always" {
-        return Ok(Poll(WorkerOptions::NEVER_SLEEP));
-    }
-    let micros = text.parse().ok().filter(|micros| *micros <= 1_000_000);
-    let micros =
-        micros.ok_or_else(|| format!("'{text}' is not from 0 to 1000000, nor 'always'"))?;
-    Ok(Poll(Duration::from_micros(micros)))
-}
-
-impl EngineArgs {
-    fn options(&self) -> WorkerOptions {
-        WorkerOptions { event_loop: self.event_loop.into(), poll: self.poll_us.0 }
-    }
-}
-
-/// A feature that is not to be offered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Feature {
-    Virtio(u64),
-    Protocol(ProtocolFeatures),
-}
-
 /// Runs the command.
-pub(crate) fn run(args: Args) -> Result<(), Failure> {
-    if args.print_capabilities {
-        println!("{CAPABILITIES}");
-        return Ok(());
-    }
-    let (path, read_only) = args.image()?;
-    let options =
-        ImageOptions { read_only, direct: args.engine.direct, block_size: args.disk.block_size };
-    let image = Image::open(path, options).map_err(Failure::usage)?;
-    let (described, engine) = (describe(&image, args.disk.num_queues), image.engine());
-    let block = Block::new(image, args.block_options()).map_err(Failure::usage)?;
-    let device =
-        WorkerDevice::with_options(block, args.engine.options()).map_err(Failure::usage)?;
-    let server = args.socket.server()?.with_options(args.socket.handler_options());
-    stop_on_signals(&server).map_err(Failure::failed)?;
-    info!("serving {described}, engine {}", engine.get().unwrap_or(&"unknown"));
-    service::ready(&server);
-    server.serve(device).map_err(Failure::failed)
+pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    device::run(&args.device, || args.make())
 }
 
 impl Args {
+    fn make(&self) -> Result<Made<Block>, Failure> {
+        let (path, read_only) = self.image()?;
+        let options = ImageOptions {
+            read_only,
+            direct: self.engine.direct,
+            block_size: self.disk.block_size,
+        };
+        let image = Image::open(path, options).map_err(Failure::usage)?;
+        let (described, engine) = (describe(&image, self.disk.num_queues), image.engine());
+        let model = Block::new(image, self.block_options()).map_err(Failure::usage)?;
+        // Chosen where the workers are made.
+        let described =
+            move || format!("{described}, engine {}", engine.get().unwrap_or(&"unknown"));
+        Ok(Made { model, described: Box::new(described) })
+    }
+
     /// Which image, and whether it is never to be written.
     fn image(&self) -> Result<(&Path, bool), Failure> {
         let read_only = self.disk.read_only;
@@ -249,77 +182,6 @@ impl Args {
     }
 }
 
-impl From<Loop> for LoopKind {
-    fn from(kind: Loop) -> Self {
-        match kind {
-            Loop::Auto => Self::Auto,
-            Loop::Uring => Self::Uring,
-            Loop::Epoll => Self::Epoll,
-        }
-    }
-}
-
-impl SocketArgs {
-    fn server(&self) -> Result<Server, Failure> {
-        let server = if let Some(path) = &self.socket_path {
-            match service::kept_socket() {
-                Some(fd) => Server::inherited(fd).and_then(|server| server.with_socket_file(path)),
-                None => Server::listen(path),
-            }
-            .map(Some)
-        } else if let Some(fd) = self.fd {
-            Server::inherited(fd).map(Some)
-        } else if let Some(path) = &self.connect {
-            Server::connect(path).map(Some)
-        } else if let Some(path) = &self.take_over {
-            Server::take_over(path).map(Some)
-        } else {
-            Server::activated()
-        };
-        let missing = || Failure::Usage(NO_SOCKET.to_owned());
-        let server = server.map_err(Failure::usage)?.ok_or_else(missing)?;
-        match &self.control {
-            Some(path) => server.with_control(path).map_err(Failure::usage),
-            None => Ok(server),
-        }
-    }
-
-    fn handler_options(&self) -> HandlerOptions {
-        let mut options = HandlerOptions {
-            drain_deadline: Duration::from_secs(self.drain_deadline.into()),
-            packed_rings: self.packed,
-            ..HandlerOptions::default()
-        };
-        for feature in &self.without {
-            match feature {
-                Feature::Virtio(bits) => options.without_features |= bits,
-                Feature::Protocol(bits) => options.without_protocol_features |= *bits,
-            }
-        }
-        // Virtio 1.3 §5.2.5.2: whoever offers CONFIG_WCE must offer FLUSH.
-        if options.without_features & feature::FLUSH != 0 {
-            options.without_features |= feature::CONFIG_WCE;
-        }
-        options
-    }
-}
-
-const NO_SOCKET: &str =
-    "no socket: say --socket-path PATH, --fd NUMBER, --connect PATH or --take-over CONTROL";
-
-/// The disk's own features first: a bare MQ is VIRTIO_BLK_F_MQ.
-fn parse_feature(name: &str) -> Result<Feature, String> {
-    feature::by_name(name)
-        .or_else(|| virtio::by_name(name))
-        .map(Feature::Virtio)
-        .or_else(|| ProtocolFeatures::by_name(name).map(Feature::Protocol))
-        .ok_or_else(|| {
-            "no such feature; examples are VIRTIO_BLK_F_DISCARD, VIRTIO_RING_F_EVENT_IDX, \
-             VHOST_USER_PROTOCOL_F_REPLY_ACK"
-                .to_owned()
-        })
-}
-
 fn describe(image: &Image, queues: u16) -> String {
     let bytes = image.geometry().size;
     let mut size = format!("{bytes} bytes");
@@ -334,21 +196,11 @@ fn describe(image: &Image, queues: u16) -> String {
     format!("{}: {size}, {mode}, {queues} {plural}", image.path().display())
 }
 
-/// The first SIGTERM or SIGINT has the server finish, the second one ends the process.
-fn stop_on_signals(server: &Server) -> io::Result<()> {
-    let asked = Arc::new(AtomicBool::new(false));
-    for signal in [SIGTERM, SIGINT] {
-        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&asked))?;
-        signal_hook::flag::register(signal, Arc::clone(&asked))?;
-        signal_hook::low_level::pipe::register(signal, server.stop_handle().descriptor()?)?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use clap::Parser;
+    use outboard::protocol::{ProtocolFeatures, virtio};
 
     #[derive(Parser)]
     struct Cli {
@@ -383,31 +235,12 @@ mod tests {
     }
 
     #[test]
-    fn polling_has_a_bound_or_none_at_all() {
-        let polled = |line: &str| good(line).engine.options().poll;
-        assert_eq!(polled("a"), Duration::from_micros(50));
-        assert_eq!(polled("a --poll-us 0"), Duration::ZERO);
-        assert_eq!(polled("a --poll-us 1000000"), Duration::from_secs(1));
-        assert_eq!(polled("a --poll-us always"), WorkerOptions::NEVER_SLEEP);
-        for wrong in ["1000001", "-1", "ever", "1.5", ""] {
-            assert!(parse(&format!("a --poll-us={wrong}")).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn only_one_socket_can_be_named() {
-        assert!(parse("a --socket-path s --fd 3").is_err());
-        assert!(parse("a --connect s --fd 3").is_err());
-        assert!(parse("a --fd three").is_err());
-    }
-
-    #[test]
     fn features_to_hide_are_known_by_every_table() {
         let options = good(
             "a --without discard --without VIRTIO_RING_F_EVENT_IDX --without mq \
              --without CONFIGURE_MEM_SLOTS --without VHOST_USER_PROTOCOL_F_MQ",
         )
-        .socket
+        .device
         .handler_options();
         assert_eq!(
             options.without_features,
@@ -418,7 +251,7 @@ mod tests {
             ProtocolFeatures::MQ | ProtocolFeatures::CONFIGURE_MEM_SLOTS
         );
         assert!(parse("a --without what").is_err_and(|error| error.contains("no such feature")));
-        let options = good("a --without flush").socket.handler_options();
+        let options = good("a --without flush").device.handler_options();
         assert_eq!(options.without_features, feature::FLUSH | feature::CONFIG_WCE);
     }
 

@@ -7,11 +7,14 @@
 mod bench;
 mod block;
 mod check;
+mod console;
 mod demo;
+mod device;
 mod log;
 mod manual;
 mod probe;
 mod report;
+mod rng;
 mod service;
 mod soak;
 
@@ -23,6 +26,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 const EXAMPLES: &str = "\
 Examples:
   outboard block --socket-path /run/disk.sock F   serve the file F as a disk for a VMM
+  outboard console --socket-path /run/con.sock    give it a console on a terminal of the host
+  outboard rng --socket-path /run/rng.sock        give it entropy
   outboard demo                          see it work: a disk, driven, verified and measured
   outboard probe /run/disk.sock          what does this back-end offer?
   outboard bench /run/disk.sock          how fast is it? (random 4 KiB reads, harmless)
@@ -45,6 +50,8 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Block(Box<block::Args>),
+    Console(Box<console::Args>),
+    Rng(Box<rng::Args>),
     Demo(demo::Args),
     Probe(probe::Args),
     Bench(bench::Args),
@@ -90,7 +97,9 @@ fn main() -> ExitCode {
     };
     log::start();
     let outcome = match cli.command {
-        Command::Block(args) => block::run(*args),
+        Command::Block(args) => block::run(&args),
+        Command::Console(args) => console::run(&args),
+        Command::Rng(args) => rng::run(&args),
         Command::Demo(args) => demo::run(args),
         Command::Probe(args) => probe::run(args),
         Command::Bench(args) => bench::run(args),

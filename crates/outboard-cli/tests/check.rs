@@ -57,6 +57,24 @@ fn our_block_device_holds_every_check_that_it_offers() {
     holds_or_is_not_offered(&ours(folder.path(), &["--json", "--seconds", "10"]));
 }
 
+/// The checks know no request of such a device: what is left is of the protocol and the rings.
+fn device_holds(device: &[&str]) {
+    let args = ["check", "--quick", "--json", "--seconds", "10", "--", OUTBOARD];
+    holds_or_is_not_offered(&outboard(&[&args, device, &["--socket-path", "{socket}"]].concat()));
+}
+
+#[test]
+fn our_console_holds_every_check_that_it_offers() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = format!("file:{},name=log", folder.path().join("log").display());
+    device_holds(&["console", "--port", "pty", "--port", &file]);
+}
+
+#[test]
+fn our_source_of_entropy_holds_every_check_that_it_offers() {
+    device_holds(&["rng"]);
+}
+
 /// The example's program, built if it is not there yet: tests of one package build the examples of that
 /// package only.
 fn everything() -> PathBuf {

@@ -38,6 +38,15 @@ fn a_wrong_command_line_is_one_line_and_exit_code_2() {
         (vec!["bench", "s", "--rw", "trim"], "randread"),
         (vec!["bench", "s", "--seconds", "0"], "seconds"),
         (vec!["demo", "--size", "1k"], "64M"),
+        (vec!["rng", "--source", "/nonexistent/source"], "/nonexistent/source: No such file"),
+        (vec!["rng", "--max-bytes", "0"], "--max-bytes"),
+        (vec!["rng", "--period", "7"], "--max-bytes"),
+        (vec!["rng"], "no socket"),
+        (vec!["console", "--port", "tty"], "socket:PATH"),
+        (vec!["console", "--port", "file:/nonexistent/file"], "/nonexistent/file: No such file"),
+        (vec!["console", "--port", "socket:/nonexistent/s"], "/nonexistent/s: No such file"),
+        (vec!["console", "--size", "80"], "two numbers"),
+        (vec!["console"], "no socket"),
     ] {
         let output = outboard(&args);
         let errors = text(&output.stderr);
@@ -50,12 +59,21 @@ fn a_wrong_command_line_is_one_line_and_exit_code_2() {
 
 #[test]
 fn help_teaches_with_examples_and_exits_with_0() {
-    for args in
-        [vec!["--help"], vec!["demo", "--help"], vec!["probe", "--help"], vec!["bench", "--help"]]
-    {
+    for command in ["", "block", "console", "rng", "demo", "probe", "bench"] {
+        let args: Vec<_> = [command, "--help"].into_iter().filter(|arg| !arg.is_empty()).collect();
         let output = outboard(&args);
         assert_eq!(output.status.code(), Some(0), "{args:?}");
         assert!(text(&output.stdout).contains("Examples:\n  outboard "), "{args:?}");
+    }
+}
+
+#[test]
+fn every_device_says_as_json_what_it_is() {
+    for device in ["block", "console", "rng"] {
+        let output = outboard(&[device, "--print-capabilities"]);
+        assert_eq!(output.status.code(), Some(0), "{device}");
+        let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(answer["type"], device);
     }
 }
 

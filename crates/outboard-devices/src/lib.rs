@@ -6,3 +6,14 @@
 
 #[cfg(feature = "block")]
 pub mod block;
+#[cfg(feature = "console")]
+pub mod console;
+#[cfg(feature = "rng")]
+pub mod rng;
+
+#[cfg(feature = "console")]
+mod bell;
+#[cfg(feature = "rng")]
+mod timer;
+#[cfg(feature = "console")]
+mod watches;

@@ -336,6 +336,11 @@ impl Queue {
             && (self.setup.enabled || self.setup.when_disabled == WhenDisabled::Discard)
     }
 
+    /// Whether requests are taken and dropped: the ring is disabled, and transmits.
+    pub(crate) fn discards(&self) -> bool {
+        !self.setup.enabled && self.setup.when_disabled == WhenDisabled::Discard
+    }
+
     /// Whether a request waits in the ring: a look that takes nothing, for polling.
     pub(crate) fn has_requests(&self) -> bool {
         self.looks() && self.ring.as_ref().is_some_and(DeviceQueue::has_available)
@@ -520,9 +525,17 @@ impl Queue {
 
     /// Answers in-band kicks, once the ring was looked at and nothing of it is in flight.
     pub fn processed(&mut self) {
+        self.processed_but(false);
+    }
+
+    /// As [`Queue::processed`]; when the queue's owner wants nothing of the ring (`resting`), what waits
+    /// there does not count.
+    pub(crate) fn processed_but(&mut self, resting: bool) {
         // What an earlier process had taken waits on a ring that is disabled or broken: nobody waits for it here.
         let recovers = self.recovering && self.may_look();
-        if !self.processing.is_empty() && self.in_flight() == 0 && !recovers && !self.has_requests()
+        if !self.processing.is_empty()
+            && self.in_flight() == 0
+            && (resting || (!recovers && !self.has_requests()))
         {
             let state = self.state();
             for done in self.processing.drain(..) {

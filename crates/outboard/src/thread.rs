@@ -7,16 +7,16 @@
 //!   file completions ─────────┘ ◀────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! Invariants: a lane waits for its kick only after it has armed the ring and looked once more; a
-//! lane stops only when nothing of it is in flight and everything is published, or, when it is
-//! abandoned, when nothing of it can reach guest memory any more; a worker that panics costs its
-//! rings, not the thread.
+//! Invariants: a lane waits for its kick only after it has armed the ring and looked once more, or rests
+//! without kicks while the worker does not want its requests; a lane stops only when nothing of it is in
+//! flight and everything is published, or, when it is abandoned, when nothing of it can reach guest memory
+//! any more; a worker that panics costs its rings, not the thread.
 
-use std::collections::VecDeque;
+mod port;
+
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_channel::oneshot;
@@ -24,11 +24,12 @@ use rustix::io::Errno;
 use tracing::{debug, error, warn};
 
 use crate::events::{Event, EventLoop};
-use crate::notify::Waker;
 use crate::poller::Poller;
 use crate::queue::Queue;
 use crate::request::Request;
 use crate::worker::{MakeWorker, Worker, WorkerContext};
+
+pub(crate) use port::{Order, Port};
 
 /// Requests that one lane serves before the next one has its turn.
 const BUDGET: u32 = 64;
@@ -39,87 +40,15 @@ const SPINS: u32 = 32;
 /// How often a ring without a doorbell is looked at.
 const POLL_EVERY: Duration = Duration::from_micros(500);
 
-/// What the device tells a thread.
-pub(crate) enum Order {
-    /// Serve this queue.
-    Start(Box<Queue>),
-    /// Give the queue back when nothing of it is in flight.
-    Stop { index: u16, reply: oneshot::Sender<Box<Queue>> },
-    /// A queue that is to stop: give it back as soon as nothing of it can reach guest memory.
-    Abandon { index: u16 },
-    /// End the thread.
-    Quit,
-}
-
-/// The way to a thread.
-pub(crate) struct Port {
-    waker: Waker,
-    orders: Mutex<VecDeque<Order>>,
-    abandoned: Abandoned,
-}
-
-/// Operations of abandoned requests that the kernel has not ended, counted by their thread.
-#[derive(Default)]
-struct Abandoned {
-    count: AtomicUsize,
-    /// Who waits for the last one to end.
-    waiting: Mutex<Vec<oneshot::Sender<()>>>,
-}
-
-impl Port {
-    pub(crate) fn new() -> std::io::Result<Self> {
-        Ok(Self { waker: Waker::new()?, orders: Mutex::default(), abandoned: Abandoned::default() })
-    }
-
-    /// Whether operations of abandoned requests are under way.
-    pub(crate) fn is_busy(&self) -> bool {
-        self.abandoned.count.load(Ordering::Acquire) != 0
-    }
-
-    /// Resolves, or fails, when none is.
-    pub(crate) fn quiet(&self) -> oneshot::Receiver<()> {
-        let (done, quiet) = oneshot::channel();
-        let mut waiting = lock(&self.abandoned.waiting);
-        if self.is_busy() {
-            waiting.push(done);
-        }
-        quiet
-    }
-
-    fn abandon(&self, operations: usize) {
-        self.abandoned.count.fetch_add(operations, Ordering::AcqRel);
-    }
-
-    fn ended(&self) {
-        // Under the lock: who looks and finds some is on the list before the last one ends.
-        let mut waiting = lock(&self.abandoned.waiting);
-        if self.abandoned.count.fetch_sub(1, Ordering::AcqRel) == 1 {
-            waiting.clear();
-        }
-    }
-
-    pub(crate) fn send(&self, order: Order) {
-        lock(&self.orders).push_back(order);
-        self.waker.wake();
-    }
-
-    fn take(&self) -> Option<Order> {
-        lock(&self.orders).pop_front()
-    }
-}
-
-/// A lock that a panic elsewhere cannot poison: what it guards is whole between any two lines.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A queue on this thread.
 struct Lane {
     queue: Box<Queue>,
     /// The ring may hold requests: it is to have a turn.
     ready: bool,
-    /// A kick was asked for, and nothing has come since.
+    /// A kick was asked for, and nothing has come since; or it rests.
     armed: bool,
+    /// The worker did not want its requests when it was last asked.
+    resting: bool,
     kick_watched: bool,
     /// It is looked at again and again: nothing announces requests, or nothing that can be heard.
     polled: bool,
@@ -174,6 +103,8 @@ struct Thread<W> {
     happened: Vec<Event>,
     poller: Poller,
     next_tick: Option<Instant>,
+    /// Some lane rests.
+    rests: bool,
     quit: bool,
 }
 
@@ -201,6 +132,7 @@ pub(crate) fn run<W: Worker>(
         port,
         happened: Vec::new(),
         poller: Poller::new(poll),
+        rests: false,
         quit: false,
     };
     let _ = built.send(Ok(()));
@@ -218,7 +150,7 @@ fn prepare<W>(
     make: &MakeWorker<W>,
     thread: usize,
 ) -> Result<W, crate::Error> {
-    events.watch(port.waker.as_fd(), token::PORT)?;
+    events.watch(port.as_fd(), token::PORT)?;
     make(&mut WorkerContext { events, thread })
 }
 
@@ -242,7 +174,8 @@ impl<W: Worker> Thread<W> {
         for lane in &mut self.lanes {
             if lane.ready {
                 lane.ready = turn(&mut self.worker, lane, self.events.as_mut());
-                lane.armed = false;
+                lane.armed = lane.resting;
+                self.rests |= lane.resting;
             }
         }
     }
@@ -281,6 +214,21 @@ impl<W: Worker> Thread<W> {
             lane.ready = lane.stopping.is_none() && lane.queue.arm();
             lane.armed = !lane.ready;
             busy |= lane.ready;
+        }
+        if self.rests { self.ask_again() || busy } else { busy }
+    }
+
+    /// Whether the worker wants requests of a lane that rests.
+    #[cold]
+    fn ask_again(&mut self) -> bool {
+        let mut busy = false;
+        self.rests = false;
+        for lane in self.lanes.iter_mut().filter(|lane| lane.resting) {
+            let wanted = lane.stopping.is_none() && self.worker.wants(lane.queue.index());
+            lane.resting = !wanted;
+            lane.ready |= wanted;
+            self.rests |= lane.resting;
+            busy |= wanted;
         }
         busy
     }
@@ -406,7 +354,7 @@ impl<W: Worker> Thread<W> {
     }
 
     fn orders(&mut self) {
-        self.port.waker.drain();
+        self.port.drain();
         while let Some(order) = self.port.take() {
             self.order(order);
         }
@@ -453,6 +401,7 @@ impl<W: Worker> Thread<W> {
             queue,
             ready: true,
             armed: false,
+            resting: false,
             kick_watched: false,
             polled: false,
             deaf: watched.is_err(),
@@ -479,7 +428,7 @@ impl<W: Worker> Thread<W> {
             if lane.queue.in_flight() == 0 && lane.queue.waits() {
                 poll_control(lane, self.events.as_mut());
             }
-            lane.queue.processed();
+            lane.queue.processed_but(lane.resting);
             if !lane.has_stopped(self.events.as_ref()) {
                 at += 1;
                 continue;
@@ -536,11 +485,18 @@ impl<W: Worker> Thread<W> {
 
 /// Serves what is in one ring, up to its budget; true when there may be more.
 fn turn<W: Worker>(worker: &mut W, lane: &mut Lane, events: &mut dyn EventLoop) -> bool {
-    if lane.stopping.is_some() && (lane.abandoning || !lane.queue.owes()) {
+    let stopping = lane.stopping.is_some();
+    if stopping && (lane.abandoning || !lane.queue.owes()) {
         return false;
     }
+    lane.resting = false;
     lane.queue.disarm();
     for served in 1..=BUDGET {
+        if !worker.wants(lane.queue.index()) && !stopping && !lane.queue.discards() {
+            lane.resting = true;
+            lane.queue.publish();
+            return false;
+        }
         let Some(chain) = lane.queue.pop_chain() else {
             lane.queue.publish();
             return false;

@@ -27,6 +27,18 @@ pub trait Worker {
     /// An error is logged; the request, dropped, went back with length 0 and the ring goes on.
     fn serve(&mut self, request: Request<'_>) -> Result<Served, Error>;
 
+    /// Whether requests of `queue` are of any use now. Those that are not stay in the ring, where they
+    /// outlive a stop, a migration and a crash: receive buffers with nothing to receive, bytes to
+    /// transmit while the host's side is full. Asked before each request; after a no, whenever the
+    /// thread is about to sleep, so an answer is to be quick and without a system call in the long run.
+    ///
+    /// A request may be served after a no: one that an earlier process had taken, when its queue is to
+    /// stop.
+    fn wants(&mut self, queue: u16) -> bool {
+        let _ = queue;
+        true
+    }
+
     /// A file operation started by [`Request::submit`] has finished.
     ///
     /// # Errors

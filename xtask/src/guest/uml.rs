@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// Modules of every User-mode Linux guest.
-const MODULES: &[&str] = &["virtio_blk", "crc32c_generic", "ext4"];
+const MODULES: &[&str] = &["virtio_blk", "virtio_console", "crc32c_generic", "ext4"];
 
 /// Starts a guest whose devices are `(socket, virtio device number)`. Gives it when its agent is
 /// ready.

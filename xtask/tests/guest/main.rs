@@ -4,6 +4,7 @@
 //! to both. Without them each says that it is skipped.
 
 mod bios;
+mod console;
 mod crash;
 mod disk;
 mod iommu;

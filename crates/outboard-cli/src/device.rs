@@ -1,0 +1,296 @@
+//! What every device of the program has in common: its sockets, its threads, its life
+//! (vhost-user, "Backend program conventions").
+//!
+//! A device's own module has its options and a function that builds it; [`run`] does the rest.
+//! Invariant: everything that can be wrong with the command line or with what the device stands on
+//! is found before the socket exists; then nothing was made and nothing removed, and the exit code
+//! is 2.
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use outboard::protocol::{ProtocolFeatures, virtio};
+use outboard::{HandlerOptions, LoopKind, Model, Server, WorkerDevice, WorkerOptions};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use tracing::info;
+
+use crate::{Failure, service};
+
+/// What the common options have to know of a kind of device.
+pub(crate) trait Kind: Clone + Send + Sync + 'static {
+    /// For management programs: what this one understands of vhost-user.json.
+    const CAPABILITIES: &str;
+    /// Names to give as examples when `--without` does not know one.
+    const EXAMPLE: &str;
+
+    /// The feature bit that a name stands for, among the device's own.
+    fn feature(name: &str) -> Option<u64>;
+
+    /// `hidden` and all that must not be offered without them.
+    fn without(hidden: u64) -> u64 {
+        hidden
+    }
+}
+
+/// Options of every device.
+#[derive(clap::Args)]
+pub(crate) struct DeviceArgs<K: Kind> {
+    /// Print what this program understands, as JSON, and exit.
+    #[arg(long)]
+    print_capabilities: bool,
+    #[command(flatten, next_help_heading = "Socket")]
+    socket: SocketArgs<K>,
+    #[command(flatten, next_help_heading = "Threads")]
+    threads: ThreadArgs,
+}
+
+#[derive(clap::Args)]
+struct SocketArgs<K: Kind> {
+    /// Listen on this path; a stale socket is replaced, a live one is not.
+    #[arg(long, value_name = "PATH", group = "socket")]
+    socket_path: Option<PathBuf>,
+    /// Serve this inherited descriptor, a connected or a listening Unix socket.
+    #[arg(long, value_name = "NUMBER", group = "socket")]
+    fd: Option<RawFd>,
+    /// Connect to a front-end that listens on this path.
+    #[arg(long, value_name = "PATH", group = "socket")]
+    connect: Option<PathBuf>,
+    /// Take the place of a running device that has this control socket: its sockets and its
+    /// front-end, which sees nothing but a pause. If that fails, the other one goes on.
+    #[arg(long, value_name = "CONTROL", group = "socket")]
+    take_over: Option<PathBuf>,
+    /// Make a control socket here, on which a newer program can take over.
+    #[arg(long, value_name = "PATH", conflicts_with = "take_over")]
+    control: Option<PathBuf>,
+    /// Do not offer a feature: the device's own, event-idx, CONFIGURE_MEM_SLOTS ... (repeatable).
+    #[arg(long, value_name = "FEATURE", value_parser = parse_feature::<K>)]
+    without: Vec<Feature>,
+    /// Offer packed rings too. The requests on them are not kept track of for a process that follows a crash.
+    #[arg(long)]
+    packed: bool,
+    /// Longest wait for requests under way when the front-end stops a queue.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    drain_deadline: u32,
+    #[arg(skip)]
+    kind: PhantomData<K>,
+}
+
+#[derive(clap::Args)]
+struct ThreadArgs {
+    /// What the threads wait on: auto is uring, or epoll where io_uring is refused.
+    #[arg(long, value_enum, default_value_t = Loop::Auto)]
+    event_loop: Loop,
+    /// Longest look at the rings before a thread sleeps, in microseconds; 0 always sleeps, `always`
+    /// never does while a ring runs: for processors of their own.
+    #[arg(long, value_name = "MICROSECONDS", default_value = "50", value_parser = parse_poll)]
+    poll_us: Poll,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Loop {
+    Auto,
+    Uring,
+    Epoll,
+}
+
+/// How long a thread looks at its rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Poll(Duration);
+
+fn parse_poll(text: &str) -> Result<Poll, String> {
+    if text == "always" {
+        return Ok(Poll(WorkerOptions::NEVER_SLEEP));
+    }
+    let micros = text.parse().ok().filter(|micros| *micros <= 1_000_000);
+    let micros =
+        micros.ok_or_else(|| format!("'{text}' is not from 0 to 1000000, nor 'always'"))?;
+    Ok(Poll(Duration::from_micros(micros)))
+}
+
+/// A feature that is not to be offered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Feature {
+    Virtio(u64),
+    Protocol(ProtocolFeatures),
+}
+
+/// A device that is ready to be served, and what it is in words.
+pub(crate) struct Made<M> {
+    pub(crate) model: M,
+    /// Told once its workers are made.
+    pub(crate) described: Box<dyn FnOnce() -> String>,
+}
+
+/// Builds a device and serves it until it is told to stop.
+pub(crate) fn run<K: Kind, M: Model>(
+    args: &DeviceArgs<K>,
+    make: impl FnOnce() -> Result<Made<M>, Failure>,
+) -> Result<(), Failure> {
+    if args.print_capabilities {
+        println!("{}", K::CAPABILITIES);
+        return Ok(());
+    }
+    let Made { model, described } = make()?;
+    let device =
+        WorkerDevice::with_options(model, args.threads.options()).map_err(Failure::usage)?;
+    let server = args.socket.server()?.with_options(args.handler_options());
+    stop_on_signals(&server).map_err(Failure::failed)?;
+    info!("serving {}", described());
+    service::ready(&server);
+    server.serve(device).map_err(Failure::failed)
+}
+
+impl<K: Kind> DeviceArgs<K> {
+    /// What the handler is told.
+    pub(crate) fn handler_options(&self) -> HandlerOptions {
+        let mut options = HandlerOptions {
+            drain_deadline: Duration::from_secs(self.socket.drain_deadline.into()),
+            packed_rings: self.socket.packed,
+            ..HandlerOptions::default()
+        };
+        for feature in &self.socket.without {
+            match feature {
+                Feature::Virtio(bits) => options.without_features |= bits,
+                Feature::Protocol(bits) => options.without_protocol_features |= *bits,
+            }
+        }
+        options.without_features = K::without(options.without_features);
+        options
+    }
+}
+
+impl ThreadArgs {
+    fn options(&self) -> WorkerOptions {
+        WorkerOptions { event_loop: self.event_loop.into(), poll: self.poll_us.0 }
+    }
+}
+
+impl From<Loop> for LoopKind {
+    fn from(kind: Loop) -> Self {
+        match kind {
+            Loop::Auto => Self::Auto,
+            Loop::Uring => Self::Uring,
+            Loop::Epoll => Self::Epoll,
+        }
+    }
+}
+
+impl<K: Kind> SocketArgs<K> {
+    fn server(&self) -> Result<Server, Failure> {
+        let server = if let Some(path) = &self.socket_path {
+            match service::kept_socket() {
+                Some(fd) => Server::inherited(fd).and_then(|server| server.with_socket_file(path)),
+                None => Server::listen(path),
+            }
+            .map(Some)
+        } else if let Some(fd) = self.fd {
+            Server::inherited(fd).map(Some)
+        } else if let Some(path) = &self.connect {
+            Server::connect(path).map(Some)
+        } else if let Some(path) = &self.take_over {
+            Server::take_over(path).map(Some)
+        } else {
+            Server::activated()
+        };
+        let missing = || Failure::Usage(NO_SOCKET.to_owned());
+        let server = server.map_err(Failure::usage)?.ok_or_else(missing)?;
+        match &self.control {
+            Some(path) => server.with_control(path).map_err(Failure::usage),
+            None => Ok(server),
+        }
+    }
+}
+
+const NO_SOCKET: &str =
+    "no socket: say --socket-path PATH, --fd NUMBER, --connect PATH or --take-over CONTROL";
+
+/// The device's own features first: a bare MQ is a disk's VIRTIO_BLK_F_MQ.
+fn parse_feature<K: Kind>(name: &str) -> Result<Feature, String> {
+    K::feature(name)
+        .or_else(|| virtio::by_name(name))
+        .map(Feature::Virtio)
+        .or_else(|| ProtocolFeatures::by_name(name).map(Feature::Protocol))
+        .ok_or_else(|| {
+            format!(
+                "no such feature; examples are {}VIRTIO_RING_F_EVENT_IDX, \
+                 VHOST_USER_PROTOCOL_F_REPLY_ACK",
+                K::EXAMPLE
+            )
+        })
+}
+
+/// The first SIGTERM or SIGINT has the server finish, the second one ends the process.
+fn stop_on_signals(server: &Server) -> io::Result<()> {
+    let asked = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGINT] {
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&asked))?;
+        signal_hook::flag::register(signal, Arc::clone(&asked))?;
+        signal_hook::low_level::pipe::register(signal, server.stop_handle().descriptor()?)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Clone)]
+    struct Bare;
+
+    impl Kind for Bare {
+        const CAPABILITIES: &str = "{}";
+        const EXAMPLE: &str = "";
+
+        fn feature(_: &str) -> Option<u64> {
+            None
+        }
+    }
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: DeviceArgs<Bare>,
+    }
+
+    fn parse(line: &str) -> Result<DeviceArgs<Bare>, String> {
+        let words = std::iter::once("device").chain(line.split_whitespace());
+        Cli::try_parse_from(words).map(|cli| cli.args).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn only_one_socket_can_be_named() {
+        assert!(parse("--socket-path s").is_ok());
+        assert!(parse("--socket-path s --fd 3").is_err());
+        assert!(parse("--connect s --fd 3").is_err());
+        assert!(parse("--fd three").is_err());
+        assert!(parse("--take-over c --control d").is_err());
+    }
+
+    #[test]
+    fn polling_has_a_bound_or_none_at_all() {
+        let polled = |line: &str| parse(line).map(|args| args.threads.options().poll);
+        assert_eq!(polled(""), Ok(Duration::from_micros(50)));
+        assert_eq!(polled("--poll-us 0"), Ok(Duration::ZERO));
+        assert_eq!(polled("--poll-us 1000000"), Ok(Duration::from_secs(1)));
+        assert_eq!(polled("--poll-us always"), Ok(WorkerOptions::NEVER_SLEEP));
+        for wrong in ["1000001", "-1", "ever", "1.5", ""] {
+            assert!(polled(&format!("--poll-us={wrong}")).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn features_of_rings_and_of_the_protocol_can_be_hidden_from_every_device() {
+        let args = parse("--without event-idx --without CONFIGURE_MEM_SLOTS").expect("known");
+        let options = args.handler_options();
+        assert_eq!(options.without_features, virtio::RING_EVENT_IDX);
+        assert_eq!(options.without_protocol_features, ProtocolFeatures::CONFIGURE_MEM_SLOTS);
+        assert!(parse("--without what").is_err_and(|error| error.contains("no such feature")));
+    }
+}

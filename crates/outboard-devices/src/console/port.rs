@@ -1,0 +1,214 @@
+//! One port: what the guest wrote and the host has not taken yet, what the host sent and the guest has
+//! not read yet, and what the driver knows of it.
+//!
+//! ```text
+//!  transmit queue ─▶ output, up to 64 KiB ─▶ host's side         host's side ─▶ input, 4 KiB ─▶ receive queue
+//!        ▲ stays in the ring while it is full                          ▲ is not read while there is any
+//! ```
+//! Invariants: with nobody on the host's side the newest 64 KiB are kept and the guest never waits;
+//! with somebody there who does not read, it is this port alone that waits (case B71); the guest sees the
+//! host's side close after it has got everything that was sent before (case C28).
+
+use std::collections::VecDeque;
+use std::path::Path;
+
+use outboard::{Error, Readable, Writable};
+use tracing::warn;
+
+use super::PortOptions;
+use super::config::Size;
+use super::control::{Fact, Untold};
+use super::host::{Part, Side};
+use crate::watches::{Edge, Watches};
+
+/// Bytes that wait for the host before the guest does.
+pub(super) const OUTPUT: usize = 64 << 10;
+/// Bytes that one request can add to them. No driver sends more at once; the rest is lost.
+pub(super) const REQUEST: u64 = 1 << 20;
+/// Bytes that are read ahead of the guest.
+pub(super) const INPUT: usize = 4096;
+/// Bytes of a copy.
+const PIECE: usize = 4096;
+
+#[derive(Debug)]
+pub(super) struct Port {
+    pub(super) name: String,
+    pub(super) is_console: bool,
+    side: Side,
+    pub(super) output: VecDeque<u8>,
+    pub(super) input: VecDeque<u8>,
+    /// The driver has made it.
+    pub(super) made: bool,
+    /// Somebody in the guest has it open.
+    pub(super) guest_open: bool,
+    /// What the driver was last told of the host's side.
+    pub(super) told_open: bool,
+    pub(super) untold: Untold,
+    pub(super) size: Size,
+    /// Bytes that found no room since that was last said.
+    lost: u64,
+}
+
+impl Port {
+    pub(super) fn open(
+        options: &PortOptions,
+        size: Size,
+        token: u64,
+        watches: &Watches,
+    ) -> Result<Self, Error> {
+        let side = Side::open(&options.host, token, watches)?;
+        Ok(Self {
+            name: options.name.clone(),
+            is_console: options.console,
+            size: side.size().unwrap_or(size),
+            side,
+            output: VecDeque::new(),
+            input: VecDeque::with_capacity(INPUT),
+            made: false,
+            guest_open: false,
+            told_open: false,
+            untold: Untold::default(),
+            lost: 0,
+        })
+    }
+
+    pub(super) fn edge(&mut self, part: Part, edge: Edge, watches: &Watches) {
+        let before = self.side.is_present();
+        self.side.edge(part, edge, watches);
+        if edge.hung_up {
+            // Finds the end, unless there are bytes before it.
+            self.has_input();
+        }
+        if !before && self.side.is_present() && self.lost > 0 {
+            warn!("{} bytes were lost while nobody read a port", std::mem::take(&mut self.lost));
+        }
+    }
+
+    /// Where its pseudo-terminal is, if it has one.
+    pub(super) fn terminal(&self) -> Option<&Path> {
+        self.side.terminal()
+    }
+
+    /// The size of the host's terminal, when it is another one than before.
+    pub(super) fn new_size(&self) -> Option<Size> {
+        self.side.size().filter(|size| *size != self.size)
+    }
+
+    /// Hands the host what waits for it, as far as it takes it.
+    pub(super) fn flush(&mut self) {
+        loop {
+            let (front, _) = self.output.as_slices();
+            let put = self.side.write(front).min(front.len());
+            if put == 0 {
+                return;
+            }
+            self.output.drain(..put);
+        }
+    }
+
+    /// Whether the guest may transmit.
+    pub(super) fn has_room(&mut self) -> bool {
+        if self.output.len() >= OUTPUT {
+            self.flush();
+        }
+        self.output.len() < OUTPUT || !self.side.is_present()
+    }
+
+    /// Takes what the guest transmits.
+    pub(super) fn transmit(&mut self, mut from: Readable<'_>) -> Result<(), Error> {
+        let mut left = from.len();
+        let mut taken = 0;
+        let mut piece = [0; PIECE];
+        while left > 0 && taken < REQUEST {
+            let length = left.min(PIECE as u64).min(REQUEST - taken);
+            let room = usize::try_from(length).unwrap_or(PIECE);
+            let Some(bytes) = piece.get_mut(..room) else { break };
+            from.read_exact(bytes)?;
+            self.push(bytes);
+            (left, taken) = (left - length, taken + length);
+        }
+        if left > 0 {
+            warn!("{left} bytes of a request of a port were left out");
+        }
+        Ok(())
+    }
+
+    /// Adds bytes behind what waits for the host.
+    pub(super) fn push(&mut self, bytes: &[u8]) {
+        self.output.extend(bytes);
+        self.flush();
+        let over = self.output.len().saturating_sub(OUTPUT);
+        if over > 0 && !self.side.is_present() {
+            self.output.drain(..over);
+            self.lost = self.lost.saturating_add(over as u64);
+        }
+    }
+
+    /// Whether there is something for the guest to read; reads ahead.
+    pub(super) fn has_input(&mut self) -> bool {
+        if self.input.is_empty() {
+            let mut bytes = [0; INPUT];
+            let got = self.side.read(&mut bytes);
+            self.input.extend(bytes.iter().take(got));
+        }
+        !self.input.is_empty()
+    }
+
+    /// Gives the guest what there is, up to the room.
+    pub(super) fn receive(&mut self, mut to: Writable<'_>) -> Result<u32, Error> {
+        let mut written = 0;
+        while self.has_input() {
+            let (front, _) = self.input.as_slices();
+            let room = usize::try_from(to.len()).unwrap_or(usize::MAX);
+            let length = front.len().min(room);
+            if length == 0 {
+                break;
+            }
+            to.write_all(front.get(..length).unwrap_or_default())?;
+            self.input.drain(..length);
+            written += u32::try_from(length).unwrap_or(0);
+        }
+        Ok(written)
+    }
+
+    /// What the driver is to be told first.
+    pub(super) fn next_fact(&mut self) -> Option<Fact> {
+        let open = self.side.is_open() || !self.input.is_empty();
+        self.untold.open = self.made && open != self.told_open;
+        self.untold.next(open)
+    }
+
+    pub(super) fn told(&mut self, fact: Fact) {
+        self.untold.told(fact);
+        if let Fact::Open(open) = fact {
+            self.told_open = open;
+        }
+    }
+
+    /// A driver has started and knows nothing yet.
+    pub(super) fn introduce(&mut self) {
+        self.forget_driver();
+        self.untold.add = true;
+    }
+
+    /// The driver has made the port, or could not.
+    pub(super) fn ready(&mut self, made: bool) {
+        self.forget_driver();
+        if made {
+            self.made = true;
+            self.untold = Untold {
+                add: false,
+                console: self.is_console,
+                name: !self.name.is_empty(),
+                size: self.is_console,
+                open: false,
+            };
+        }
+    }
+
+    /// No driver is there. What it wrote still goes to the host.
+    pub(super) fn forget_driver(&mut self) {
+        (self.made, self.guest_open, self.told_open) = (false, false, false);
+        self.untold = Untold::default();
+    }
+}
