@@ -10,9 +10,11 @@ mod later;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
+use std::time::Duration;
 
 use later::Later;
 use outboard::{Server, WorkerDevice};
+use outboard_check::bench::{BenchError, Driving, Live, Load, Setup, Target, Workload};
 use outboard_devices::block::{Block, BlockOptions, Image, ImageOptions};
 
 /// Set for this test program when it is to be a disk: the version that it writes.
@@ -78,15 +80,26 @@ fn image(folder: &Path) {
     file.set_len(16 << 20).expect("room");
 }
 
-/// Load of which every byte is checked, from another program.
-fn load(folder: &Path, seconds: &str) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_outboard"))
-        .current_dir(folder)
-        .args(["bench", "s", "--rw", "randrw", "--verify", "--depth", "8", "--rounds", "1"])
-        .args(["--driver", "sleep", "--seconds", seconds])
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("our own program")
+/// Upgrades under load of which every byte is checked, which goes on for as long as they take.
+fn under_load<T>(folder: &Path, upgrades: impl FnOnce(&Live) -> T) -> T {
+    let timeout = Duration::from_secs(60);
+    let setup =
+        Setup { queues: 1, depth: 8, block_size: 4096, indirect: false, packed: false, timeout };
+    let mut target = Target::open(&folder.join("s"), setup).expect("a disk");
+    let load = Load {
+        workload: Workload { random: true, read_percent: 50 },
+        depth: setup.depth,
+        driving: Driving::Sleep,
+        verify: true,
+        ..Load::default()
+    };
+    let done = target.during(&load, &[], |_, live| Ok::<_, BenchError>(upgrades(live)));
+    done.expect("the load found no error").1
+}
+
+/// The load gets answers, whichever process gives them.
+fn goes_on(live: &Live) {
+    live.progress(32).expect("the load goes on");
 }
 
 const NEXT: [&str; 3] = ["--take-over", "c", "disk.img"];
@@ -98,17 +111,19 @@ fn twelve_live_upgrades_under_checked_load_lose_nothing() {
     let mut disk =
         Disk::start(&["--socket-path", "s", "--control", "c", "disk.img"], folder.path());
     disk.says("serving").expect("it serves");
-    let mut load = load(folder.path(), "4");
-    disk.says("ring started").expect("the load began");
-    for turn in 0..12 {
-        let mut next = Disk::start(&NEXT, folder.path());
-        let pause = next.says("taken over").unwrap_or_else(|| panic!("turn {turn}"));
-        assert!(pause.contains("stood still for"), "{pause}");
-        disk.says("handed over").expect("the old one gives way");
-        assert_eq!(disk.ends(), Some(0));
-        disk = next;
-    }
-    assert!(load.wait().expect("it ends").success(), "the load found an error");
+    // What serves at the end outlives the load, which reads everything back.
+    let _last = under_load(folder.path(), |live| {
+        for turn in 0..12 {
+            let mut next = Disk::start(&NEXT, folder.path());
+            let pause = next.says("taken over").unwrap_or_else(|| panic!("turn {turn}"));
+            assert!(pause.contains("stood still for"), "{pause}");
+            disk.says("handed over").expect("the old one gives way");
+            assert_eq!(disk.ends(), Some(0));
+            disk = next;
+            goes_on(live);
+        }
+        disk
+    });
 }
 
 /// Not a test: the later program, for the test below.
@@ -129,6 +144,29 @@ fn pause(line: &str) -> u64 {
     number.and_then(|number| number.parse().ok()).expect("the pause in microseconds")
 }
 
+/// To the later program, which then is asked in vain by the earlier one; every second time it writes
+/// what that can read, and is followed by it. Answers who serves in the end.
+fn upgraded(mut disk: Disk, round: usize, folder: &Path, pauses: &mut Vec<u64>) -> Disk {
+    let back = round % 2 == 1;
+    let mut later = Disk::later(if back { 1 } else { 2 }, folder);
+    let line = later.says("taken over").expect("the later one takes over");
+    pauses.push(pause(&line));
+    disk.says("handed over").expect("the old one gives way");
+    assert_eq!(disk.ends(), Some(0));
+    let mut earlier = Disk::start(&NEXT, folder);
+    if !back {
+        earlier.says("state version 2, this program knows up to 1").expect("a reason");
+        assert_eq!(earlier.ends(), Some(1));
+        later.says("not handed over").expect("it says why it goes on");
+        return later;
+    }
+    let line = earlier.says("taken over").expect("the earlier one takes over");
+    pauses.push(pause(&line));
+    later.says("handed over").expect("the later one gives way");
+    assert_eq!(later.ends(), Some(0));
+    earlier
+}
+
 #[test]
 fn upgrades_to_a_later_state_version_and_back_lose_nothing_and_what_cannot_be_read_stays() {
     let rounds = std::env::var("OUTBOARD_ROUNDS").ok().and_then(|text| text.parse().ok());
@@ -138,33 +176,14 @@ fn upgrades_to_a_later_state_version_and_back_lose_nothing_and_what_cannot_be_re
     let mut disk =
         Disk::start(&["--socket-path", "s", "--control", "c", "disk.img"], folder.path());
     disk.says("serving").expect("it serves");
-    let mut load = load(folder.path(), &(2 + rounds / 8).to_string());
-    disk.says("ring started").expect("the load began");
     let mut pauses = Vec::new();
-    for round in 0..rounds {
-        // To the later program, which then is asked in vain by the earlier one; every second time
-        // it writes what that can read, and is followed by it.
-        let back = round % 2 == 1;
-        let mut next = Disk::later(if back { 1 } else { 2 }, folder.path());
-        let line = next.says("taken over").unwrap_or_else(|| panic!("round {round}"));
-        pauses.push(pause(&line));
-        disk.says("handed over").expect("the old one gives way");
-        assert_eq!(disk.ends(), Some(0));
-        disk = next;
-        let mut earlier = Disk::start(&NEXT, folder.path());
-        if !back {
-            earlier.says("state version 2, this program knows up to 1").expect("a reason");
-            assert_eq!(earlier.ends(), Some(1));
-            disk.says("not handed over").expect("it says why it goes on");
-            continue;
+    let _last = under_load(folder.path(), |live| {
+        for round in 0..rounds {
+            disk = upgraded(disk, round, folder.path(), &mut pauses);
+            goes_on(live);
         }
-        let line = earlier.says("taken over").unwrap_or_else(|| panic!("round {round}, back"));
-        pauses.push(pause(&line));
-        disk.says("handed over").expect("the later one gives way");
-        assert_eq!(disk.ends(), Some(0));
-        disk = earlier;
-    }
-    assert!(load.wait().expect("it ends").success(), "the load found an error");
+        disk
+    });
     pauses.sort_unstable();
     let at = |share: usize| pauses.get((pauses.len() - 1) * share / 100).copied().unwrap_or(0);
     println!(
@@ -182,18 +201,17 @@ fn a_take_over_that_the_new_side_cannot_carry_leaves_the_old_one_serving() {
     let mut disk =
         Disk::start(&["--socket-path", "s", "--control", "c", "disk.img"], folder.path());
     disk.says("serving").expect("it serves");
-    let mut load = load(folder.path(), "1");
-    disk.says("ring started").expect("the load began");
-    for _ in 0..4 {
-        let args = ["--take-over", "c", "--without", "VIRTIO_RING_F_EVENT_IDX", "disk.img"];
-        let mut next = Disk::start(&args, folder.path());
-        let why = next.says("take-over").expect("a reason");
-        assert!(why.contains("does not offer features 0x20000000"), "{why}");
-        assert_eq!(next.ends(), Some(1));
-        disk.says("not handed over").expect("it says why it goes on");
-    }
-    assert!(load.wait().expect("it ends").success(), "the load found an error");
-    drop(disk);
+    under_load(folder.path(), |live| {
+        for _ in 0..4 {
+            let args = ["--take-over", "c", "--without", "VIRTIO_RING_F_EVENT_IDX", "disk.img"];
+            let mut next = Disk::start(&args, folder.path());
+            let why = next.says("take-over").expect("a reason");
+            assert!(why.contains("does not offer features 0x20000000"), "{why}");
+            assert_eq!(next.ends(), Some(1));
+            disk.says("not handed over").expect("it says why it goes on");
+            goes_on(live);
+        }
+    });
 }
 
 #[test]
