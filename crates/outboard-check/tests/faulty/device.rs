@@ -422,7 +422,8 @@ impl Device {
         let told = self.told_base(index.into(), from, to);
         self.rings[usize::from(index)].stops += 1;
         if index == 1 && self.is("rings-independent") {
-            self.rings[0].queue = None;
+            // Not to be started again with what the backend knows of it.
+            (self.rings[0].queue, self.rings[0].forgotten) = (None, true);
         }
         told
     }
