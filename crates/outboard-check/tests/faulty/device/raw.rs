@@ -123,14 +123,19 @@ impl Device {
     }
 }
 
-/// Whether a descriptor changes while it is looked at for a while.
+/// Whether a descriptor changes while it is looked at for a while; a longer one once it has changed, for
+/// whoever changes it may have to wait for a processor.
 fn changes(queue: &DeviceQueue, at: u64) -> bool {
     let (mut last, mut changes) = (descriptor(queue, at), 0);
-    let until = Instant::now() + Duration::from_millis(20);
+    let mut until = Instant::now() + Duration::from_millis(50);
     while Instant::now() < until && changes < 4 {
         let now = descriptor(queue, at);
-        changes += u32::from(now != last);
+        if now != last {
+            changes += 1;
+            until = Instant::now() + Duration::from_millis(300);
+        }
         last = now;
+        std::thread::yield_now();
     }
     // A front-end that lays out its next request changes it once.
     changes >= 4
