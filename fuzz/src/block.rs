@@ -17,6 +17,7 @@ use outboard_protocol::{ProtocolFeatures, virtio};
 use outboard_queue::{DriverQueue, QueueLayout};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::Errno;
 use rustix::io::{pread, pwrite};
 
 use crate::cover::{played, reached, wanted};
@@ -180,6 +181,10 @@ impl Disk {
                 let time = Timespec::try_from(PATIENCE).expect("a time");
                 let call = self.call.as_fd();
                 let ready = poll(&mut [PollFd::new(&call, PollFlags::IN)], Some(&time));
+                if ready == Err(Errno::INTR) {
+                    // libFuzzer's own timer: one more look.
+                    continue;
+                }
                 assert!(ready.expect("poll") > 0, "an answer within {PATIENCE:?}");
                 let _ = rustix::io::read(&self.call, &mut [0; 8]);
             }
