@@ -44,6 +44,8 @@ pub struct Notes {
     shown: Vec<u16>,
     /// What an earlier process held, the oldest first.
     pub owed: Vec<u16>,
+    /// The driver offered a head again that was not used yet: one flag stands for two requests.
+    reused: bool,
 }
 
 impl Notes {
@@ -73,6 +75,7 @@ impl Notes {
             batch: Vec::new(),
             shown: Vec::new(),
             owed: Vec::new(),
+            reused: false,
         };
         if entries < size {
             return Err(NoStart::Wrong);
@@ -133,6 +136,7 @@ impl Notes {
     pub fn taken(&mut self, guest: &mut Guest, head: u16) {
         guest.write(self.entry(head, 8), &self.counter.to_le_bytes());
         self.counter = self.counter.wrapping_add(1);
+        self.reused |= guest.read(self.entry(head, 0), 1) != [0];
         self.flag(guest, head, 1);
     }
 
@@ -158,7 +162,7 @@ impl Live {
     /// used yet: of such a ring nothing is promised.
     pub fn check_killed(&self, region: Region, ring: usize, torn: bool, guest: &mut Guest) {
         let (Some(notes), Some(area)) = (&self.notes, region.area(ring)) else { return };
-        if guest.scribbled || region.file != NOTES {
+        if guest.scribbled || notes.reused || region.file != NOTES {
             return;
         }
         let mut held: Vec<u16> = self.held.iter().map(|taken| taken.head).collect();
