@@ -167,7 +167,11 @@ impl<K: Kind> DeviceArgs<K> {
 
 impl ThreadArgs {
     fn options(&self) -> WorkerOptions {
-        WorkerOptions { event_loop: self.event_loop.into(), poll: self.poll_us.0 }
+        WorkerOptions {
+            event_loop: self.event_loop.into(),
+            poll: self.poll_us.0,
+            ..WorkerOptions::default()
+        }
     }
 }
 

@@ -28,6 +28,7 @@ use tracing::{debug, warn};
 
 use self::translation::{Translation, find_or_wait};
 use crate::channel::BackendChannel;
+use crate::inspect::{Counter, Inspect};
 use crate::mailbox::{Applied, Change, Mailbox};
 use crate::notify::{Call, Kick, drain};
 use crate::request::Request;
@@ -90,6 +91,27 @@ pub(crate) struct Setup {
     pub(crate) err: Option<Arc<Call>>,
     /// Where misses of the IOTLB are told.
     pub(crate) channel: BackendChannel,
+    pub(crate) counted: Counted,
+}
+
+/// What a queue counts, for whoever looks; one owner at a time counts.
+#[derive(Clone, Debug)]
+pub(crate) struct Counted {
+    /// Requests that the driver was shown as finished.
+    finished: Counter,
+    /// Times that it was called.
+    calls: Counter,
+    /// Where it is told why the ring is of no more use.
+    ring: Inspect,
+}
+
+impl Counted {
+    pub(crate) fn new(ring: &Inspect) -> Self {
+        // What went wrong before it was set up anew.
+        ring.forget("broken");
+        let (finished, calls) = (ring.counter("finished"), ring.counter("calls"));
+        Self { finished, calls, ring: ring.clone() }
+    }
 }
 
 /// Why a ring cannot be served where it is said to lie.
@@ -140,6 +162,8 @@ pub struct Queue {
     /// Requests that their worker has set aside, by its tokens.
     held: Vec<(u64, Chain)>,
     translation: Translation,
+    /// Finished requests that have not been counted.
+    uncounted: u32,
 }
 
 impl Queue {
@@ -166,6 +190,7 @@ impl Queue {
             recovering,
             held: Vec::new(),
             translation: Translation::default(),
+            uncounted: 0,
         })
     }
 
@@ -350,6 +375,7 @@ impl Queue {
     pub(crate) fn complete(&mut self, chain: Chain, written: u32) {
         if let Some(ring) = &mut self.ring {
             ring.complete(chain, written);
+            self.uncounted = self.uncounted.wrapping_add(1);
         }
     }
 
@@ -360,10 +386,15 @@ impl Queue {
             Ok(true) => {
                 if let Some(call) = &self.setup.call {
                     call.signal();
+                    self.setup.counted.calls.add(1);
                 }
             }
             Ok(false) => {}
             Err(error) => self.retire(&error),
+        }
+        if self.uncounted != 0 {
+            self.setup.counted.finished.add(self.uncounted.into());
+            self.uncounted = 0;
         }
     }
 
@@ -387,6 +418,7 @@ impl Queue {
         }
         (self.broken, self.resting) = (true, true);
         warn!(queue = self.setup.index, "ring retired: {why}");
+        self.setup.counted.ring.set("broken", why.to_string());
         self.mailbox.set_broken();
         if let Some(err) = &self.setup.err {
             err.signal();

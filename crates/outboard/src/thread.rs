@@ -24,6 +24,7 @@ use rustix::io::Errno;
 use tracing::{debug, error, warn};
 
 use crate::events::{Event, EventLoop};
+use crate::inspect::Inspect;
 use crate::poller::Poller;
 use crate::queue::Queue;
 use crate::request::Request;
@@ -108,16 +109,23 @@ struct Thread<W> {
     quit: bool,
 }
 
+/// Which of its device's threads this is, and where its worker shows itself.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) number: usize,
+    pub(crate) inspect: Inspect,
+}
+
 /// Builds the worker, reports how that went, and serves until it is told to quit.
 pub(crate) fn run<W: Worker>(
     port: Arc<Port>,
     mut events: Box<dyn EventLoop>,
     make: &MakeWorker<W>,
-    number: usize,
+    place: Place,
     poll: Duration,
     built: &std::sync::mpsc::Sender<Result<(), crate::Error>>,
 ) {
-    let worker = match prepare(&port, events.as_mut(), make, number) {
+    let worker = match prepare(&port, events.as_mut(), make, &place) {
         Ok(worker) => worker,
         Err(error) => {
             let _ = built.send(Err(error));
@@ -138,7 +146,7 @@ pub(crate) fn run<W: Worker>(
     let _ = built.send(Ok(()));
     while !thread.quit {
         let round = catch_unwind(AssertUnwindSafe(|| thread.serve()));
-        if round.is_err() && !thread.recover(make, number) {
+        if round.is_err() && !thread.recover(make, &place) {
             return;
         }
     }
@@ -148,10 +156,10 @@ fn prepare<W>(
     port: &Port,
     events: &mut dyn EventLoop,
     make: &MakeWorker<W>,
-    thread: usize,
+    place: &Place,
 ) -> Result<W, crate::Error> {
     events.watch(port.as_fd(), token::PORT)?;
-    make(&mut WorkerContext { events, thread })
+    make(&mut WorkerContext { events, place })
 }
 
 impl<W: Worker> Thread<W> {
@@ -459,7 +467,7 @@ impl<W: Worker> Thread<W> {
 
     /// After a panic in the worker: its rings are retired, a new worker takes its place. False
     /// when none can be built: the thread ends.
-    fn recover(&mut self, make: &MakeWorker<W>, number: usize) -> bool {
+    fn recover(&mut self, make: &MakeWorker<W>, place: &Place) -> bool {
         error!("worker panicked: its rings are retired");
         for lane in &mut self.lanes {
             lane.queue.retire(&"its worker panicked");
@@ -468,7 +476,7 @@ impl<W: Worker> Thread<W> {
             }
         }
         let events = self.events.as_mut();
-        match make(&mut WorkerContext { events, thread: number }) {
+        match make(&mut WorkerContext { events, place }) {
             Ok(worker) => {
                 self.worker = worker;
                 // Their wake-up may have come with what the old one panicked on.

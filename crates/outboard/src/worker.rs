@@ -14,9 +14,11 @@ use crate::device::ConfigWrite;
 use crate::error::Error;
 use crate::events::{EventLoop, FileId};
 use crate::hooks::Hooks;
+use crate::inspect::Inspect;
 use crate::queue::QueueSpec;
 use crate::request::{Outcome, Request, Served};
 use crate::snapshot::{Saved, Snapshot, named_by};
+use crate::thread::Place;
 
 /// Serves the requests of one or many queues.
 pub trait Worker {
@@ -102,14 +104,20 @@ pub trait Worker {
 #[derive(Debug)]
 pub struct WorkerContext<'a> {
     pub(crate) events: &'a mut dyn EventLoop,
-    pub(crate) thread: usize,
+    pub(crate) place: &'a Place,
 }
 
 impl WorkerContext<'_> {
     /// Number of this thread among the device's worker threads.
     #[must_use]
     pub fn thread(&self) -> usize {
-        self.thread
+        self.place.number
+    }
+
+    /// Where the worker shows itself: the same for all workers of a device.
+    #[must_use]
+    pub fn inspect(&self) -> &Inspect {
+        &self.place.inspect
     }
 
     /// Has [`Worker::event`] called with `token` when `fd` becomes readable (edges).
@@ -145,6 +153,11 @@ pub trait Model: Send + 'static {
 
     /// How a worker is built; called on each worker thread, again after a worker panicked.
     fn make_worker(&self) -> MakeWorker<Self::Worker>;
+
+    /// Where the device shows itself to operators, told once before anything else.
+    fn shows(&mut self, inspect: &Inspect) {
+        let _ = inspect;
+    }
 
     /// How many threads serve the queues; queue `i` goes to thread `i % threads`.
     fn threads(&self) -> usize {

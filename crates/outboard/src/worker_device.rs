@@ -15,9 +15,10 @@ use crate::device::{ConfigWrite, VhostUserDevice};
 use crate::error::{Error, HostError};
 use crate::events::{LoopKind, event_loop};
 use crate::hooks::Hooks;
+use crate::inspect::Inspect;
 use crate::queue::{Queue, QueueSpec};
 use crate::snapshot::{Saved, Snapshot};
-use crate::thread::{self, Order, Port};
+use crate::thread::{self, Order, Place, Port};
 use crate::worker::{MakeWorker, Model, Plain, Worker, WorkerContext};
 
 /// Bytes of address space: a stack, and the 64 MiB in one aligned piece out of twice as much that
@@ -25,12 +26,14 @@ use crate::worker::{MakeWorker, Model, Plain, Worker, WorkerContext};
 const THREAD_ROOM: usize = 160 << 20;
 
 /// What an operator can set about worker threads.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct WorkerOptions {
     /// What they wait in.
     pub event_loop: LoopKind,
     /// How long one looks at its rings, at most, before it sleeps; zero: it always sleeps.
     pub poll: Duration,
+    /// Where the model and its workers show themselves.
+    pub inspect: Inspect,
 }
 
 impl WorkerOptions {
@@ -40,7 +43,11 @@ impl WorkerOptions {
 
 impl Default for WorkerOptions {
     fn default() -> Self {
-        Self { event_loop: LoopKind::Auto, poll: Duration::from_micros(50) }
+        Self {
+            event_loop: LoopKind::Auto,
+            poll: Duration::from_micros(50),
+            inspect: Inspect::new(),
+        }
     }
 }
 
@@ -117,7 +124,8 @@ impl<M: Model> WorkerDevice<M> {
     ///
     /// # Errors
     /// As [`WorkerDevice::new`]; the event loop is refused.
-    pub fn with_options(model: M, options: WorkerOptions) -> Result<Self, Error> {
+    pub fn with_options(mut model: M, options: WorkerOptions) -> Result<Self, Error> {
+        model.shows(&options.inspect);
         let queues = model.queues();
         let count = model.threads().clamp(1, queues.len().max(1));
         let mut device = Self {
@@ -133,7 +141,7 @@ impl<M: Model> WorkerDevice<M> {
         for number in 0..count {
             room_for_a_thread()?;
             let (built, result) = mpsc::channel();
-            let handle = spawn(device.model.make_worker(), options, number, built)?;
+            let handle = spawn(device.model.make_worker(), options.clone(), number, built)?;
             device.threads.push(handle);
             match result.recv() {
                 Ok(result) => result?,
@@ -213,7 +221,11 @@ fn spawn<W: Worker + 'static>(
     let theirs = Arc::clone(&port);
     let join = Builder::new().name(format!("worker{number}")).spawn(move || {
         match event_loop(options.event_loop) {
-            Ok(events) => thread::run(theirs, events, &make, number, options.poll, &built),
+            Ok(events) => {
+                let (poll, inspect) = (options.poll, options.inspect);
+                let place = Place { number, inspect };
+                thread::run(theirs, events, &make, place, poll, &built);
+            }
             Err(error) => drop(built.send(Err(error.into()))),
         }
     });

@@ -32,7 +32,9 @@ mod worker;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use outboard::{ConfigWrite, Error, MakeWorker, Model, QueueSpec, Saved, Snapshot, WorkerContext};
+use outboard::{
+    ConfigWrite, Error, Inspect, MakeWorker, Model, QueueSpec, Saved, Snapshot, WorkerContext,
+};
 
 use config::Config;
 pub use config::{CONFIG_SIZE, SECTOR, feature};
@@ -229,8 +231,17 @@ impl Model for Block {
         let (disk, make_engine) = (Arc::clone(&self.disk), Arc::clone(&self.make_engine));
         Arc::new(move |context| {
             let engine = make_engine(disk.image(), context)?;
+            let chosen = disk.image().engine();
+            context.inspect().set("image/engine", *chosen.get().unwrap_or(&"its own"));
             Ok(BlockWorker::new(Arc::clone(&disk), engine))
         })
+    }
+
+    fn shows(&mut self, inspect: &Inspect) {
+        let image = inspect.branch("image");
+        image.set("path", self.image().path().display().to_string());
+        image.set("bytes", self.image().geometry().size);
+        image.set("read-only", self.image().read_only());
     }
 
     fn threads(&self) -> usize {

@@ -140,7 +140,11 @@ fn a_worker_that_never_sleeps_serves_and_hears_what_is_changed() {
             let file = numbered_file(SECTORS);
             let options = BlockOptions { engine: kind, ..BlockOptions::default() };
             let block = Block::new(open(&file), options).expect("a disk");
-            let never = WorkerOptions { event_loop, poll: WorkerOptions::NEVER_SLEEP };
+            let never = WorkerOptions {
+                event_loop,
+                poll: WorkerOptions::NEVER_SLEEP,
+                ..WorkerOptions::default()
+            };
             let mut disk = Driven::asleep(block, never, u64::MAX);
             disk.activate(1);
             for sector in 0..SECTORS {

@@ -22,6 +22,7 @@ mod memory;
 mod postcopy;
 mod rings;
 mod session;
+mod shown;
 mod state;
 mod transfer;
 
@@ -35,6 +36,7 @@ use outboard_protocol::{Offer, ProtocolFeatures, virtio};
 
 use crate::device::VhostUserDevice;
 use crate::error::{Error, HostError};
+use crate::inspect::Inspect;
 use crate::reactor::{Parker, Reactor, block_on};
 use crate::take_over::{FrontEnd, Heir};
 pub use by_hand::ByHand;
@@ -92,6 +94,8 @@ pub struct HandlerOptions {
     pub state_deadline: Duration,
     /// Device state goes over pipes of ours, whatever descriptor the front-end sends.
     pub own_state_channel: bool,
+    /// Where the session and its rings show themselves.
+    pub inspect: Inspect,
 }
 
 impl Default for HandlerOptions {
@@ -107,6 +111,7 @@ impl Default for HandlerOptions {
             state_limit: 64 << 20,
             state_deadline: Duration::from_secs(60),
             own_state_channel: false,
+            inspect: Inspect::new(),
         }
     }
 }

@@ -18,7 +18,7 @@ use crate::device::VhostUserDevice;
 use crate::error::{Error, HostError};
 use crate::mailbox::{Applied, Change, Mailbox, QueueControl};
 use crate::notify::{Call, InBand, Kick};
-use crate::queue::{Queue, Setup, StartError};
+use crate::queue::{Counted, Queue, Setup, StartError};
 use crate::reactor::{Raced, Reactor, race};
 
 /// Between two tries to start a ring of a device that is held elsewhere.
@@ -358,6 +358,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             call: host.call.clone().or_else(|| self.call_way(Notifier::Poll, InBand::Call(index))),
             err: host.err.clone().or_else(|| self.call_way(Notifier::Poll, InBand::Err(index))),
             channel: self.channel.clone(),
+            counted: Counted::new(&self.options.inspect.branch("rings").branch(index)),
         })
     }
 

@@ -21,6 +21,7 @@ use super::iotlb::Iommu;
 use super::log::SessionLog;
 use super::postcopy::Postcopy;
 use super::rings::HostRing;
+use super::shown::Shown;
 use super::state::StateDesk;
 use super::{Ended, HandlerOptions, RING_FEATURES};
 use crate::channel::BackendChannel;
@@ -122,6 +123,7 @@ pub(crate) struct Session<'h, D: VhostUserDevice, R: Reactor> {
     pub(super) state: StateDesk,
     /// How long a queue may take to stop or to take a change.
     pub(super) bound: Duration,
+    shown: Shown,
     closed: bool,
 }
 
@@ -142,6 +144,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         let rings = device.queues().iter().map(|_| HostRing::default()).collect();
         let channel = device.hooks().and_then(|hooks| hooks.back_end_channel()).unwrap_or_default();
         let memory = Arc::new(GuestMemory::new(0, Vec::new())?);
+        let shown = Shown::new(&options.inspect, device.queues());
         Ok(Self {
             device,
             options,
@@ -159,6 +162,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             postcopy: None,
             state: StateDesk::default(),
             bound: options.drain_deadline,
+            shown,
             closed: false,
         })
     }
@@ -235,6 +239,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
                 Some(Step::Effect(effect)) => {
                     debug!("{}", effect.name());
                     self.carry_out(effect).await?;
+                    self.shown.look(&self.backend);
                 }
                 Some(Step::Violation(violation)) => warn!("front-end: {violation}"),
                 None => return self.flush().await,
