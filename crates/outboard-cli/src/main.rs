@@ -12,6 +12,7 @@ mod demo;
 mod device;
 mod log;
 mod manual;
+mod net;
 mod probe;
 mod report;
 mod rng;
@@ -27,6 +28,7 @@ const EXAMPLES: &str = "\
 Examples:
   outboard block --socket-path /run/disk.sock F   serve the file F as a disk for a VMM
   outboard console --socket-path /run/con.sock    give it a console on a terminal of the host
+  outboard net --socket-path /run/net.sock --stream PASST   give it a network card, through passt
   outboard rng --socket-path /run/rng.sock        give it entropy
   outboard demo                          see it work: a disk, driven, verified and measured
   outboard probe /run/disk.sock          what does this back-end offer?
@@ -51,6 +53,7 @@ struct Cli {
 enum Command {
     Block(Box<block::Args>),
     Console(Box<console::Args>),
+    Net(Box<net::Args>),
     Rng(Box<rng::Args>),
     Demo(demo::Args),
     Probe(probe::Args),
@@ -99,6 +102,7 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Block(args) => block::run(&args),
         Command::Console(args) => console::run(&args),
+        Command::Net(args) => net::run(&args),
         Command::Rng(args) => rng::run(&args),
         Command::Demo(args) => demo::run(args),
         Command::Probe(args) => probe::run(args),

@@ -71,6 +71,13 @@ fn our_console_holds_every_check_that_it_offers() {
 }
 
 #[test]
+fn our_network_card_holds_every_check_that_it_offers() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let link = folder.path().join("link");
+    device_holds(&["net", "--stream-listen", link.to_str().expect("text")]);
+}
+
+#[test]
 fn our_source_of_entropy_holds_every_check_that_it_offers() {
     device_holds(&["rng"]);
 }

@@ -47,6 +47,11 @@ fn a_wrong_command_line_is_one_line_and_exit_code_2() {
         (vec!["console", "--port", "socket:/nonexistent/s"], "/nonexistent/s: No such file"),
         (vec!["console", "--size", "80"], "two numbers"),
         (vec!["console"], "no socket"),
+        (vec!["net", "--socket-path", "s"], "no link"),
+        (vec!["net", "--stream", "/nonexistent/s"], "/nonexistent/s: No such file"),
+        (vec!["net", "--stream", "s", "--mac", "1:2:3"], "52:54:00:12:34:56"),
+        (vec!["net", "--stream", "s", "--mac", "01:00:5e:00:00:01"], "not a group's"),
+        (vec!["net", "--stream", "s", "--mtu", "67"], "68"),
     ] {
         let output = outboard(&args);
         let errors = text(&output.stderr);
@@ -59,7 +64,7 @@ fn a_wrong_command_line_is_one_line_and_exit_code_2() {
 
 #[test]
 fn help_teaches_with_examples_and_exits_with_0() {
-    for command in ["", "block", "console", "rng", "demo", "probe", "bench"] {
+    for command in ["", "block", "console", "net", "rng", "demo", "probe", "bench"] {
         let args: Vec<_> = [command, "--help"].into_iter().filter(|arg| !arg.is_empty()).collect();
         let output = outboard(&args);
         assert_eq!(output.status.code(), Some(0), "{args:?}");
@@ -69,7 +74,7 @@ fn help_teaches_with_examples_and_exits_with_0() {
 
 #[test]
 fn every_device_says_as_json_what_it_is() {
-    for device in ["block", "console", "rng"] {
+    for device in ["block", "console", "net", "rng"] {
         let output = outboard(&[device, "--print-capabilities"]);
         assert_eq!(output.status.code(), Some(0), "{device}");
         let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");

@@ -8,12 +8,16 @@
 pub mod block;
 #[cfg(feature = "console")]
 pub mod console;
+#[cfg(feature = "net")]
+pub mod net;
 #[cfg(feature = "rng")]
 pub mod rng;
 
 #[cfg(feature = "console")]
 mod bell;
+#[cfg(any(feature = "console", feature = "net"))]
+mod names;
 #[cfg(feature = "rng")]
 mod timer;
-#[cfg(feature = "console")]
+#[cfg(any(feature = "console", feature = "net"))]
 mod watches;

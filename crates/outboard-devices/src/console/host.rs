@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -19,6 +19,7 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetat
 use tracing::{info, warn};
 
 use super::config::Size;
+use crate::names::{self, Name};
 use crate::watches::{Edge, Watches};
 
 /// What a port is connected to.
@@ -52,32 +53,6 @@ enum Way {
     Stdio { input: OwnedFd, output: OwnedFd, before: Option<Termios> },
     Socket { listener: UnixListener, _name: Name, client: Option<UnixStream> },
     File(File),
-}
-
-/// A socket or a link in the file system, removed with this unless somebody has put another one there.
-#[derive(Debug)]
-struct Name {
-    path: PathBuf,
-    inode: Option<(u64, u64)>,
-}
-
-impl Name {
-    fn of(path: &Path) -> Self {
-        Self { path: path.to_owned(), inode: inode(path) }
-    }
-}
-
-impl Drop for Name {
-    fn drop(&mut self) {
-        if self.inode.is_some() && self.inode == inode(&self.path) {
-            // Gone already is as good.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn inode(path: &Path) -> Option<(u64, u64)> {
-    path.symlink_metadata().ok().map(|found| (found.dev(), found.ino()))
 }
 
 /// See the module.
@@ -368,20 +343,8 @@ fn reopened(number: u8, fd: BorrowedFd<'_>) -> Result<OwnedFd, Error> {
 }
 
 fn listen(path: &Path) -> Result<Way, Error> {
-    let bound = UnixListener::bind(path).or_else(|error| {
-        let stale = error.kind() == io::ErrorKind::AddrInUse
-            && path.metadata().is_ok_and(|found| found.file_type().is_socket())
-            && UnixStream::connect(path)
-                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-        if !stale {
-            return Err(error);
-        }
-        std::fs::remove_file(path)?;
-        UnixListener::bind(path)
-    });
-    let listener = bound.map_err(|error| failed(path, error))?;
-    listener.set_nonblocking(true)?;
-    Ok(Way::Socket { listener, _name: Name::of(path), client: None })
+    let (listener, name) = names::listen(path).map_err(|error| failed(path, error))?;
+    Ok(Way::Socket { listener, _name: name, client: None })
 }
 
 fn open_file(path: &Path) -> Result<File, Error> {

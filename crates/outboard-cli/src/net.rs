@@ -1,0 +1,147 @@
+//! `outboard net`: a network card on a stream socket, for a VMM (virtio 1.3 §5.1).
+//!
+//! Invariant: a link that cannot be made is found before the socket exists.
+
+use std::path::PathBuf;
+
+use outboard_devices::net::{Net, NetOptions, Stream, feature};
+
+use crate::Failure;
+use crate::device::{self, DeviceArgs, Kind, Made};
+
+const EXAMPLES: &str = "\
+Examples:
+  outboard net --socket-path /run/net.sock --stream /run/passt.sock   through passt --socket /run/passt.sock
+  outboard net --socket-path /run/a.sock --stream-listen /run/link &      two guests, back to back
+  outboard net --socket-path /run/b.sock --stream /run/link
+
+QEMU (its memory must be shared):
+  qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=m,size=1G,share=on -numa node,memdev=m \\
+    -chardev socket,id=c,path=/run/net.sock -netdev vhost-user,id=n,chardev=c \\
+    -device virtio-net-pci,netdev=n,mac=52:54:00:12:34:56 ...
+cloud-hypervisor:
+  cloud-hypervisor --memory size=1G,shared=on --net vhost_user=true,socket=/run/net.sock ...
+
+A link speaks as QEMU's -netdev stream: each packet follows its length, four bytes, big endian. When the
+peer leaves the link is down; with --stream-listen the next peer brings it up again.
+SIGTERM and SIGINT end the device and remove its sockets.";
+
+/// Give a guest a network card.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    device: DeviceArgs<Card>,
+    #[command(flatten, next_help_heading = "Network")]
+    net: NetArgs,
+}
+
+#[derive(clap::Args)]
+#[group(required = false)]
+struct NetArgs {
+    /// Connect the card to who listens on this path: passt, or QEMU's stream with server=on.
+    #[arg(long, value_name = "PATH", conflicts_with = "stream_listen")]
+    stream: Option<PathBuf>,
+    /// Connect the card to who connects to this path, one at a time.
+    #[arg(long, value_name = "PATH")]
+    stream_listen: Option<PathBuf>,
+    /// The card's address; one of its own by default. (QEMU shows its guest its own.)
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_mac)]
+    mac: Option<[u8; 6]>,
+    /// The largest packet, without its header, that the guest is to send.
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
+    mtu: Option<u16>,
+    /// Write every packet to this file, for tcpdump and Wireshark.
+    #[arg(long, value_name = "FILE")]
+    pcap: Option<PathBuf>,
+    /// Largest ring size that a front-end may choose, a power of two.
+    #[arg(long, value_name = "ENTRIES", default_value_t = 1024)]
+    queue_size: u16,
+}
+
+/// What the common options have to know of a card.
+#[derive(Clone)]
+struct Card;
+
+impl Kind for Card {
+    const CAPABILITIES: &str = r#"{"type":"net","features":[]}"#;
+    const EXAMPLE: &str = "VIRTIO_NET_F_CTRL_VLAN, ";
+
+    fn feature(name: &str) -> Option<u64> {
+        feature::by_name(name)
+    }
+
+    /// Virtio 1.3 §5.1.3.1: what needs the control queue goes with it.
+    fn without(hidden: u64) -> u64 {
+        if hidden & feature::CTRL_VQ == 0 { hidden } else { hidden | feature::CONTROL }
+    }
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    device::run(&args.device, || args.net.make())
+}
+
+impl NetArgs {
+    fn make(&self) -> Result<Made<Net>, Failure> {
+        let (stream, link) = match (&self.stream, &self.stream_listen) {
+            (Some(path), _) => (Stream::Connect(path.clone()), path),
+            (None, Some(path)) => (Stream::Listen(path.clone()), path),
+            (None, None) => {
+                let missing = "no link: say --stream PATH or --stream-listen PATH";
+                return Err(Failure::Usage(missing.to_owned()));
+            }
+        };
+        let described = format!("a network card on {}", link.display());
+        let options = NetOptions {
+            mac: self.mac,
+            mtu: self.mtu,
+            pcap: self.pcap.clone(),
+            queue_size: self.queue_size,
+            ..NetOptions::new(stream)
+        };
+        let model = Net::new(&options).map_err(Failure::usage)?;
+        Ok(Made { model, described: Box::new(move || described) })
+    }
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6], String> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2);
+        let parsed = part.and_then(|part| u8::from_str_radix(part, 16).ok());
+        *byte = parsed.ok_or("an address looks like 52:54:00:12:34:56")?;
+    }
+    match parts.next() {
+        None => Ok(mac),
+        Some(_) => Err("an address has six bytes".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_six_bytes_with_colons() {
+        assert_eq!(parse_mac("52:54:00:ab:CD:0f"), Ok([0x52, 0x54, 0, 0xab, 0xcd, 0x0f]));
+        for wrong in [
+            "",
+            "52",
+            "52:54:00:12:34",
+            "52:54:00:12:34:56:78",
+            "5:54:00:12:34:56",
+            "gg:54:00:12:34:56",
+            "+2:54:00:12:34:56",
+        ] {
+            assert!(parse_mac(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_needs_the_control_queue_is_hidden_with_it() {
+        assert_eq!(Card::without(feature::CTRL_VQ), feature::CTRL_VQ | feature::CONTROL);
+        assert_eq!(Card::without(feature::STATUS), feature::STATUS);
+    }
+}

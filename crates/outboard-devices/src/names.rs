@@ -1,0 +1,53 @@
+//! Sockets and links that a device makes in the file system.
+//!
+//! Invariant: a stale socket is replaced only if nobody answers on it; what was made is removed at the end,
+//! unless somebody has put another one there.
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+/// A socket or a link in the file system, removed with this unless somebody has put another one there.
+#[derive(Debug)]
+pub(crate) struct Name {
+    path: PathBuf,
+    inode: Option<(u64, u64)>,
+}
+
+impl Name {
+    /// What is at `path` now.
+    pub(crate) fn of(path: &Path) -> Self {
+        Self { path: path.to_owned(), inode: inode(path) }
+    }
+}
+
+impl Drop for Name {
+    fn drop(&mut self) {
+        if self.inode.is_some() && self.inode == inode(&self.path) {
+            // Gone already is as good.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    path.symlink_metadata().ok().map(|found| (found.dev(), found.ino()))
+}
+
+/// Listens on `path`, without waiting.
+pub(crate) fn listen(path: &Path) -> io::Result<(UnixListener, Name)> {
+    let listener = UnixListener::bind(path).or_else(|error| {
+        let stale = error.kind() == io::ErrorKind::AddrInUse
+            && path.metadata().is_ok_and(|found| found.file_type().is_socket())
+            && UnixStream::connect(path)
+                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+        if !stale {
+            return Err(error);
+        }
+        std::fs::remove_file(path)?;
+        UnixListener::bind(path)
+    })?;
+    listener.set_nonblocking(true)?;
+    Ok((listener, Name::of(path)))
+}
