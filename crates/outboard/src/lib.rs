@@ -70,7 +70,7 @@ pub use outboard_protocol as protocol;
 pub use outboard_queue::{Readable, ShortBuffer, Writable};
 pub use queue::{Changed, Queue, QueueSpec, WhenDisabled};
 pub use request::{Deferred, Held, Outcome, Request, Served};
-pub use server::{Server, StopHandle};
+pub use server::{Gate, Server, StopHandle};
 pub use shared_memory::{
     Access, MappingError, MappingSource, SharedMemoryMapper, SharedMemoryRegion,
 };

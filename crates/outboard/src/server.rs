@@ -14,7 +14,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with, sockopt};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, getsockname, socket_with, sockopt,
+};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
 use crate::device::VhostUserDevice;
@@ -65,6 +67,24 @@ impl StopHandle {
     /// No descriptor is left.
     pub fn descriptor(&self) -> io::Result<OwnedFd> {
         Ok(self.0.try_clone()?.into())
+    }
+}
+
+/// Where another process can be let in, to take the device over.
+#[derive(Clone, Debug)]
+pub struct Gate(SocketAddrUnix);
+
+impl Gate {
+    /// A connection for one process that may take over: to be sent to it, for
+    /// [`Server::take_over_from`].
+    ///
+    /// # Errors
+    /// The device is gone, or no descriptor is left.
+    pub fn open(&self) -> io::Result<OwnedFd> {
+        let made =
+            socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        rustix::net::connect(&made, &self.0)?;
+        Ok(made)
     }
 }
 
@@ -166,6 +186,26 @@ impl Server {
     pub fn with_control(mut self, path: impl AsRef<Path>) -> Result<Self, HostError> {
         self.control = Some(Control::listen(path.as_ref())?);
         Ok(self)
+    }
+
+    /// As [`Server::take_over`], over a connection to the other process' gate ([`Gate::open`]).
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn take_over_from(gate: OwnedFd) -> Result<Self, HostError> {
+        Self::new(Source::Predecessor(gate), None)
+    }
+
+    /// As [`Server::with_control`] without a path: whoever is let in comes through the gate.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn with_gate(mut self) -> Result<(Self, Gate), HostError> {
+        let control = Control::private()?;
+        let address = getsockname(&control.listener).and_then(SocketAddrUnix::try_from);
+        let gate = Gate(address.map_err(|error| HostError::io("control socket")(error.into()))?);
+        self.control = Some(control);
+        Ok((self, gate))
     }
 
     /// Sets the handler's options.

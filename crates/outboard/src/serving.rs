@@ -60,7 +60,7 @@ pub(crate) async fn serve_on<R: Reactor, D: VhostUserDevice>(
         Source::Predecessor(socket) => {
             let heir = Heir::new(reactor.clone(), socket)?;
             let Some(estate) = ask(&reactor, &heir, &stop).await? else { return Ok(()) };
-            succeed(reactor, stop, heir, estate, &mut handler).await
+            succeed(reactor, stop, heir, estate, control, &mut handler).await
         }
     }
 }
@@ -87,9 +87,16 @@ async fn succeed<R: Reactor, D: VhostUserDevice>(
     reactor: R,
     stop: R::Source,
     heir: Heir<R>,
-    estate: Estate,
+    mut estate: Estate,
+    own: Option<Control>,
     handler: &mut DeviceRequestHandler<D>,
 ) -> Result<(), HostError> {
+    // The other one's is closed with its process.
+    let own_file = own.and_then(|own| {
+        estate.control = Some(own.listener);
+        estate.control_file = own.file.as_ref().map(|file| file.path().to_owned());
+        own.file
+    });
     let Estate { listener, socket_file, control, control_file, front_end, mappings, stopped } =
         estate;
     let belongings = Belongings {
@@ -105,7 +112,8 @@ async fn succeed<R: Reactor, D: VhostUserDevice>(
         control.map(|control| Door::new(reactor.clone(), control, belongings)).transpose()?;
     let listener = listener.map(|listener| reactor.source(listener)).transpose();
     let listener = listener.map_err(HostError::io("listener"))?;
-    let mut stage = Stage { reactor, stop, listener, door, files: Vec::new() };
+    let files = own_file.into_iter().collect();
+    let mut stage = Stage { reactor, stop, listener, door, files };
     let reactor = stage.reactor.clone();
     let ended = match front_end {
         Some(front_end) => {
@@ -121,8 +129,10 @@ async fn succeed<R: Reactor, D: VhostUserDevice>(
     if matches!(ended, Err(HostError::TakeOver(_))) {
         return ended.map(|_| ());
     }
-    let files = [socket_file, control_file].into_iter().flatten();
-    stage.files = files.filter_map(|path| SocketFile::of(&path).ok()).collect();
+    let inherited = [socket_file, control_file].into_iter().flatten();
+    let inherited = inherited.filter(|path| stage.files.iter().all(|own| own.path() != path));
+    let files: Vec<_> = inherited.filter_map(|path| SocketFile::of(&path).ok()).collect();
+    stage.files.extend(files);
     if stage.gives_away(&ended) || stage.is_over(&ended) {
         return Ok(());
     }

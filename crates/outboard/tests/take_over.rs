@@ -114,6 +114,29 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// A program of many devices has no control socket for each: it lets the next one in itself.
+#[test]
+fn a_device_goes_through_a_gate_from_process_to_process() {
+    let place = Place::new();
+    let (server, gate) = Server::listen(&place.socket).unwrap().with_gate().unwrap();
+    let mut program = Program::run(server, *b"OUTBOARD");
+    let (mut front, _memory, mut ring) = guest(&place.socket, ALL);
+    ring.round(b"with the first");
+    let mut gate = gate;
+    for _ in 0..2 {
+        let opened = Server::take_over_from(gate.open().unwrap()).unwrap();
+        let (next, next_gate) = opened.with_gate().unwrap();
+        let old = std::mem::replace(&mut program, Program::run(next, *b"OUTBOARD"));
+        old.thread.join().unwrap().unwrap();
+        ring.round(b"with the next");
+        assert!(gate.open().is_err(), "nobody is behind the old one");
+        gate = next_gate;
+    }
+    front.get_features().unwrap();
+    program.stop();
+    assert!(!place.socket.exists(), "the last one removes the socket");
+}
+
 /// The new process goes on with the in-flight region, and a ring can be abandoned there.
 #[test]
 fn the_in_flight_region_goes_along() {

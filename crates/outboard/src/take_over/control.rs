@@ -51,6 +51,18 @@ impl Control {
         Ok(Self { listener, file: Some(file) })
     }
 
+    /// Listens where only this process can send somebody.
+    pub(crate) fn private() -> Result<Self, HostError> {
+        let made = new_socket().and_then(|socket| {
+            // The kernel finds a name that is in no file system (unix(7), autobind).
+            bind(&socket, &SocketAddrUnix::new_unnamed())?;
+            listen(&socket, 8)?;
+            Ok(socket)
+        });
+        let listener = made.map_err(|error| HostError::io("control socket")(error.into()))?;
+        Ok(Self { listener, file: None })
+    }
+
     /// Connects to the process that listens on `path`.
     pub(crate) fn connect(path: &Path) -> Result<OwnedFd, HostError> {
         let failed = |why: String| HostError::Socket { path: path.to_owned(), why };
