@@ -124,6 +124,11 @@ impl Inspect {
         counter
     }
 
+    /// Shows a counter that is there already under `name`.
+    pub fn show(&self, name: &str, counter: &Counter) {
+        self.lock().insert(format!("{}{name}", self.prefix), Entry::Counter(counter.clone()));
+    }
+
     /// Forgets what this branch shows; its counters stay.
     pub fn clear(&self) {
         self.lock().retain(|name, entry| {

@@ -68,6 +68,7 @@ pub use notify::{Call, Kick};
 pub use outboard_memory as memory;
 pub use outboard_protocol as protocol;
 pub use outboard_queue::{Readable, ShortBuffer, Writable};
+pub use queue::gather::{Gather, Gathered};
 pub use queue::{Changed, Queue, QueueSpec, WhenDisabled};
 pub use request::{Deferred, Held, Outcome, Request, Served};
 pub use server::{Gate, Server, StopHandle};

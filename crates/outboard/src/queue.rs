@@ -14,6 +14,8 @@
 //! Behind an IOMMU a queue may lack a translation: see `translation.rs`.
 
 mod abandon;
+pub(crate) mod gather;
+mod setup;
 mod translation;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -21,16 +23,14 @@ use std::sync::Arc;
 
 use futures_channel::oneshot;
 use outboard_memory::{GuestMemory, View};
-use outboard_queue::{
-    Chain, DeviceQueue, InflightArea, QueueFeatures, QueueLayout, RingError, RingLog,
-};
+use outboard_queue::{Chain, DeviceQueue};
 use tracing::{debug, warn};
 
+use self::setup::find_ring;
+pub(crate) use self::setup::{Counted, Setup, StartError};
 use self::translation::{Translation, find_or_wait};
-use crate::channel::BackendChannel;
-use crate::inspect::{Counter, Inspect};
 use crate::mailbox::{Applied, Change, Mailbox};
-use crate::notify::{Call, Kick, drain};
+use crate::notify::{Kick, drain};
 use crate::request::Request;
 
 /// What happens to requests on a ring that is started but disabled
@@ -69,67 +69,6 @@ impl QueueSpec {
     }
 }
 
-/// Where a ring lies and how to notify: everything that a start of the ring needs.
-#[derive(Debug)]
-pub(crate) struct Setup {
-    pub(crate) index: u16,
-    pub(crate) when_disabled: WhenDisabled,
-    pub(crate) size: u16,
-    /// Descriptor table, available ring, used ring: addresses of the front-end's own space.
-    pub(crate) user: [u64; 3],
-    pub(crate) features: u64,
-    /// Where writes are noted, when they are.
-    pub(crate) log: Option<RingLog>,
-    /// Where requests are kept track of, for a process that follows this one after a crash.
-    pub(crate) inflight: Option<InflightArea>,
-    /// Whether the front-end may stop the ring without waiting for them.
-    pub(crate) abandonable: bool,
-    pub(crate) base: u32,
-    pub(crate) enabled: bool,
-    pub(crate) kick: Kick,
-    pub(crate) call: Option<Arc<Call>>,
-    pub(crate) err: Option<Arc<Call>>,
-    /// Where misses of the IOTLB are told.
-    pub(crate) channel: BackendChannel,
-    pub(crate) counted: Counted,
-}
-
-/// What a queue counts, for whoever looks; one owner at a time counts.
-#[derive(Clone, Debug)]
-pub(crate) struct Counted {
-    /// Requests that the driver was shown as finished.
-    finished: Counter,
-    /// Times that it was called.
-    calls: Counter,
-    /// Where it is told why the ring is of no more use.
-    ring: Inspect,
-}
-
-impl Counted {
-    pub(crate) fn new(ring: &Inspect) -> Self {
-        // What went wrong before it was set up anew.
-        ring.forget("broken");
-        let (finished, calls) = (ring.counter("finished"), ring.counter("calls"));
-        Self { finished, calls, ring: ring.clone() }
-    }
-}
-
-/// Why a ring cannot be served where it is said to lie.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum StartError {
-    /// No region of guest memory holds this part of it.
-    #[error("ring part at {address:#x} of {length} bytes is in no region of guest memory")]
-    Unmapped {
-        /// In the front-end's space.
-        address: u64,
-        /// Bytes.
-        length: u64,
-    },
-    /// It is no ring.
-    #[error("{0}")]
-    Ring(#[from] RingError),
-}
-
 /// What [`Queue::poll_control`] changed that its owner's event loop has to know.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Changed {
@@ -161,6 +100,7 @@ pub struct Queue {
     recovering: bool,
     /// Requests that their worker has set aside, by its tokens.
     held: Vec<(u64, Chain)>,
+    gathering: gather::Gathering,
     translation: Translation,
     /// Finished requests that have not been counted.
     uncounted: u32,
@@ -189,6 +129,7 @@ impl Queue {
             resting: false,
             recovering,
             held: Vec::new(),
+            gathering: gather::Gathering::default(),
             translation: Translation::default(),
             uncounted: 0,
         })
@@ -361,6 +302,11 @@ impl Queue {
             && (self.setup.enabled || self.setup.when_disabled == WhenDisabled::Discard)
     }
 
+    /// Whether requests reach the worker.
+    pub(crate) fn is_enabled(&self) -> bool {
+        self.setup.enabled
+    }
+
     /// Whether requests are taken and dropped: the ring is disabled, and transmits.
     pub(crate) fn discards(&self) -> bool {
         !self.setup.enabled && self.setup.when_disabled == WhenDisabled::Discard
@@ -453,6 +399,9 @@ impl Queue {
                 }
             }
             self.settle(&mut changed);
+        }
+        if self.next_memory.is_some() {
+            self.scatter();
         }
         self.settle(&mut changed);
         self.recovered(&mut changed);
@@ -563,12 +512,13 @@ impl Queue {
     /// As [`Queue::processed`]; when the queue's owner wants nothing of the ring (`resting`), what waits
     /// there does not count.
     pub(crate) fn processed_but(&mut self, resting: bool) {
+        if self.processing.is_empty() {
+            return;
+        }
+        self.scatter();
         // What an earlier process had taken waits on a ring that is disabled or broken: nobody waits for it here.
         let recovers = self.recovering && self.may_look();
-        if !self.processing.is_empty()
-            && self.in_flight() == 0
-            && (resting || (!recovers && !self.has_requests()))
-        {
+        if self.in_flight() == 0 && (resting || (!recovers && !self.has_requests())) {
             let state = self.state();
             for done in self.processing.drain(..) {
                 let _ = done.send(state);
@@ -585,36 +535,4 @@ impl Drop for Queue {
     fn drop(&mut self) {
         self.mailbox.close();
     }
-}
-
-/// Where the ring lies in guest-physical memory.
-fn guest_layout(setup: &Setup, memory: &GuestMemory) -> Result<QueueLayout, StartError> {
-    let features = QueueFeatures::from_bits(setup.features);
-    let lengths = QueueLayout::sizes(setup.size, features);
-    let [desc, avail, used] = setup.user;
-    let find = |address, length| {
-        memory.user_to_guest(address, length).ok_or(StartError::Unmapped { address, length })
-    };
-    Ok(QueueLayout {
-        size: setup.size,
-        desc: find(desc, lengths.0)?,
-        avail: find(avail, lengths.1)?,
-        used: find(used, lengths.2)?,
-    })
-}
-
-/// Resolves the ring's pointers: once per start and generation, never per request.
-fn find_ring(
-    setup: &Setup,
-    base: u32,
-    memory: &Arc<GuestMemory>,
-) -> Result<DeviceQueue, StartError> {
-    let layout = guest_layout(setup, memory)?;
-    let view = View::new(Arc::clone(memory));
-    let mut ring = DeviceQueue::new(layout, setup.features, base, view)?;
-    if let Some(area) = &setup.inflight {
-        ring.set_inflight(area.clone())?;
-    }
-    ring.set_log(setup.log.clone());
-    Ok(ring)
 }

@@ -14,6 +14,7 @@ use outboard_queue::{Chain, Readable, ShortBuffer, Writable};
 use crate::events::{EventLoop, FileOp};
 use crate::mailbox::Mailbox;
 use crate::queue::Queue;
+use crate::queue::gather::Gather;
 
 /// Proof that a request found its way: answered, deferred or submitted.
 #[derive(Debug)]
@@ -131,6 +132,17 @@ impl<'a> Request<'a> {
             self.queue.hold(token, chain);
         }
         Served(())
+    }
+
+    /// Takes further requests of this queue along with this one, in their order, until `needed` bytes can be
+    /// written to them all: buffers that are to hold one packet. To be called before anything is written; what
+    /// comes back stands for the request from then on.
+    #[must_use]
+    pub fn gather(&mut self, needed: u64) -> Gather<'_> {
+        match self.chain.take() {
+            Some(chain) => self.queue.gather(chain, needed),
+            None => Gather::Later(Served(())),
+        }
     }
 
     /// Whether another process may get this request again, after a crash of this one or when it is

@@ -58,6 +58,8 @@ struct Lane {
     stopping: Option<oneshot::Sender<Box<Queue>>>,
     /// It stops without finishing what is under way.
     abandoning: bool,
+    /// The worker was told that its requests reach it.
+    told: bool,
 }
 
 impl Lane {
@@ -70,6 +72,7 @@ impl Lane {
             let queue = self.queue.index();
             return self.queue.abandon() && events.flying(queue).into_memory == 0;
         }
+        self.queue.scatter();
         self.queue.in_flight() == 0 && !self.queue.owes()
     }
 }
@@ -204,6 +207,9 @@ impl<W: Worker> Thread<W> {
                 for lane in self.lanes.iter_mut().filter(|lane| !lane.armed) {
                     lane.ready |= lane.queue.has_requests();
                 }
+                if self.rests && self.ask_again(false) {
+                    return true;
+                }
                 if self.lanes.iter().any(|lane| lane.ready) {
                     return true;
                 }
@@ -223,16 +229,18 @@ impl<W: Worker> Thread<W> {
             lane.armed = !lane.ready;
             busy |= lane.ready;
         }
-        if self.rests { self.ask_again() || busy } else { busy }
+        if self.rests { self.ask_again(true) || busy } else { busy }
     }
 
-    /// Whether the worker wants requests of a lane that rests.
+    /// Whether the worker wants requests of a lane that rests; `last`: before the thread sleeps.
     #[cold]
-    fn ask_again(&mut self) -> bool {
+    fn ask_again(&mut self, last: bool) -> bool {
         let mut busy = false;
         self.rests = false;
         for lane in self.lanes.iter_mut().filter(|lane| lane.resting) {
-            let wanted = lane.stopping.is_none() && self.worker.wants(lane.queue.index());
+            let queue = lane.queue.index();
+            let wanted = lane.stopping.is_none()
+                && if last { self.worker.wants_at_last(queue) } else { self.worker.wants(queue) };
             lane.resting = !wanted;
             lane.ready |= wanted;
             self.rests |= lane.resting;
@@ -415,8 +423,10 @@ impl<W: Worker> Thread<W> {
             deaf: watched.is_err(),
             stopping: None,
             abandoning: false,
+            told: false,
         };
         watch_kick(&mut lane, self.events.as_mut());
+        tell(&mut self.worker, &mut lane);
         self.lanes.push(lane);
     }
 
@@ -427,6 +437,7 @@ impl<W: Worker> Thread<W> {
         };
         lane.queue.drain_control();
         poll_control(lane, events);
+        tell(&mut self.worker, lane);
     }
 
     /// What waited until nothing is in flight: changes of memory, in-band kicks, stops.
@@ -443,6 +454,9 @@ impl<W: Worker> Thread<W> {
             }
             let mut lane = self.lanes.swap_remove(at);
             lane.queue.publish();
+            if lane.told {
+                self.worker.serves(lane.queue.index(), false);
+            }
             let index = u64::from(lane.queue.index());
             self.events.unwatch(token::KICK | index);
             self.events.unwatch(token::CONTROL | index);
@@ -474,11 +488,16 @@ impl<W: Worker> Thread<W> {
             for (_, chain) in lane.queue.take_held() {
                 lane.queue.complete(chain, 0);
             }
+            lane.queue.scatter();
         }
         let events = self.events.as_mut();
         match make(&mut WorkerContext { events, place }) {
             Ok(worker) => {
                 self.worker = worker;
+                for lane in &mut self.lanes {
+                    lane.told = false;
+                    tell(&mut self.worker, lane);
+                }
                 // Their wake-up may have come with what the old one panicked on.
                 self.orders();
                 true
@@ -519,6 +538,14 @@ fn turn<W: Worker>(worker: &mut W, lane: &mut Lane, events: &mut dyn EventLoop) 
     }
     lane.queue.publish();
     true
+}
+
+/// Tells the worker whether requests of a lane reach it, if that has changed.
+fn tell<W: Worker>(worker: &mut W, lane: &mut Lane) {
+    let enabled = lane.queue.is_enabled();
+    if std::mem::replace(&mut lane.told, enabled) != enabled {
+        worker.serves(lane.queue.index(), enabled);
+    }
 }
 
 /// Takes changes of a lane and has the event loop follow.

@@ -41,6 +41,17 @@ pub trait Worker {
         true
     }
 
+    /// As [`Worker::wants`], for the last time before the thread may sleep: what makes it a yes from now on
+    /// has to wake the thread, through a descriptor that it watches.
+    fn wants_at_last(&mut self, queue: u16) -> bool {
+        self.wants(queue)
+    }
+
+    /// Requests of `queue` reach this worker from now on (its ring has started and is enabled), or no more.
+    fn serves(&mut self, queue: u16, reach: bool) {
+        let _ = (queue, reach);
+    }
+
     /// A file operation started by [`Request::submit`] has finished.
     ///
     /// # Errors
@@ -159,9 +170,14 @@ pub trait Model: Send + 'static {
         let _ = inspect;
     }
 
-    /// How many threads serve the queues; queue `i` goes to thread `i % threads`.
+    /// How many threads serve the queues.
     fn threads(&self) -> usize {
         1
+    }
+
+    /// Which of them serves this queue, counted modulo their number: by turns, if nothing else is said.
+    fn thread_of(&self, queue: u16) -> usize {
+        usize::from(queue)
     }
 
     /// The device's own feature bits (virtio 1.3 §5, bits 0–23 and 50 up).
@@ -265,6 +281,16 @@ pub trait Model: Send + 'static {
 pub struct Plain<W> {
     pub(crate) queues: Vec<QueueSpec>,
     pub(crate) make: MakeWorker<W>,
+}
+
+impl<W: Worker + 'static> Plain<W> {
+    /// A device with these queues, whose workers `make` builds.
+    pub fn new(
+        queues: &[QueueSpec],
+        make: impl Fn(&mut WorkerContext<'_>) -> Result<W, Error> + Send + Sync + 'static,
+    ) -> Self {
+        Self { queues: queues.to_vec(), make: Arc::new(make) }
+    }
 }
 
 impl<W: Worker + 'static> Model for Plain<W> {

@@ -1,7 +1,7 @@
 //! `WorkerDevice`: a whole [`VhostUserDevice`] of a [`Model`] and its [`Worker`]s.
 //!
 //! Threads are started when the device is made and live as long as it does; an idle one waits in
-//! its event loop and costs nothing. Queue `i` is served by thread `i % threads`. Dropping the
+//! its event loop and costs nothing. Which queue is served by which thread the model says. Dropping the
 //! device ends its threads; queues that still run are finished first.
 
 use std::sync::{Arc, mpsc};
@@ -106,8 +106,7 @@ impl<W: Worker + 'static> WorkerDevice<Plain<W>> {
         queues: &[QueueSpec],
         make: impl Fn(&mut WorkerContext<'_>) -> Result<W, Error> + Send + Sync + 'static,
     ) -> Result<Self, Error> {
-        let make: MakeWorker<W> = Arc::new(make);
-        Self::new(Plain { queues: queues.to_vec(), make })
+        Self::new(Plain::new(queues, make))
     }
 }
 
@@ -162,7 +161,7 @@ impl<M: Model> WorkerDevice<M> {
     }
 
     fn thread_of(&self, index: u16) -> Option<&Handle> {
-        self.threads.get(usize::from(index) % self.threads.len().max(1))
+        self.threads.get(self.model.thread_of(index) % self.threads.len().max(1))
     }
 
     /// Whether operations of abandoned requests are under way.
@@ -357,8 +356,9 @@ impl<M: Model> Drop for WorkerDevice<M> {
         }
         let count = self.threads.len().max(1);
         let mut stuck = vec![false; count];
-        for (index, run) in self.runs.iter_mut().enumerate() {
-            if let (Run::Stopping(back), Some(stuck)) = (run, stuck.get_mut(index % count)) {
+        for (index, run) in (0..).zip(self.runs.iter_mut()) {
+            let thread = self.model.thread_of(index) % count;
+            if let (Run::Stopping(back), Some(stuck)) = (run, stuck.get_mut(thread)) {
                 *stuck |= matches!(back.try_recv(), Ok(None));
             }
         }
