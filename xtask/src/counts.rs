@@ -1,9 +1,10 @@
 //! `cargo xtask counts`: instructions per request, counted by callgrind, against a checked-in file.
 //!
 //! A crate that promises a count has a bench target `counts`: `--list` prints its cases, `CASE
-//! ITERATIONS` runs one so many times. Two runs of different length are counted and the shorter
-//! taken from the longer, so that neither start-up nor a symbol's name matters. Instructions do
-//! not depend on the machine's load; they do on the compiler, hence a tolerance.
+//! ITERATIONS` runs one so many times, `CASE ITERATIONS driver` only what drives it. Two runs of
+//! different length are counted and the shorter taken from the longer, so that neither start-up
+//! nor a symbol's name matters; what drives it is taken away likewise. Instructions do not depend
+//! on the machine's load; they do on the compiler, hence a tolerance.
 //! The record, `xtask/counts.txt`: `crate case instructions ceiling`, one case a line.
 
 use crate::packages::Root;
@@ -123,17 +124,20 @@ fn build(package: &str) -> Result<PathBuf> {
 /// Instructions for one iteration.
 fn count(valgrind: &Path, bench: &Path, case: &str) -> Result<u64> {
     let [short, long] = RUNS;
-    let total = |iterations| total(valgrind, bench, case, iterations);
-    Ok(total(long)?.saturating_sub(total(short)?).div_ceil(long - short))
+    let each = |more: &[&str]| -> Result<u64> {
+        let total = |iterations| total(valgrind, bench, case, iterations, more);
+        Ok(total(long)?.saturating_sub(total(short)?).div_ceil(long - short))
+    };
+    Ok(each(&[])?.saturating_sub(each(&["driver"])?))
 }
 
 /// Instructions of one whole run, the starting of the program among them.
-fn total(valgrind: &Path, bench: &Path, case: &str, iterations: u64) -> Result<u64> {
+fn total(valgrind: &Path, bench: &Path, case: &str, iterations: u64, more: &[&str]) -> Result<u64> {
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("callgrind");
     let mut command = Command::new(valgrind);
     command.arg("--tool=callgrind").arg(format!("--callgrind-out-file={}", out.display()));
-    process::output(command.arg(bench).args([case, &iterations.to_string()]))?;
+    process::output(command.arg(bench).args([case, &iterations.to_string()]).args(more))?;
     let text = std::fs::read_to_string(&out)?;
     let line = text.lines().find_map(|line| line.strip_prefix("summary: "));
     let number = line.or_else(|| text.lines().find_map(|line| line.strip_prefix("totals: ")));

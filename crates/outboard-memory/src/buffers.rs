@@ -9,8 +9,7 @@
 #![expect(unsafe_code, reason = "the room of a vector; pieces that may be sent to other threads")]
 
 use std::fmt;
-use std::mem::MaybeUninit;
-use std::slice;
+use std::marker::PhantomData;
 use std::sync::Arc;
 
 use crate::cursor::Cursor;
@@ -67,33 +66,77 @@ impl fmt::Debug for Segment {
     }
 }
 
-/// A run of pieces: those from `next` to `end` of the list are left. Invariant: `next <= end <= list.len()`, for each
-/// span of [`Buffers`], at all times that anything but this crate's filling of them can see.
+/// A run of pieces: those from `next` to `end` of the list are left; both in bytes of the list. Invariant, for each span of
+/// [`Buffers`], at all times that anything but this crate's filling of them can see: `next <= end`, `end` is inside the
+/// list, and both are whole pieces.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Span {
     pub(crate) next: u32,
     pub(crate) end: u32,
 }
 
+/// Bytes of a piece in the list.
+pub(crate) const PIECE: usize = size_of::<Segment>();
+/// The same, as a step of a span.
+pub(crate) const SPAN_STEP: u32 = 16;
+const _: () = assert!(PIECE == 16);
+
 impl Span {
     /// Pieces `next..end`; a list has at most [`MOST_PIECES`], and a tail of no more.
     #[inline(always)]
+    pub(crate) fn new(next: usize, end: usize) -> Self {
+        Self::of_bytes(next * PIECE, end * PIECE)
+    }
+
+    /// The same, said in bytes of the list.
+    #[inline(always)]
     #[expect(
         clippy::cast_possible_truncation,
-        reason = "indices of a list of at most 2 * MOST_PIECES pieces"
+        reason = "places in a list of at most 2 * MOST_PIECES pieces, which is 2 MiB"
     )]
-    pub(crate) fn new(next: usize, end: usize) -> Self {
+    fn of_bytes(next: usize, end: usize) -> Self {
         Self { next: next as u32, end: end as u32 }
     }
 
     #[inline(always)]
     pub(crate) fn end(self) -> usize {
-        self.end as usize
+        self.end as usize / PIECE
     }
 
     #[inline(always)]
     fn next(self) -> usize {
-        self.next as usize
+        self.next as usize / PIECE
+    }
+}
+
+/// The room of a list for pieces, filled from the front. What is in it is of no use before [`Buffers::set`].
+pub(crate) struct Room<'a> {
+    first: *mut Segment,
+    /// Bytes that are filled. Invariant: whole pieces, inside the allocation.
+    used: usize,
+    /// Bytes that may be filled, inside the allocation.
+    limit: usize,
+    list: PhantomData<&'a mut Vec<Segment>>,
+}
+
+impl Room<'_> {
+    /// One more piece. `None`: there is no room for it.
+    #[inline(always)]
+    pub(crate) fn push(&mut self, piece: Segment) -> Option<()> {
+        if self.used >= self.limit {
+            return None;
+        }
+        let place = self.first.wrapping_byte_add(self.used);
+        // SAFETY: `used < limit`, both whole pieces of the allocation of the list, which is borrowed.
+        unsafe { place.write(piece) };
+        self.used += PIECE;
+        Some(())
+    }
+
+    /// Bytes of the list that are filled.
+    #[inline(always)]
+    pub(crate) fn used(&self) -> usize {
+        self.used
     }
 }
 
@@ -126,25 +169,24 @@ impl Buffers {
         }
     }
 
-    /// All room of the list for pieces, filled or not. A place is to be written, nothing else.
+    /// Room for at most `most` pieces, as far as the list has it.
     #[inline(always)]
-    pub(crate) fn room_for_pieces(&mut self) -> &mut [MaybeUninit<Segment>] {
-        let places = self.list.as_mut_ptr().cast::<MaybeUninit<Segment>>();
-        // SAFETY: the allocation of the vector, borrowed with it. Places that are filled stay so, since a piece written
-        // over a piece is one: the list is valid all the time.
-        unsafe { slice::from_raw_parts_mut(places, self.list.capacity()) }
+    pub(crate) fn room_for_pieces(&mut self, most: u16) -> Room<'_> {
+        let limit = self.list.capacity().min(usize::from(most)) * PIECE;
+        Room { first: self.list.as_mut_ptr(), used: 0, limit, list: PhantomData }
     }
 
-    /// The first `used` places are the request: `readable` pieces, then the writable ones, which have `room` bytes.
+    /// The first `used` bytes of the list are the request: `readable` of them, then the writable pieces, which have `room`
+    /// bytes.
     ///
     /// # Safety
-    /// The places are written, and `readable <= used`.
+    /// The places were written through [`Room`], both are whole pieces, and `readable <= used`.
     #[inline(always)]
     pub(crate) unsafe fn set(&mut self, readable: usize, used: usize, room: u64) {
         // SAFETY: the caller's promise.
-        unsafe { self.list.set_len(used) };
-        self.readable = Span::new(0, readable);
-        self.writable = Span::new(readable, used);
+        unsafe { self.list.set_len(used / PIECE) };
+        self.readable = Span::of_bytes(0, readable);
+        self.writable = Span::of_bytes(readable, used);
         self.tail = Span::default();
         self.room = room;
     }
@@ -208,11 +250,12 @@ impl Buffers {
     #[inline(always)]
     pub fn split_tail(&mut self, count: u64) -> Option<()> {
         let Span { next, end } = self.writable;
-        // SAFETY: `next < end <= list.len()`.
-        if next < end && wide(unsafe { self.list.get_unchecked(end as usize - 1) }.len) == count {
+        let last = self.list.as_ptr().wrapping_byte_add(end as usize).wrapping_sub(1);
+        // SAFETY: `next < end`, so that a piece of the list ends there.
+        if next < end && wide(unsafe { (*last).len }) == count {
             // The usual case: the last descriptor is the status.
-            self.tail = Span { next: end - 1, end };
-            self.writable.end = end - 1;
+            self.tail = Span { next: end - SPAN_STEP, end };
+            self.writable.end = end - SPAN_STEP;
         } else {
             self.split_tail_slowly(count)?;
         }

@@ -16,9 +16,13 @@ mod real;
 pub mod twin;
 
 #[cfg(not(outboard_loom))]
+pub(crate) use real::packed::PackedEntry;
+#[cfg(not(outboard_loom))]
 pub use real::packed::{Cell32, PackedRing};
 #[cfg(not(outboard_loom))]
 pub use real::{Cell16, Descriptors, Pairs, Ring16, fence};
+#[cfg(outboard_loom)]
+pub(crate) use twin::packed::PackedEntry;
 #[cfg(outboard_loom)]
 pub use twin::packed::{Cell32, PackedRing};
 #[cfg(outboard_loom)]

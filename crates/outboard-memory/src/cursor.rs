@@ -11,7 +11,7 @@ use std::slice;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::buffers::{Segment, Span};
+use crate::buffers::{PIECE, SPAN_STEP, Segment, Span};
 use crate::copy;
 use crate::num::{index, wide};
 
@@ -31,7 +31,7 @@ impl<'a> Cursor<'a> {
     /// The pieces of `span` in `list`.
     ///
     /// # Safety
-    /// The pieces `span.next..span.end` are in the list, borrowed mutably for `'a` by this cursor alone, and lie in
+    /// The pieces of the span, `next..end` in bytes, are in the list, borrowed mutably for `'a` by this cursor alone, and lie in
     /// memory that stays mapped.
     #[inline(always)]
     pub(crate) unsafe fn new(list: *mut Segment, span: &'a mut Span) -> Self {
@@ -54,9 +54,9 @@ impl<'a> Cursor<'a> {
     #[inline(always)]
     pub fn segments(&self) -> &[Segment] {
         let Span { next, end } = *self.span;
-        let first = self.list.wrapping_add(next as usize);
+        let first = self.list.wrapping_byte_add(next as usize);
         // SAFETY: the pieces of the span, which this cursor borrows.
-        unsafe { slice::from_raw_parts(first, (end - next) as usize) }
+        unsafe { slice::from_raw_parts(first, (end - next) as usize / PIECE) }
     }
 
     /// Where `len` bytes of the first piece lie, when it has them. They are dropped; read them now.
@@ -67,10 +67,10 @@ impl<'a> Cursor<'a> {
             return None;
         }
         // SAFETY: `next < end`: a piece of the span, which this cursor borrows.
-        let first = unsafe { &mut *self.list.wrapping_add(next as usize) };
+        let first = unsafe { &mut *self.list.wrapping_byte_add(next as usize) };
         let base = first.base;
         if first.len == len {
-            self.span.next = next + 1;
+            self.span.next = next + SPAN_STEP;
         } else if first.len > len {
             first.advance(len);
         } else {

@@ -31,7 +31,14 @@ fn nowhere() -> Box<Table> {
     Box::try_from(slots).unwrap_or_else(|_| Box::new([Entry::NONE; 1 << SLOT_BITS]))
 }
 
-/// What a look-up needs of one region. Aligned so that its place in a table is a shift away.
+/// Bytes of a slot, and how many bits of a place in the table are inside one.
+const ENTRY: usize = size_of::<Entry>();
+const ENTRY_BITS: u32 = ENTRY.trailing_zeros();
+const _: () = assert!(ENTRY == 1 << ENTRY_BITS && ENTRY_BITS < LEAST_SHIFT);
+/// Low bits of an address that never count for its slot.
+const LEAST_SHIFT: u32 = 12;
+
+/// What a look-up needs of one region. Its size is a power of two.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(32))]
 pub(crate) struct Entry {
@@ -87,6 +94,7 @@ pub struct GuestMemory {
     /// For each 2^`shift` bytes of guest-physical space the region that has most of them: one look finds the place of
     /// nearly every buffer, at the same cost for one region and for many.
     slots: Box<Table>,
+    /// How far right a guest address is shifted for the place of its slot in the table, in bytes, among other bits.
     shift: u32,
     /// Sorted by user address: (user address, size, guest address).
     by_user: Box<[(u64, u64, u64)]>,
@@ -257,11 +265,14 @@ pub(crate) struct Slots<'a> {
 impl Slots<'_> {
     /// The region that most probably holds `guest`.
     #[inline(always)]
-    pub(crate) fn find(&self, guest: u64) -> Option<&Entry> {
+    pub(crate) fn find(&self, guest: u64) -> &Entry {
         // SAFETY: `slots` makes it at most 63. (Said here so that the shift is one instruction.)
         unsafe { hint::assert_unchecked(self.shift < u64::BITS) };
-        // An address beyond the last region meets the slot of another one, whose region does not hold it.
-        self.slots.get(index(guest >> self.shift) % self.slots.len())
+        // An address beyond the last region meets the slot of another one, whose region does not hold it. The shift leaves
+        // the place in bytes, so that it needs no multiplication.
+        let place = index(guest >> self.shift) & (size_of::<Table>() - ENTRY);
+        // SAFETY: a multiple of the size of an entry, below that of the table.
+        unsafe { &*self.slots.as_ptr().wrapping_byte_add(place) }
     }
 }
 
@@ -274,10 +285,11 @@ impl fmt::Debug for GuestMemory {
     }
 }
 
-/// A table from the high bits of an address to the region it is most probably in, and how many low bits it leaves out.
+/// A table from the high bits of an address to the region it is most probably in, and how far right an address is
+/// shifted for the place in it.
 fn slots(entries: &[Entry]) -> (Box<Table>, u32) {
     let Some(last) = entries.last().map(Entry::last) else { return (nowhere(), 0) };
-    let shift = (u64::BITS - last.leading_zeros()).saturating_sub(SLOT_BITS).max(12);
+    let shift = (u64::BITS - last.leading_zeros()).saturating_sub(SLOT_BITS).max(LEAST_SHIFT);
     let mut slots = nowhere();
     for (slot, place) in (0..=last >> shift).zip(slots.iter_mut()) {
         let (start, end) = (slot << shift, (slot << shift) + ((1 << shift) - 1));
@@ -288,7 +300,7 @@ fn slots(entries: &[Entry]) -> (Box<Table>, u32) {
             *place = *most;
         }
     }
-    (slots, shift)
+    (slots, shift - ENTRY_BITS)
 }
 
 /// `ranges` sorted by start; their ends fit 64 bits.

@@ -1,26 +1,17 @@
 //! The usual request of a packed ring, gathered in one go (virtio 1.3 §2.8): the counterpart of `usual`.
 //!
-//! Usual is a chain of the ring's own descriptors, or one indirect table in one region, of buffers in one region each,
+//! Usual is a chain of the ring's own descriptors that does not go round its end, or one indirect table in one region, of buffers in one region each,
 //! for which the list has room. Anything else, good or bad, is left to the careful way; a test holds that both agree.
-#![expect(unsafe_code, reason = "tells the list how much of its room was filled")]
 
-use std::mem::MaybeUninit;
 use std::sync::atomic::Ordering;
 
-use crate::buffers::{Buffers, Segment};
-use crate::cells::{Descriptor, PackedRing};
-use crate::map::Slots;
-use crate::num::index;
-use crate::table::Table;
-use crate::usual::Rules;
+use crate::buffers::Buffers;
+use crate::cells::{Descriptor, PackedEntry, PackedRing};
+use crate::table::Run;
+use crate::usual::{INDIRECT, Rules, Steps, WRITE, fill, usual_table};
 use crate::view::View;
 
-/// The most bytes of a request (virtio 1.3 §2.6.4).
-const MOST_BYTES: u64 = 1 << 32;
-
 const NEXT: u16 = Descriptor::NEXT;
-const WRITE: u16 = Descriptor::WRITE;
-const INDIRECT: u16 = Descriptor::INDIRECT;
 /// Flag: equal to the driver's wrap counter when it is available.
 const AVAIL: u16 = 1 << 7;
 /// Flag: the other way round when it is available.
@@ -35,44 +26,76 @@ pub struct PackedTaken {
     pub count: u16,
 }
 
-/// The pieces of a request, filled from the front.
-struct Filling<'a> {
-    slots: Slots<'a>,
-    room: &'a mut [MaybeUninit<Segment>],
-    used: usize,
-    bytes: u64,
-    /// WRITE once the writable buffers have begun, at `seam`.
-    phase: u16,
-    seam: (usize, u64),
+/// A walk along the ring, up to its end; beyond it the careful way goes. The flags it gives are those of the descriptor, but
+/// turned round where they have to be set: what is not available has AVAIL or USED, and WRITE is wrong in either phase.
+struct Chain<'a> {
+    entry: PackedEntry<'a>,
+    wanted: u16,
 }
 
-impl Filling<'_> {
-    /// One more buffer. `None`: it is not usual.
+impl Steps for Chain<'_> {
+    const WRONG: u16 = INDIRECT | AVAIL | USED;
+
     #[inline(always)]
-    fn push(&mut self, addr: u64, len: u32, flags: u16) -> Option<()> {
-        if flags & (INDIRECT | WRITE) != self.phase {
-            if flags & INDIRECT != 0 || self.phase != 0 {
-                return None;
-            }
-            self.phase = WRITE;
-            self.seam = (self.used, self.bytes);
-        }
-        let len = u64::from(len);
-        let base = self.slots.find(addr)?.translate(addr, len)?;
-        self.room.get_mut(self.used)?.write(Segment { base, len: index(len) });
-        self.used += 1;
-        self.bytes += len;
-        Some(())
+    fn addr(&self) -> u64 {
+        self.entry.addr()
     }
 
-    /// Pieces, readable pieces, bytes of room. `None`: too many bytes.
     #[inline(always)]
-    fn finish(self) -> Option<(usize, usize, u64)> {
-        if self.bytes > MOST_BYTES {
-            return None;
-        }
-        let (readable, bytes) = if self.phase == 0 { (self.used, self.bytes) } else { self.seam };
-        Some((self.used, readable, self.bytes - bytes))
+    fn len(&self) -> u32 {
+        self.entry.len()
+    }
+
+    #[inline(always)]
+    fn goes_on(&self, flags: u16) -> bool {
+        flags & NEXT != 0
+    }
+
+    #[inline(always)]
+    fn step(&mut self) -> Option<u16> {
+        self.entry = self.entry.after()?;
+        // The head was loaded with Acquire; what follows it was there before (§2.8.21.1).
+        Some(self.entry.flags(Ordering::Relaxed) ^ self.wanted)
+    }
+
+    #[inline(always)]
+    fn turn(&mut self, flags: u16) -> u16 {
+        self.wanted ^= WRITE;
+        flags ^ WRITE
+    }
+
+    #[inline(always)]
+    fn may_write(flags: u16) -> bool {
+        flags & (Self::WRONG | WRITE) == 0
+    }
+}
+
+/// A walk along an indirect table. Of its flags only WRITE counts, and the careful way has a word on INDIRECT (§2.8.7).
+struct Listed<'a>(Run<'a>);
+
+impl Steps for Listed<'_> {
+    const WRONG: u16 = INDIRECT;
+
+    #[inline(always)]
+    fn addr(&self) -> u64 {
+        self.0.entry().addr()
+    }
+
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.0.entry().len()
+    }
+
+    #[inline(always)]
+    fn goes_on(&self, _: u16) -> bool {
+        self.0.left() > 1
+    }
+
+    #[inline(always)]
+    fn step(&mut self) -> Option<u16> {
+        self.0 = self.0.after()?;
+        // A packed descriptor has its flags where a split one has `next` (§2.8.13).
+        Some(self.0.entry().next())
     }
 }
 
@@ -84,78 +107,29 @@ impl View {
         &self,
         ring: &PackedRing,
         (head, flags): (u16, u16),
-        rules: Rules,
+        rules: &Rules,
         to: &mut Buffers,
     ) -> Option<PackedTaken> {
         to.recycle(self);
-        let mut filling = Filling {
-            slots: self.memory().slots(),
-            room: to.room_for_pieces(),
-            used: 0,
-            bytes: 0,
-            phase: 0,
-            seam: (0, 0),
-        };
-        let taken = if flags & INDIRECT == 0 {
-            chain(ring, head, flags, &mut filling)?
-        } else {
-            let body = ring.body(head)?;
-            table(body.addr, body.len, flags, rules, &mut filling)?;
-            PackedTaken { id: body.id, count: 1 }
-        };
-        let (used, readable, room) = filling.finish()?;
-        if used > usize::from(rules.most) {
+        let slots = self.memory().slots();
+        let entry = ring.entry(head)?;
+        if flags & INDIRECT == 0 {
+            let room = to.room_for_pieces(rules.most);
+            let available = flags & (AVAIL | USED);
+            let mut chain = Chain { entry, wanted: available };
+            let filled = fill(slots, &mut chain, flags ^ available, room)?;
+            let taken = PackedTaken { id: chain.entry.id(), count: filled.pieces() };
+            filled.tell(to);
+            return Some(taken);
+        }
+        if flags & NEXT != 0 {
             return None;
         }
-        // SAFETY: `used` places of the room were written, `readable` is at most that.
-        unsafe { to.set(readable, used, room) };
-        Some(taken)
+        let table = usual_table(rules, slots, entry.addr(), entry.len())?;
+        let run = table.run()?;
+        let flags = run.entry().next();
+        let filled = fill(slots, &mut Listed(run), flags, to.room_for_pieces(rules.most))?;
+        filled.tell(to);
+        Some(PackedTaken { id: entry.id(), count: 1 })
     }
-}
-
-/// A chain of descriptors of the ring, one behind the other.
-#[inline(always)]
-fn chain(
-    ring: &PackedRing,
-    head: u16,
-    flags: u16,
-    filling: &mut Filling<'_>,
-) -> Option<PackedTaken> {
-    let (mut at, mut flags) = (head, flags);
-    let mut available = flags & (AVAIL | USED);
-    loop {
-        let body = ring.body(at)?;
-        filling.push(body.addr, body.len, flags)?;
-        if flags & NEXT == 0 {
-            let count = u16::try_from(filling.used).ok()?;
-            return Some(PackedTaken { id: body.id, count });
-        }
-        at += 1;
-        if at == ring.count() {
-            at = 0;
-            available ^= AVAIL | USED;
-        }
-        // The head was loaded with Acquire; what follows it was there before (§2.8.21.1).
-        flags = ring.flags(at, Ordering::Relaxed)?;
-        if flags & (AVAIL | USED) != available {
-            return None;
-        }
-    }
-}
-
-/// The buffers of an indirect table, when it lies in one region. Of its flags only WRITE counts (§2.8.7).
-#[inline(always)]
-fn table(addr: u64, len: u32, flags: u16, rules: Rules, filling: &mut Filling<'_>) -> Option<()> {
-    let len = u64::from(len);
-    if !rules.indirect || flags & NEXT != 0 || len == 0 || !len.is_multiple_of(16) {
-        return None;
-    }
-    let count = u16::try_from(len / 16).ok().filter(|&count| count <= rules.most)?;
-    let table = Table::new(filling.slots.find(addr)?.translate(addr, len)?, count);
-    for at in 0..count {
-        let entry = table.entry(at)?;
-        // A packed descriptor has its flags where a split one has `next` (§2.8.13).
-        filling.push(entry.addr(), entry.len(), entry.next())?;
-    }
-    Some(())
 }

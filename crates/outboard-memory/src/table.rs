@@ -17,7 +17,7 @@ pub(crate) struct Table<'a> {
     ring: PhantomData<&'a Descriptors>,
 }
 
-impl Table<'_> {
+impl<'a> Table<'a> {
     /// `host` is readable for `count * 16` bytes as long as the gathering lasts.
     #[inline(always)]
     pub(crate) fn new(host: *const u8, count: u16) -> Self {
@@ -28,6 +28,12 @@ impl Table<'_> {
             twin: None,
             ring: PhantomData,
         }
+    }
+
+    /// All entries in their order, of a table that is memory; `None` when there are none.
+    #[inline(always)]
+    pub(crate) fn run(&self) -> Option<Run<'a>> {
+        Some(Run { entry: self.entry(0)?, left: self.count })
     }
 
     /// Entry `at`, each of its bytes read once; `None` past the end.
@@ -44,22 +50,57 @@ impl Table<'_> {
 
     /// Entry `at`, not read yet; `None` past the end.
     #[inline(always)]
-    pub(crate) fn entry(&self, at: u16) -> Option<Entry<'_>> {
+    pub(crate) fn entry(&self, at: u16) -> Option<Entry<'a>> {
         #[cfg(outboard_loom)]
         if let Some(twin) = self.twin {
             let twin = Some(twin.get(at)?);
             return Some(Entry { host: std::ptr::null(), twin, table: PhantomData });
         }
-        if at >= self.count {
+        let at = usize::from(at);
+        if at >= usize::from(self.count) {
             return None;
         }
-        let host = self.host.wrapping_add(usize::from(at) * 16);
+        let host = self.host.wrapping_add(at * 16);
         Some(Entry {
             host,
             #[cfg(outboard_loom)]
             twin: None,
             table: PhantomData,
         })
+    }
+}
+
+/// Entries one behind the other, a pointer and a bound, which stay in registers. Invariant: `left` entries of the table begin
+/// with this one, at least one.
+#[derive(Clone, Copy)]
+pub(crate) struct Run<'a> {
+    entry: Entry<'a>,
+    left: u16,
+}
+
+impl<'a> Run<'a> {
+    /// Entries from the present one on.
+    #[inline(always)]
+    pub(crate) fn left(&self) -> u16 {
+        self.left
+    }
+
+    /// The present one, not read yet.
+    #[inline(always)]
+    pub(crate) fn entry(&self) -> Entry<'a> {
+        self.entry
+    }
+
+    /// From the next one on; `None` when there is none.
+    #[inline(always)]
+    pub(crate) fn after(self) -> Option<Self> {
+        match self.left - 1 {
+            0 => None,
+            left => {
+                let host = self.entry.host.wrapping_add(16);
+                Some(Self { entry: Entry { host, ..self.entry }, left })
+            }
+        }
     }
 }
 

@@ -1,11 +1,12 @@
 //! Programs to count instructions of, for `cargo xtask counts` and for `valgrind --tool=callgrind`.
 //!
-//! `--list` prints the cases, `CASE ITERATIONS` runs one. An iteration is one block-shaped request: a 16-byte header, a
+//! `--list` prints the cases, `CASE ITERATIONS` runs one, `CASE ITERATIONS driver` only what its driver and its loop do,
+//! which is taken from the other. An iteration is one block-shaped request: a 16-byte header, a
 //! data buffer and a status byte in three descriptors, taken, its header read, its status written, given back and
 //! shown to the driver. The driver costs one store per batch: its ring is filled beforehand and offered for ever.
 //! The cases with a dirty log or an in-flight region are those of a device whose guest moves, and of one that
 //! outlives a crash. A packed ring is written by both sides: its driver makes each request available again, five stores
-//! for one of three descriptors, which count too. `regions`: header, data and status lie in different ones when there are eight.
+//! for one of three descriptors. `regions`: header, data and status lie in different ones when there are eight.
 
 #![expect(clippy::expect_used, reason = "a program of our own making, which may end")]
 
@@ -91,6 +92,10 @@ fn main() {
             let case = CASES.into_iter().find(|case| case.name == name).expect("a case of --list");
             run(case, iterations.parse().expect("a number of iterations"));
         }
+        [name, iterations, "driver"] => {
+            let case = CASES.into_iter().find(|case| case.name == name).expect("a case of --list");
+            run_driver(case, iterations.parse().expect("a number of iterations"));
+        }
         // As `cargo bench` and `cargo test` call it: show that the cases run.
         _ => CASES.into_iter().for_each(|case| run(case, 64)),
     }
@@ -100,36 +105,51 @@ fn run(case: Case, iterations: u64) {
     if case.packed {
         let (mut queue, mut driver) = filled_packed(case);
         match case.batch {
-            1 => packed_loop::<1>(&mut queue, &mut driver, iterations),
-            _ => packed_loop::<32>(&mut queue, &mut driver, iterations / 32 * 32),
+            1 => packed_loop::<1>(&mut driver, iterations, || serve(&mut queue)),
+            _ => packed_loop::<32>(&mut driver, iterations / 32 * 32, || serve(&mut queue)),
         }
         assert_eq!(queue.base(), driver.base());
         return;
     }
     let (mut queue, avail) = filled(case);
     match case.batch {
-        1 => hot_loop::<1>(&mut queue, &avail, iterations),
-        _ => hot_loop::<32>(&mut queue, &avail, iterations / 32 * 32),
+        1 => hot_loop::<1>(&avail, iterations, || serve(&mut queue)),
+        _ => hot_loop::<32>(&avail, iterations / 32 * 32, || serve(&mut queue)),
     }
     let done = iterations - iterations % u64::from(case.batch);
     assert_eq!(u64::from(queue.base()), done % 0x1_0000);
 }
 
+/// The same without a device.
+fn run_driver(case: Case, iterations: u64) {
+    if case.packed {
+        let (_, mut driver) = filled_packed(case);
+        return match case.batch {
+            1 => packed_loop::<1>(&mut driver, iterations, || false),
+            _ => packed_loop::<32>(&mut driver, iterations / 32 * 32, || false),
+        };
+    }
+    let (_, avail) = filled(case);
+    match case.batch {
+        1 => hot_loop::<1>(&avail, iterations, || false),
+        _ => hot_loop::<32>(&avail, iterations / 32 * 32, || false),
+    }
+}
+
 /// What is counted: the loop of a worker. The driver offers a batch, the device serves it and shows it.
 #[inline(never)]
-fn hot_loop<const BATCH: u16>(queue: &mut DeviceQueue, avail: &Cell16, iterations: u64) {
+fn hot_loop<const BATCH: u16>(avail: &Cell16, iterations: u64, mut serve: impl FnMut() -> bool) {
     let mut done = 0;
     while done < iterations {
         done += u64::from(BATCH);
         avail.store(u16::try_from(done % 0x1_0000).expect("16 bits"), Ordering::Release);
-        serve(queue);
-        black_box(queue.publish().expect("memory"));
+        black_box(serve());
     }
 }
 
-/// The device's part of a batch.
+/// The device's part of a batch. Whether to call the driver.
 #[inline(always)]
-fn serve(queue: &mut DeviceQueue) {
+fn serve(queue: &mut DeviceQueue) -> bool {
     while let Some(mut chain) = queue.pop().expect("an honest ring") {
         let header: [u64; 2] = chain.readable().read_obj().expect("a header");
         chain.reserve_tail(1).expect("a status byte");
@@ -137,19 +157,23 @@ fn serve(queue: &mut DeviceQueue) {
         chain.write_tail(&[status]).expect("the status byte");
         queue.complete(chain, DATA + 1);
     }
+    queue.publish().expect("memory")
 }
 
 /// The same on a packed ring.
 #[inline(never)]
-fn packed_loop<const BATCH: u16>(queue: &mut DeviceQueue, driver: &mut Offers, iterations: u64) {
+fn packed_loop<const BATCH: u16>(
+    driver: &mut Offers,
+    iterations: u64,
+    mut serve: impl FnMut() -> bool,
+) {
     let mut done = 0;
     while done < iterations {
         done += u64::from(BATCH);
         for _ in 0..BATCH {
             driver.offer();
         }
-        serve(queue);
-        black_box(queue.publish().expect("memory"));
+        black_box(serve());
     }
 }
 

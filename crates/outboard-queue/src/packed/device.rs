@@ -44,8 +44,12 @@ pub(crate) struct PackedDevice {
     pub(super) plain: bool,
     /// Where the next available chain is.
     next_avail: Place,
+    /// The state of a descriptor that is available there.
+    available: u16,
     /// Where the next used descriptor goes.
     pub(super) next_used: Place,
+    /// The state of a descriptor that is used there.
+    used: u16,
     /// Descriptors that were not taken, or were given back.
     pub(super) left: u16,
     /// Descriptors between the first one that was completed and not told, and `next_used`. 0: none.
@@ -76,6 +80,16 @@ fn places(base: u32, size: u16) -> Option<(Place, Place)> {
         0 => Some((avail, avail)),
         used => Some((avail, Place::from_bits(used, size)?)),
     }
+}
+
+/// The state of a descriptor that is available at this place.
+const fn available(place: Place) -> u16 {
+    if place.wrap { AVAIL } else { USED }
+}
+
+/// The state of a descriptor that is used at this place.
+const fn used(place: Place) -> u16 {
+    if place.wrap { STATE } else { 0 }
 }
 
 /// Index 0 and wrap counter 1, for both sides (virtio 1.3 §2.8.1).
@@ -114,7 +128,9 @@ impl PackedDevice {
             health: Health::Live,
             plain: true,
             next_avail,
+            available: available(next_avail),
             next_used,
+            used: used(next_used),
             left: size - held,
             batch: 0,
             first: (0, 0),
@@ -134,8 +150,7 @@ impl PackedDevice {
         let Some(flags) = self.source.ring.flags(self.next_avail.at, order) else {
             return Some(None);
         };
-        let available = if self.next_avail.wrap { AVAIL } else { USED };
-        (flags & STATE == available).then_some(Some(flags))
+        (flags & STATE == self.available).then_some(Some(flags))
     }
 
     /// Whether [`pop`](Self::pop) would find something to say.
@@ -150,7 +165,7 @@ impl PackedDevice {
 
     /// The next chain. None: there is none, or something to [`tell`](Self::tell). (A pointer, so that nothing of it goes
     /// through memory on the way to the caller.)
-    #[inline(never)]
+    #[inline(always)]
     pub(crate) fn pop(&mut self) -> Option<Chain> {
         match self.look(Ordering::Acquire)? {
             Some(flags) => self.take(flags),
@@ -170,13 +185,14 @@ impl PackedDevice {
         self.fault.take().map_or(Ok(otherwise), Err)
     }
 
-    /// Takes the next chain, whose first descriptor has these flags. None: the driver broke a rule.
-    #[inline(always)]
+    /// Takes the next chain, whose first descriptor has these flags. None: the driver broke a rule. (Out of line, so that
+    /// the walk has the registers for itself.)
+    #[inline(never)]
     fn take(&mut self, flags: u16) -> Option<Chain> {
         let Source { ring, view, .. } = &self.source;
         let mut parts = self.chains.take(view);
         let head = self.next_avail.at;
-        let taken = view.gather_packed(ring, (head, flags), self.rules, &mut parts.buffers);
+        let taken = view.gather_packed(ring, (head, flags), &self.rules, &mut parts.buffers);
         match taken {
             Some(taken) if taken.count <= self.left => self.keep(taken, parts),
             _ => self.take_carefully(flags, parts),
@@ -192,7 +208,9 @@ impl PackedDevice {
         }
         parts.head = id;
         self.left -= count;
-        self.next_avail.advance(count, self.layout.size);
+        if self.next_avail.advance(count, self.layout.size) {
+            self.available ^= STATE;
+        }
         Some(Chain(parts))
     }
 
@@ -251,7 +269,7 @@ impl PackedDevice {
         self.source.ring = self.source.ring.emptied();
     }
 
-    #[inline(never)]
+    #[inline(always)]
     pub(crate) fn complete(&mut self, chain: Chain, written: u32) {
         let mut parts = chain.0;
         let id = parts.head;
@@ -268,21 +286,23 @@ impl PackedDevice {
             self.completed_tracked(id);
         }
         let ring = &self.cells.ring;
-        let flags = if self.next_used.wrap { STATE } else { 0 };
-        let flags = if written > 0 { flags | Descriptor::WRITE } else { flags };
+        let flags = if written > 0 { self.used | Descriptor::WRITE } else { self.used };
         let at = self.next_used.at;
-        let _ = ring.set_used(at, id, written);
+        // The flags of the first one of a batch come last.
         if self.batch == 0 {
             self.first = (at, flags);
+            let _ = ring.put_used(at, id, written, None);
         } else {
-            let _ = ring.set_flags(at, flags, Ordering::Relaxed);
+            let _ = ring.put_used(at, id, written, Some(flags));
         }
         self.batch += count;
         self.left += count;
-        self.next_used.advance(count, self.layout.size);
+        if self.next_used.advance(count, self.layout.size) {
+            self.used ^= STATE;
+        }
     }
 
-    #[inline(never)]
+    #[inline(always)]
     pub(crate) fn publish(&mut self) -> Result<bool, RingError> {
         let wanted = self.show();
         self.tell(wanted)

@@ -21,15 +21,17 @@ impl Place {
         self.at | (self.wrap as u16) << 15
     }
 
-    /// `count` descriptors further, at most one ring.
+    /// `count` descriptors further, at most one ring. True: round its end.
     #[inline(always)]
-    pub(crate) const fn advance(&mut self, count: u16, size: u16) {
+    pub(crate) const fn advance(&mut self, count: u16, size: u16) -> bool {
         let at = self.at + count;
         if at >= size {
             self.at = at - size;
             self.wrap = !self.wrap;
+            true
         } else {
             self.at = at;
+            false
         }
     }
 

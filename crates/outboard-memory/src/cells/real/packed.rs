@@ -5,6 +5,7 @@
 //! names; the rest is volatile words.
 #![expect(unsafe_code, reason = "atomic and volatile access to ring memory")]
 
+use std::marker::PhantomData;
 use std::ptr;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
@@ -86,17 +87,33 @@ impl PackedRing {
         Some(())
     }
 
+    /// Descriptor `at`, not read yet; `None` past the end.
+    #[inline(always)]
+    pub(crate) fn entry(&self, at: u16) -> Option<PackedEntry<'_>> {
+        let host = self.place(at)?;
+        Some(PackedEntry { host, behind: self.count - at, ring: PhantomData })
+    }
+
+    /// Writes all of descriptor `at` but its address, which is what a device says, the flags last. With `None` they are left
+    /// as they are. `None` past the end.
+    #[inline(always)]
+    pub fn put_used(&self, at: u16, id: u16, len: u32, flags: Option<u16>) -> Option<()> {
+        let place = self.place(at)?;
+        // SAFETY: inside the ring, mapped and aligned to 16.
+        unsafe { put_used(place, id, len) };
+        if let Some(flags) = flags {
+            // SAFETY: as in `flags`.
+            unsafe { AtomicU16::from_ptr(place.wrapping_add(FLAGS).cast()) }
+                .store(flags, Ordering::Relaxed);
+        }
+        Some(())
+    }
+
     /// What descriptor `at` says beside its flags, each byte read once; `None` past the end.
     #[inline(always)]
     pub fn body(&self, at: u16) -> Option<PackedBody> {
-        let place = self.place(at)?;
-        // SAFETY: inside the ring, mapped and aligned to 16.
-        let addr = unsafe { ptr::read_volatile(place.cast::<u64>()) };
-        // SAFETY: likewise, aligned to 4.
-        let len = unsafe { ptr::read_volatile(place.wrapping_add(LEN).cast::<u32>()) };
-        // SAFETY: likewise, aligned to 2.
-        let id = unsafe { ptr::read_volatile(place.wrapping_add(ID).cast::<u16>()) };
-        Some(PackedBody { addr, len, id })
+        let entry = self.entry(at)?;
+        Some(PackedBody { addr: entry.addr(), len: entry.len(), id: entry.id() })
     }
 
     /// Writes all of descriptor `at` but its flags; `None` past the end.
@@ -108,14 +125,69 @@ impl PackedRing {
         self.set_used(at, body.id, body.len)
     }
 
-    /// Writes the id and the length of descriptor `at`, which is what a device says; `None` past the end.
+    /// Writes the id and the length of descriptor `at`; `None` past the end.
     #[inline(always)]
     pub fn set_used(&self, at: u16, id: u16, len: u32) -> Option<()> {
-        let place = self.place(at)?;
+        self.put_used(at, id, len, None)
+    }
+}
+
+/// Writes the id and the length of the descriptor at `place`.
+///
+/// # Safety
+/// A descriptor of a ring.
+#[inline(always)]
+unsafe fn put_used(place: *mut u8, id: u16, len: u32) {
+    // SAFETY: inside the ring, mapped and aligned to 4.
+    unsafe { ptr::write_volatile(place.wrapping_add(LEN).cast::<u32>(), len) };
+    // SAFETY: likewise, aligned to 2.
+    unsafe { ptr::write_volatile(place.wrapping_add(ID).cast::<u16>(), id) };
+}
+
+/// One descriptor, by value: a pointer and a bound, which stay in registers. Each call reads guest memory: call each once, so
+/// that what was checked is what is used. Invariant: `behind` descriptors of the ring begin here, at least one.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedEntry<'a> {
+    host: *mut u8,
+    behind: u16,
+    ring: PhantomData<&'a PackedRing>,
+}
+
+impl PackedEntry<'_> {
+    /// The one behind it; `None` at the end of the ring.
+    #[inline(always)]
+    pub(crate) fn after(self) -> Option<Self> {
+        match self.behind - 1 {
+            0 => None,
+            behind => Some(Self { host: self.host.wrapping_add(16), behind, ring: PhantomData }),
+        }
+    }
+
+    /// Guest address of the buffer.
+    #[inline(always)]
+    pub(crate) fn addr(self) -> u64 {
+        // SAFETY: inside the ring, mapped and aligned to 16.
+        unsafe { ptr::read_volatile(self.host.cast::<u64>()) }
+    }
+
+    /// Bytes.
+    #[inline(always)]
+    pub(crate) fn len(self) -> u32 {
         // SAFETY: inside the ring, mapped and aligned to 4.
-        unsafe { ptr::write_volatile(place.wrapping_add(LEN).cast::<u32>(), len) };
-        // SAFETY: likewise, aligned to 2.
-        unsafe { ptr::write_volatile(place.wrapping_add(ID).cast::<u16>(), id) };
-        Some(())
+        unsafe { ptr::read_volatile(self.host.wrapping_add(LEN).cast::<u32>()) }
+    }
+
+    /// Buffer id.
+    #[inline(always)]
+    pub(crate) fn id(self) -> u16 {
+        // SAFETY: inside the ring, mapped and aligned to 2.
+        unsafe { ptr::read_volatile(self.host.wrapping_add(ID).cast::<u16>()) }
+    }
+
+    /// Its flags.
+    #[inline(always)]
+    pub(crate) fn flags(self, order: Ordering) -> u16 {
+        // SAFETY: inside the ring, mapped and aligned to 2; an atomic, which both sides may write.
+        unsafe { AtomicU16::from_ptr(self.host.wrapping_add(FLAGS).cast()) }.load(order)
     }
 }

@@ -79,6 +79,17 @@ impl PackedRing {
         Some(())
     }
 
+    /// Descriptor `at`, all of it but its flags read; `None` past the end.
+    pub(crate) fn entry(&self, at: u16) -> Option<PackedEntry<'_>> {
+        Some(PackedEntry { ring: self, at, body: self.body(at)? })
+    }
+
+    /// Writes all of descriptor `at` but its address, the flags last; `None` past the end.
+    pub fn put_used(&self, at: u16, id: u16, len: u32, flags: Option<u16>) -> Option<()> {
+        self.set_used(at, id, len)?;
+        flags.map_or(Some(()), |flags| self.set_flags(at, flags, Ordering::Relaxed))
+    }
+
     /// What descriptor `at` says beside its flags; `None` past the end.
     pub fn body(&self, at: u16) -> Option<PackedBody> {
         let words = self.0.get(usize::from(at))?;
@@ -102,5 +113,40 @@ impl PackedRing {
         step();
         words.rest.store(u64::from(len) | u64::from(id) << 32, Ordering::Relaxed);
         Some(())
+    }
+}
+
+/// One descriptor.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedEntry<'a> {
+    ring: &'a PackedRing,
+    at: u16,
+    body: PackedBody,
+}
+
+impl PackedEntry<'_> {
+    /// The one behind it; `None` at the end of the ring.
+    pub(crate) fn after(self) -> Option<Self> {
+        self.ring.entry(self.at + 1)
+    }
+
+    /// Guest address of the buffer.
+    pub(crate) fn addr(self) -> u64 {
+        self.body.addr
+    }
+
+    /// Bytes.
+    pub(crate) fn len(self) -> u32 {
+        self.body.len
+    }
+
+    /// Buffer id.
+    pub(crate) fn id(self) -> u16 {
+        self.body.id
+    }
+
+    /// Its flags.
+    pub(crate) fn flags(self, order: Ordering) -> u16 {
+        self.ring.flags(self.at, order).unwrap_or_default()
     }
 }
