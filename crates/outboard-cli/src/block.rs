@@ -5,6 +5,7 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::ValueEnum;
 use outboard_devices::block::{
@@ -12,7 +13,7 @@ use outboard_devices::block::{
 };
 
 use crate::Failure;
-use crate::device::{self, DeviceArgs, Kind, Made};
+use crate::device::{self, DeviceArgs, Kind, Made, Origin, Prepared, Resize};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -125,6 +126,24 @@ enum Engine {
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     device::run(&args.device, || args.make())
+}
+
+/// One of many devices.
+pub(crate) fn prepare(args: &Args, origin: Origin<'_>) -> Result<Prepared, Failure> {
+    let mut resizer = None;
+    let make = || {
+        let made = args.make()?;
+        resizer = Some(made.model.resizer());
+        Ok(made)
+    };
+    let mut prepared = device::prepare(&args.device, origin, make)?;
+    prepared.resize = resizer.map(|resizer| -> Resize {
+        Arc::new(move || match resizer.resize() {
+            Ok(size) => Ok(format!("{size} bytes")),
+            Err(error) => Err(error.to_string()),
+        })
+    });
+    Ok(prepared)
 }
 
 impl Args {

@@ -9,7 +9,7 @@ use outboard_devices::console::{Console, ConsoleOptions, Host, PortOptions, Size
 use signal_hook::consts::SIGWINCH;
 
 use crate::Failure;
-use crate::device::{self, DeviceArgs, Kind, Made};
+use crate::device::{self, DeviceArgs, Kind, Made, Origin, Prepared};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -72,6 +72,11 @@ impl Kind for Terminal {
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     device::run(&args.device, || args.console.make())
+}
+
+/// One of many devices.
+pub(crate) fn prepare(args: &Args, origin: Origin<'_>) -> Result<Prepared, Failure> {
+    device::prepare(&args.device, origin, || args.console.make())
 }
 
 impl ConsoleArgs {

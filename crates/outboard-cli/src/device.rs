@@ -8,7 +8,7 @@
 
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -16,7 +16,9 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use outboard::protocol::{ProtocolFeatures, virtio};
-use outboard::{HandlerOptions, LoopKind, Model, Server, WorkerDevice, WorkerOptions};
+use outboard::{
+    Error, HandlerOptions, Inspect, LoopKind, Model, Server, WorkerDevice, WorkerOptions,
+};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tracing::info;
 
@@ -136,14 +138,61 @@ pub(crate) fn run<K: Kind, M: Model>(
         println!("{}", K::CAPABILITIES);
         return Ok(());
     }
+    let device = prepare(args, Origin::Alone, make)?;
+    let stop = device.server.stop_handle();
+    stop_on_signals(|| stop.descriptor()).map_err(Failure::failed)?;
+    info!("serving {}", device.described);
+    service::ready(&device.server);
+    device.serve().map_err(Failure::failed)
+}
+
+/// Where a device stands among others.
+pub(crate) enum Origin<'a> {
+    /// The program is this device.
+    Alone,
+    /// It is one of many, of this name; with a way to the process that has it now, if one has.
+    Among(&'a str, Option<OwnedFd>),
+}
+
+/// A device that was built and has its socket.
+pub(crate) struct Prepared {
+    pub(crate) server: Server,
+    pub(crate) described: String,
+    pub(crate) inspect: Inspect,
+    /// Has the guest see what the device has grown by; says so in words.
+    pub(crate) resize: Option<Resize>,
+    serve: Box<dyn FnOnce(Server) -> Result<(), Error> + Send>,
+}
+
+/// See [`Prepared::resize`].
+pub(crate) type Resize = Arc<dyn Fn() -> Result<String, String> + Send + Sync>;
+
+impl Prepared {
+    /// Serves until it is told to stop.
+    pub(crate) fn serve(self) -> Result<(), Error> {
+        (self.serve)(self.server)
+    }
+}
+
+/// Builds a device: first what it stands on, its socket last.
+pub(crate) fn prepare<K: Kind, M: Model>(
+    args: &DeviceArgs<K>,
+    origin: Origin<'_>,
+    make: impl FnOnce() -> Result<Made<M>, Failure>,
+) -> Result<Prepared, Failure> {
+    let inspect = Inspect::new();
     let Made { model, described } = make()?;
-    let device =
-        WorkerDevice::with_options(model, args.threads.options()).map_err(Failure::usage)?;
-    let server = args.socket.server()?.with_options(args.handler_options());
-    stop_on_signals(&server).map_err(Failure::failed)?;
-    info!("serving {}", described());
-    service::ready(&server);
-    server.serve(device).map_err(Failure::failed)
+    let options = WorkerOptions { inspect: inspect.clone(), ..args.threads.options() };
+    let device = WorkerDevice::with_options(model, options).map_err(Failure::usage)?;
+    let server = match origin {
+        Origin::Alone => args.socket.server(service::NAME)?,
+        Origin::Among(name, None) => args.socket.server(&service::name_among(name))?,
+        Origin::Among(_, Some(gate)) => Server::take_over_from(gate).map_err(Failure::failed)?,
+    };
+    let options = HandlerOptions { inspect: inspect.clone(), ..args.handler_options() };
+    let (server, described) = (server.with_options(options), described());
+    let serve = Box::new(move |server: Server| server.serve(device));
+    Ok(Prepared { server, described, inspect, resize: None, serve })
 }
 
 impl<K: Kind> DeviceArgs<K> {
@@ -186,9 +235,10 @@ impl From<Loop> for LoopKind {
 }
 
 impl<K: Kind> SocketArgs<K> {
-    fn server(&self) -> Result<Server, Failure> {
+    /// The server; a socket that the service manager has kept is kept under `name`.
+    fn server(&self, name: &str) -> Result<Server, Failure> {
         let server = if let Some(path) = &self.socket_path {
-            match service::kept_socket() {
+            match service::kept_socket(name) {
                 Some(fd) => Server::inherited(fd).and_then(|server| server.with_socket_file(path)),
                 None => Server::listen(path),
             }
@@ -229,13 +279,13 @@ fn parse_feature<K: Kind>(name: &str) -> Result<Feature, String> {
         })
 }
 
-/// The first SIGTERM or SIGINT has the server finish, the second one ends the process.
-fn stop_on_signals(server: &Server) -> io::Result<()> {
+/// The first SIGTERM or SIGINT writes to a descriptor, the second one ends the process.
+pub(crate) fn stop_on_signals(descriptor: impl Fn() -> io::Result<OwnedFd>) -> io::Result<()> {
     let asked = Arc::new(AtomicBool::new(false));
     for signal in [SIGTERM, SIGINT] {
         signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&asked))?;
         signal_hook::flag::register(signal, Arc::clone(&asked))?;
-        signal_hook::low_level::pipe::register(signal, server.stop_handle().descriptor()?)?;
+        signal_hook::low_level::pipe::register(signal, descriptor()?)?;
     }
     Ok(())
 }

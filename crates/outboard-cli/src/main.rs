@@ -8,6 +8,7 @@ mod bench;
 mod block;
 mod check;
 mod console;
+mod ctl;
 mod demo;
 mod device;
 mod log;
@@ -16,6 +17,7 @@ mod net;
 mod probe;
 mod report;
 mod rng;
+mod serve;
 mod service;
 mod soak;
 
@@ -24,12 +26,15 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 
+use device::{Origin, Prepared};
+
 const EXAMPLES: &str = "\
 Examples:
   outboard block --socket-path /run/disk.sock F   serve the file F as a disk for a VMM
   outboard console --socket-path /run/con.sock    give it a console on a terminal of the host
   outboard net --socket-path /run/net.sock --stream PASST   give it a network card, through passt
   outboard rng --socket-path /run/rng.sock        give it entropy
+  outboard serve vm7.toml                many devices in one process, as a file lists them
   outboard demo                          see it work: a disk, driven, verified and measured
   outboard probe /run/disk.sock          what does this back-end offer?
   outboard bench /run/disk.sock          how fast is it? (random 4 KiB reads, harmless)
@@ -55,12 +60,27 @@ enum Command {
     Console(Box<console::Args>),
     Net(Box<net::Args>),
     Rng(Box<rng::Args>),
+    Serve(serve::Args),
+    Ctl(ctl::Args),
     Demo(demo::Args),
     Probe(probe::Args),
     Bench(bench::Args),
     Check(check::Args),
     Soak(soak::Args),
     Manual(manual::Args),
+}
+
+impl Command {
+    /// The device that the command is for; None: it is for none.
+    fn device(&self, origin: Origin<'_>) -> Option<Result<Prepared, Failure>> {
+        Some(match self {
+            Self::Block(args) => block::prepare(args, origin),
+            Self::Console(args) => console::prepare(args, origin),
+            Self::Net(args) => net::prepare(args, origin),
+            Self::Rng(args) => rng::prepare(args, origin),
+            _ => return None,
+        })
+    }
 }
 
 /// Why a command ended without success: the exit code and the one line that says it.
@@ -104,6 +124,8 @@ fn main() -> ExitCode {
         Command::Console(args) => console::run(&args),
         Command::Net(args) => net::run(&args),
         Command::Rng(args) => rng::run(&args),
+        Command::Serve(args) => serve::run(&args),
+        Command::Ctl(args) => ctl::run(&args),
         Command::Demo(args) => demo::run(args),
         Command::Probe(args) => probe::run(args),
         Command::Bench(args) => bench::run(args),

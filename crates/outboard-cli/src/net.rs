@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use outboard_devices::net::{Net, NetOptions, Stream, feature};
 
 use crate::Failure;
-use crate::device::{self, DeviceArgs, Kind, Made};
+use crate::device::{self, DeviceArgs, Kind, Made, Origin, Prepared};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -80,6 +80,11 @@ impl Kind for Card {
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     device::run(&args.device, || args.net.make())
+}
+
+/// One of many devices.
+pub(crate) fn prepare(args: &Args, origin: Origin<'_>) -> Result<Prepared, Failure> {
+    device::prepare(&args.device, origin, || args.net.make())
 }
 
 impl NetArgs {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use outboard_devices::rng::{Limit, Rng, RngOptions};
 
 use crate::Failure;
-use crate::device::{self, DeviceArgs, Kind, Made};
+use crate::device::{self, DeviceArgs, Kind, Made, Origin, Prepared};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -66,6 +66,11 @@ impl Kind for Entropy {
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     device::run(&args.device, || args.entropy.make())
+}
+
+/// One of many devices.
+pub(crate) fn prepare(args: &Args, origin: Origin<'_>) -> Result<Prepared, Failure> {
+    device::prepare(&args.device, origin, || args.entropy.make())
 }
 
 impl EntropyArgs {

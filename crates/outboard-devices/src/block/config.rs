@@ -113,7 +113,8 @@ struct Layout {
 
 const _: () = assert!(size_of::<Layout>() == CONFIG_SIZE as usize);
 
-/// The configuration space of one disk, apart from `writeback`, which changes while it runs.
+/// The configuration space of one disk, apart from `writeback` and the capacity, which change while
+/// it runs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Config {
     layout: Layout,
@@ -169,6 +170,12 @@ impl Config {
             layout.write_zeroes_may_unmap = 1;
         }
         Self { layout, features }
+    }
+
+    /// The same for a disk of that many sectors.
+    pub(crate) fn with_capacity(mut self, sectors: u64) -> Self {
+        self.layout.capacity = U64::new(sectors);
+        self
     }
 
     /// Copies bytes out; what lies behind the end reads as zero.

@@ -1,8 +1,8 @@
 //! Disk images: regular files and block devices, opened, measured and locked (contract §6).
 //!
 //! Invariants: an image is judged by its open descriptor, never by its name, so that a file put in
-//! its place meanwhile changes nothing; its size is read once, and nothing here ever makes a file
-//! grow; the lock belongs to the open file, so every duplicate and every thread shares it.
+//! its place meanwhile changes nothing; its size is read when it is opened and when somebody says
+//! that it has grown, and nothing here ever makes a file grow; the lock belongs to the open file, so every duplicate and every thread shares it.
 
 mod made;
 
@@ -10,6 +10,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use outboard::memory::MapError;
@@ -97,6 +98,14 @@ pub enum ImageError {
         /// Why.
         source: io::Error,
     },
+    /// It cannot be measured anew, or is no larger than it was.
+    #[error("image {path} keeps its size: {why}", path = path.display())]
+    Resize {
+        /// Its name.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
     /// Another running device holds it.
     #[error("image {path} is in use by another running device", path = path.display())]
     Locked {
@@ -150,7 +159,10 @@ pub struct Image {
     path: PathBuf,
     file: Arc<File>,
     direct: Option<Direct>,
+    /// As it was opened.
     geometry: Geometry,
+    /// Bytes; grows with the file when that is told.
+    size: AtomicU64,
     read_only: bool,
     in_memory: bool,
     /// `null:`, `ram:` or a file.
@@ -207,6 +219,7 @@ impl Image {
             file: Arc::new(file),
             direct,
             geometry: Geometry { size, block_size, physical_block_size },
+            size: AtomicU64::new(size),
             read_only: options.read_only,
             granularity: if block_device { u64::from(logical) } else { 1 },
             path,
@@ -256,13 +269,35 @@ impl Image {
     /// Its sizes.
     #[must_use]
     pub fn geometry(&self) -> Geometry {
-        self.geometry
+        Geometry { size: self.size.load(Ordering::Relaxed), ..self.geometry }
     }
 
     /// Number of sectors of 512 bytes.
     #[must_use]
     pub fn sectors(&self) -> u64 {
-        self.geometry.size / SECTOR
+        self.size.load(Ordering::Relaxed) / SECTOR
+    }
+
+    /// Measures the image anew: it may have grown. Returns its size in bytes.
+    ///
+    /// # Errors
+    /// It has not grown, not to a whole number of blocks, or is no file; it keeps its size.
+    pub(crate) fn grow(&self) -> Result<u64, ImageError> {
+        let failed = |why: String| ImageError::Resize { path: self.path.clone(), why };
+        if self.keeps != Keeps::File {
+            return Err(failed("it is no file".to_owned()));
+        }
+        // Never the position of the shared file: nobody uses it.
+        let size = rustix::fs::seek(&self.file, SeekFrom::End(0));
+        let size = size.map_err(|error| failed(error.to_string()))?;
+        let (before, block) = (self.size.load(Ordering::Relaxed), self.geometry.block_size);
+        if size <= before || !size.is_multiple_of(u64::from(block)) {
+            return Err(failed(format!(
+                "the file has {size} bytes, more than {before} in blocks of {block} are wanted"
+            )));
+        }
+        self.size.store(size, Ordering::Relaxed);
+        Ok(size)
     }
 
     /// Whether nothing may be written.
@@ -327,6 +362,7 @@ impl Image {
             file: Arc::new(file),
             direct: None,
             geometry,
+            size: AtomicU64::new(geometry.size),
             read_only,
             in_memory: true,
             keeps: Keeps::File,

@@ -28,6 +28,8 @@ use super::engine::{Engine, Op, SyncEngine};
 #[derive(Debug)]
 pub(crate) struct Mapped {
     window: Window,
+    /// Bytes of the window. What an image has grown by lies behind it and goes by system calls.
+    size: u64,
     /// Which pages hold data. None: all of them may be touched.
     present: Option<Pages>,
     /// Whether the log has it that the file was cut short.
@@ -87,19 +89,20 @@ impl Mapped {
     ) -> Result<Self, MapError> {
         let window = Window::map(file, 0, size, writable)?;
         let present = holes.then(|| Pages::new(size));
-        Ok(Self { window, present, told: AtomicBool::new(false) })
+        Ok(Self { window, size, present, told: AtomicBool::new(false) })
     }
 
     /// Whether these bytes may be touched.
     fn may_touch(&self, at: u64, length: u64) -> bool {
-        !self.window.is_poisoned()
+        at.saturating_add(length) <= self.size
+            && !self.window.is_poisoned()
             && self.present.as_ref().is_none_or(|present| present.has(at, length))
     }
 
     /// Looks which pages are there, from `at` on. What another thread frees meanwhile is taken for
     /// there until it is freed again: that costs a page, no data.
     fn learn(&self, at: u64) {
-        let Some(present) = &self.present else { return };
+        let Some(present) = self.present.as_ref().filter(|_| at < self.size) else { return };
         let page = page_size();
         let start = at & !(page - 1);
         if let Some(bits) = self.window.resident(at) {

@@ -33,7 +33,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use outboard::{
-    ConfigWrite, Error, Inspect, MakeWorker, Model, QueueSpec, Saved, Snapshot, WorkerContext,
+    BackendChannel, ConfigWrite, Error, Hooks, Inspect, MakeWorker, Model, QueueSpec, Saved,
+    Snapshot, WorkerContext,
 };
 
 use config::Config;
@@ -97,6 +98,23 @@ struct Disk {
     /// The configuration field of that name; rules when CONFIG_WCE was acknowledged.
     writeback: AtomicBool,
     flush_failed: AtomicBool,
+    channel: BackendChannel,
+}
+
+/// Has the guest see what its image has grown by, from any thread.
+#[derive(Clone, Debug)]
+pub struct Resizer(Arc<Disk>);
+
+impl Resizer {
+    /// Measures the image anew and tells the driver. Returns the size in bytes.
+    ///
+    /// # Errors
+    /// The image has not grown, not to a whole number of blocks, or is no file.
+    pub fn resize(&self) -> Result<u64, ImageError> {
+        let size = self.0.image.grow()?;
+        self.0.channel.config_changed();
+        Ok(size)
+    }
 }
 
 impl Disk {
@@ -173,6 +191,7 @@ impl Block {
             cache: options.cache,
             writeback: AtomicBool::new(options.cache == CacheMode::Writeback),
             flush_failed: AtomicBool::new(false),
+            channel: BackendChannel::new(),
         });
         Ok(Self { disk, config, options, make_engine, restored: None })
     }
@@ -181,6 +200,17 @@ impl Block {
     #[must_use]
     pub fn image(&self) -> &Image {
         self.disk.image()
+    }
+
+    /// Has the guest see what the image has grown by.
+    #[must_use]
+    pub fn resizer(&self) -> Resizer {
+        Resizer(Arc::clone(&self.disk))
+    }
+
+    /// The configuration space of the moment.
+    fn config(&self) -> Config {
+        self.config.with_capacity(self.image().sectors())
     }
 
     fn set_writeback(&self, writeback: bool) {
@@ -267,7 +297,7 @@ impl Model for Block {
     }
 
     fn read_config(&self, offset: u32, bytes: &mut [u8]) -> Result<(), Error> {
-        self.config.read(self.writeback(), offset, bytes);
+        self.config().read(self.writeback(), offset, bytes);
         Ok(())
     }
 
@@ -277,7 +307,7 @@ impl Model for Block {
         bytes: &[u8],
         _origin: ConfigWrite,
     ) -> Result<(), Error> {
-        match self.config.write(self.writeback(), offset, bytes) {
+        match self.config().write(self.writeback(), offset, bytes) {
             Ok(writeback) => {
                 self.set_writeback(writeback);
                 Ok(())
@@ -314,6 +344,10 @@ impl Model for Block {
         "block".to_owned()
     }
 
+    fn hooks(&mut self) -> Option<&mut dyn Hooks> {
+        Some(self)
+    }
+
     fn snapshot(&mut self) -> Result<Snapshot, Error> {
         if self.image().is_volatile() {
             return Err(Error::refused("what a disk of memory holds stays with its process"));
@@ -327,6 +361,12 @@ impl Model for Block {
         self.disk.flush_failed.store(state.flush_failed, Ordering::Release);
         self.restored = saved.features().map(|features| features & self.features());
         Ok(())
+    }
+}
+
+impl Hooks for Block {
+    fn back_end_channel(&self) -> Option<BackendChannel> {
+        Some(self.disk.channel.clone())
     }
 }
 

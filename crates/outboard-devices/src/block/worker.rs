@@ -75,6 +75,7 @@ impl BlockWorker {
         let writable = request.writable().len();
         let mut readable = request.readable();
         let header = readable.read_obj::<Header>().map_err(|_| Status::IoError)?;
+        self.rules.capacity = self.disk.image().sectors();
         let job = match self.rules.check(&header, readable.len(), writable, features)? {
             Command::Read { .. } if writable == 0 => return Ok(Plan::Finish(Status::Ok)),
             Command::Read { offset } => Job::Read { at: offset },

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -56,6 +57,7 @@ impl Image {
             file: Arc::new(file),
             direct: None,
             geometry: Geometry { size, block_size, physical_block_size: BLOCK_SIZES[1] },
+            size: AtomicU64::new(size),
             read_only: options.read_only,
             granularity: 1,
             path,

@@ -1,0 +1,207 @@
+//! `outboard serve`: many devices in one process, from a file; orders over one control socket.
+//!
+//! ```text
+//!  FILE.toml ─▶ plan: command lines ─▶ devices, all of them ready ─▶ fleet: a thread each
+//!                                                                     ▲ add, remove, stats …
+//!                                                control socket ─▶ desk
+//! ```
+//! Invariant: what is wrong with any device is found before one of them is served; then nothing was
+//! made, and the exit code is 2.
+
+mod bell;
+mod desk;
+mod fleet;
+pub(crate) mod order;
+mod plan;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tracing::{info, warn};
+
+use crate::ctl::Line;
+use crate::device::{Origin, Prepared, stop_on_signals};
+use crate::{Failure, service};
+use bell::{Ear, bell};
+use desk::Desk;
+use fleet::Fleet;
+use order::{Order, Reply};
+use plan::{Entry, Plan};
+
+const EXAMPLES: &str = "\
+A file:
+  control = \"/run/outboard.ctl\"
+
+  [[device]]
+  type = \"block\"                      # any device of outboard --help
+  name = \"root\"                       # for orders; by itself the type, with a number
+  socket-path = \"/run/root.sock\"      # the options of outboard block --help, without dashes
+  image = \"/srv/root.img\"
+  num-queues = 2
+  without = [\"discard\", \"mq\"]         # an option that may be repeated
+
+  [[device]]
+  type = \"rng\"
+  socket-path = \"/run/rng.sock\"
+
+Examples:
+  outboard serve vm7.toml --check              is the file in order?
+  outboard serve vm7.toml
+  outboard ctl /run/outboard.ctl list
+  outboard ctl /run/outboard.ctl add more.toml
+  outboard-new serve vm7.toml --take-over /run/outboard.ctl     a live upgrade of all of them
+
+Each device has a thread for its front-end and its own workers: none waits for another. Under systemd
+(Type=notify, FileDescriptorStoreMax=64, Restart=always) the listening sockets outlive a restart.
+SIGTERM and SIGINT finish what the guests have asked for; a second one ends at once.";
+
+/// Serve many devices in one process, as a TOML file lists them.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// The file: TOML, a [[device]] for each device.
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Only look whether the file is in order: nothing is opened or served.
+    #[arg(long)]
+    check: bool,
+    /// Take the place of the program that takes orders on this socket, device by device; their guests
+    /// see nothing but a pause. What cannot be taken over goes on there.
+    #[arg(long, value_name = "CONTROL", conflicts_with = "check")]
+    take_over: Option<PathBuf>,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    let plan = read(&args.file)?;
+    if args.check {
+        let count = plan.devices.len();
+        println!("{}: {count} devices, in order", args.file.display());
+        return Ok(());
+    }
+    if plan.devices.is_empty() && plan.control.is_none() {
+        let file = args.file.display();
+        return Err(Failure::Usage(format!("{file}: neither a [[device]] nor a control socket")));
+    }
+    let old = args.take_over.as_deref().map(|path| Predecessor::of(path, &plan)).transpose()?;
+    let mut ready = Vec::new();
+    for entry in plan.devices {
+        let gate = old.as_ref().map_or(Ok(None), |old| old.gate(&entry.name))?;
+        let prepared = entry.prepare(Origin::Among(&entry.name, gate));
+        let place = |why| format!("{}:{}: {why}", args.file.display(), entry.line);
+        ready.push((prepared.map_err(|why| Failure::Usage(place(why)))?, entry));
+    }
+    // The old program's, when it has ended; otherwise before anything is served.
+    let desk = match (&plan.control, &old) {
+        (Some(path), None) => Some(Desk::listen(path).map_err(Failure::Usage)?),
+        _ => None,
+    };
+    let (bell, ear) = bell().map_err(Failure::failed)?;
+    stop_on_signals(|| bell.descriptor()).map_err(Failure::failed)?;
+    let fleet = Fleet::new(bell);
+    for (prepared, entry) in ready {
+        fleet.add(&entry.name, &entry.kind, prepared).map_err(Failure::Failed)?;
+    }
+    service::up();
+    let watched = attend(&fleet, &ear, desk, old, plan.control.as_deref());
+    fleet.stop();
+    watched?;
+    match fleet.has_failed() {
+        true => Err(Failure::Failed("a device failed: the log has its reason".to_owned())),
+        false => Ok(()),
+    }
+}
+
+fn read(file: &Path) -> Result<Plan, Failure> {
+    let failed = |why: String| Failure::Usage(format!("{}: {why}", file.display()));
+    let text = std::fs::read_to_string(file).map_err(|error| failed(error.to_string()))?;
+    Plan::parse(&text).map_err(|why| Failure::Usage(format!("{}:{why}", file.display())))
+}
+
+/// Takes orders, where there is a control socket, until the bell rings.
+fn attend(
+    fleet: &Arc<Fleet>,
+    ear: &Ear,
+    mut desk: Option<Desk>,
+    old: Option<Predecessor>,
+    control: Option<&Path>,
+) -> Result<(), Failure> {
+    if let Some(old) = old {
+        if !old.has_ended(ear).map_err(Failure::failed)? {
+            return Ok(());
+        }
+        info!("the old program has ended");
+        if let Some(path) = control {
+            match Desk::listen(path) {
+                Ok(listening) => desk = Some(listening),
+                // The guests come first.
+                Err(why) => warn!("no orders are taken: {why}"),
+            }
+        }
+    }
+    match desk {
+        Some(desk) => desk.serve(fleet, ear),
+        None => desk::wait_for(ear, None).map(drop),
+    }
+    .map_err(Failure::failed)
+}
+
+impl Entry {
+    /// Builds the device.
+    ///
+    /// # Errors
+    /// Why it cannot be built, in words.
+    fn prepare(&self, origin: Origin<'_>) -> Result<Prepared, String> {
+        let prepared = self.command.device(origin);
+        let prepared = prepared.ok_or_else(|| format!("{} is no device", self.kind))?;
+        prepared.map_err(|failure| match failure {
+            Failure::Usage(why) | Failure::Failed(why) => why,
+        })
+    }
+}
+
+/// The program whose place is taken.
+struct Predecessor {
+    control: PathBuf,
+    names: Vec<String>,
+    /// Closed when it ends.
+    watch: Line,
+}
+
+impl Predecessor {
+    /// Asks what it runs: all of that is to be in the plan.
+    fn of(control: &Path, plan: &Plan) -> Result<Self, Failure> {
+        let listed = Line::open(control)?.ask(&Order::List)?.0;
+        let Reply::Devices(listed) = listed else {
+            return Err(Failure::Failed("the old program answers something else".to_owned()));
+        };
+        let names: Vec<_> = listed.into_iter().map(|device| device.name).collect();
+        let planned = |name: &String| plan.devices.iter().any(|entry| entry.name == *name);
+        if let Some(left) = names.iter().find(|name| !planned(name)) {
+            let socket = control.display();
+            return Err(Failure::Usage(format!(
+                "'{left}' runs there and is not in the file: remove it first (outboard ctl {socket} remove {left})"
+            )));
+        }
+        let mut watch = Line::open(control)?;
+        watch.ask(&Order::Watch)?;
+        Ok(Self { control: control.to_owned(), names, watch })
+    }
+
+    /// The way to a device that it runs.
+    fn gate(&self, name: &str) -> Result<Option<std::os::fd::OwnedFd>, Failure> {
+        if !self.names.iter().any(|own| own == name) {
+            return Ok(None);
+        }
+        let order = Order::TakeOver { device: name.to_owned() };
+        match Line::open(&self.control)?.ask(&order)? {
+            (_, Some(gate)) => Ok(Some(gate)),
+            (_, None) => Err(Failure::Failed(format!("{name}: no way to take it over"))),
+        }
+    }
+
+    /// Waits until it has ended; false: the bell came first.
+    fn has_ended(&self, ear: &Ear) -> std::io::Result<bool> {
+        self.watch.is_closed(ear)
+    }
+}
