@@ -26,8 +26,13 @@ pub(crate) fn kept_socket(name: &str) -> Option<RawFd> {
 
 /// The device can be connected to: keep its socket, the service is up.
 pub(crate) fn ready(server: &Server) {
-    keep(server, NAME);
-    up();
+    told(match server.listener() {
+        Some(listener) => sd_notify::notify_with_fds(
+            &[NotifyState::FdStore, NotifyState::FdName(NAME), NotifyState::Ready],
+            &[listener.as_fd()],
+        ),
+        None => sd_notify::notify(&[NotifyState::Ready]),
+    });
 }
 
 /// The service manager is to keep the socket under `name`.
