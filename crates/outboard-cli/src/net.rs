@@ -114,7 +114,9 @@ fn parse_mac(text: &str) -> Result<[u8; 6], String> {
     let mut mac = [0; 6];
     let mut parts = text.split(':');
     for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2);
+        let digits =
+            |part: &&str| part.len() == 2 && part.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let part = parts.next().filter(digits);
         let parsed = part.and_then(|part| u8::from_str_radix(part, 16).ok());
         *byte = parsed.ok_or("an address looks like 52:54:00:12:34:56")?;
     }

@@ -59,7 +59,7 @@ SIGTERM and SIGINT finish what the guests have asked for; a second one ends at o
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The file: TOML, a [[device]] for each device.
+    /// The file: TOML, one device table for each device.
     #[arg(value_name = "FILE")]
     file: PathBuf,
     /// Only look whether the file is in order: nothing is opened or served.
