@@ -31,7 +31,7 @@ impl Device {
         let child = command.spawn().context(format!("cannot start {}", process::shown(command)))?;
         let mut device = Self { socket, child: Running(child), log };
         let end = Instant::now() + Duration::from_secs(30);
-        while !listens(&device.socket)? {
+        while !listens(&device.socket, device.pid())? {
             if let Some(status) = device.child.0.try_wait()? {
                 bail!("{name} ended with {status}\n{}", device.said());
             }
@@ -85,11 +85,11 @@ pub fn socket(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.sock"))
 }
 
-/// True when some process listens on the socket. Connecting would use up the device's one
-/// connection, so the system is asked.
-fn listens(socket: &Path) -> Result<bool> {
+/// True when some process listens on the socket, in the network that process `pid` is in. Connecting would
+/// use up the device's one connection, so the system is asked.
+fn listens(socket: &Path, pid: u32) -> Result<bool> {
     // Num RefCount Protocol Flags Type St Inode Path; 0x10000 is SO_ACCEPTCON.
-    let table = std::fs::read_to_string("/proc/net/unix")?;
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/unix")).unwrap_or_default();
     Ok(table.lines().any(|line| {
         let mut words = line.split_ascii_whitespace().skip(3);
         words.next() == Some("00010000")

@@ -13,7 +13,7 @@ pub mod net;
 #[cfg(feature = "rng")]
 pub mod rng;
 
-#[cfg(feature = "console")]
+#[cfg(any(feature = "console", feature = "net"))]
 mod bell;
 #[cfg(any(feature = "console", feature = "net"))]
 mod names;

@@ -237,6 +237,9 @@ pub struct Gate {
     pub offered: u64,
     /// Feature bits that must be acknowledged.
     pub acked: u64,
+    /// Protocol features are as good as long as no feature bits are acknowledged: QEMU's network cards enable
+    /// their rings before SET_FEATURES.
+    pub early: bool,
     /// The device has a display socket.
     pub gpu_socket: bool,
 }
@@ -248,12 +251,14 @@ impl Gate {
         without: ProtocolFeatures::empty(),
         offered: 0,
         acked: 0,
+        early: false,
         gpu_socket: false,
     };
     /// Needs feature bit 30 offered (it need not be acknowledged).
     const PROTOCOL_OFFERED: Self = Self { offered: virtio::PROTOCOL_FEATURES, ..Self::OPEN };
-    /// Needs feature bit 30 acknowledged.
-    const PROTOCOL_ACKED: Self = Self { acked: virtio::PROTOCOL_FEATURES, ..Self::OPEN };
+    /// Needs feature bit 30 acknowledged, or protocol features before any acknowledgement.
+    const PROTOCOL_ACKED: Self =
+        Self { acked: virtio::PROTOCOL_FEATURES, early: true, ..Self::OPEN };
     /// Needs an IOMMU.
     const IOMMU: Self = Self { acked: virtio::ACCESS_PLATFORM, ..Self::OPEN };
     /// Needs a device that logs.
@@ -279,7 +284,8 @@ impl Gate {
         now.protocol.contains(self.protocol)
             && !now.protocol.intersects(self.without)
             && now.offered & self.offered == self.offered
-            && now.acked & self.acked == self.acked
+            && (now.acked & self.acked == self.acked
+                || (self.early && now.acked == 0 && !now.protocol.is_empty()))
             && (now.gpu_socket || !self.gpu_socket)
     }
 }

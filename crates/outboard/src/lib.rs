@@ -71,7 +71,7 @@ pub use outboard_queue::{Readable, ShortBuffer, Writable};
 pub use queue::gather::{Gather, Gathered};
 pub use queue::{Changed, Queue, QueueSpec, WhenDisabled};
 pub use request::{Deferred, Held, Outcome, Request, Served};
-pub use server::{Gate, Server, StopHandle};
+pub use server::{Gate, Server, StopHandle, inherited_descriptor};
 pub use shared_memory::{
     Access, MappingError, MappingSource, SharedMemoryMapper, SharedMemoryRegion,
 };

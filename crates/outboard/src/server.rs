@@ -122,7 +122,7 @@ impl Server {
     /// It is closed, or no Unix stream socket.
     pub fn inherited(fd: RawFd) -> Result<Self, HostError> {
         let failed = |why: String| HostError::Inherited { fd, why };
-        let own = duplicate_own(fd).map_err(|error| failed(error.to_string()))?;
+        let own = inherited_descriptor(fd).map_err(|error| failed(error.to_string()))?;
         Self::from_socket(own).map_err(failed)
     }
 
@@ -264,7 +264,10 @@ impl Server {
 
 /// An owned duplicate of a descriptor that we know by number only. `pidfd_getfd` on ourselves
 /// checks that it is open, which taking it over by number cannot.
-fn duplicate_own(fd: RawFd) -> io::Result<OwnedFd> {
+///
+/// # Errors
+/// It is not open.
+pub fn inherited_descriptor(fd: RawFd) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(Errno::BADF.into());
     }

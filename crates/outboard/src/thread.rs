@@ -518,16 +518,26 @@ fn turn<W: Worker>(worker: &mut W, lane: &mut Lane, events: &mut dyn EventLoop) 
     }
     lane.resting = false;
     lane.queue.disarm();
+    let more = serve_batch(worker, lane, events, stopping);
+    lane.queue.publish();
+    worker.turned(lane.queue.index());
+    more
+}
+
+/// As [`turn`], without showing the end of it.
+#[inline(always)]
+fn serve_batch<W: Worker>(
+    worker: &mut W,
+    lane: &mut Lane,
+    events: &mut dyn EventLoop,
+    stopping: bool,
+) -> bool {
     for served in 1..=BUDGET {
         if !worker.wants(lane.queue.index()) && !stopping && !lane.queue.discards() {
             lane.resting = true;
-            lane.queue.publish();
             return false;
         }
-        let Some(chain) = lane.queue.pop_chain() else {
-            lane.queue.publish();
-            return false;
-        };
+        let Some(chain) = lane.queue.pop_chain() else { return false };
         let request = Request::new(chain, &mut lane.queue, Some(&mut *events));
         if let Err(error) = worker.serve(request) {
             debug!(queue = lane.queue.index(), "request failed: {error}");
@@ -536,7 +546,6 @@ fn turn<W: Worker>(worker: &mut W, lane: &mut Lane, events: &mut dyn EventLoop) 
             lane.queue.publish();
         }
     }
-    lane.queue.publish();
     true
 }
 

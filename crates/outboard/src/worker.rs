@@ -47,6 +47,12 @@ pub trait Worker {
         self.wants(queue)
     }
 
+    /// What was in `queue` was served, as far as its turn went: what the worker has put together meanwhile
+    /// can go.
+    fn turned(&mut self, queue: u16) {
+        let _ = queue;
+    }
+
     /// Requests of `queue` reach this worker from now on (its ring has started and is enabled), or no more.
     fn serves(&mut self, queue: u16, reach: bool) {
         let _ = (queue, reach);

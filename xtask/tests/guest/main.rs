@@ -11,6 +11,7 @@ mod iommu;
 mod lab;
 mod live;
 mod migrate;
+mod net;
 mod notices;
 mod rng;
 mod uml;

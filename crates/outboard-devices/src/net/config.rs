@@ -10,11 +10,29 @@ use zerocopy::{Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Feature bits of virtio 1.3 §5.1.3, as masks.
 pub mod feature {
+    /// Checksums can be left to the device.
+    pub const CSUM: u64 = 1;
+    /// Checksums can be left to the driver.
+    pub const GUEST_CSUM: u64 = 1 << 1;
+    /// The driver says which offloads it understands as it goes.
+    pub const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
     /// `mtu` is valid.
     pub const MTU: u64 = 1 << 3;
     /// `mac` is valid.
     pub const MAC: u64 = 1 << 5;
-    /// Several buffers can hold one packet. Not offered.
+    /// The driver takes TCP over IPv4 in pieces larger than the link's.
+    pub const GUEST_TSO4: u64 = 1 << 7;
+    /// The same over IPv6.
+    pub const GUEST_TSO6: u64 = 1 << 8;
+    /// The same with congestion told.
+    pub const GUEST_ECN: u64 = 1 << 9;
+    /// The device cuts TCP over IPv4 into the link's pieces.
+    pub const HOST_TSO4: u64 = 1 << 11;
+    /// The same over IPv6.
+    pub const HOST_TSO6: u64 = 1 << 12;
+    /// The same with congestion told.
+    pub const HOST_ECN: u64 = 1 << 13;
+    /// Several buffers can hold one packet.
     pub const MRG_RXBUF: u64 = 1 << 15;
     /// `status` is valid.
     pub const STATUS: u64 = 1 << 16;
@@ -28,14 +46,32 @@ pub mod feature {
     pub const CTRL_RX_EXTRA: u64 = 1 << 20;
     /// The driver announces itself when it is asked to.
     pub const GUEST_ANNOUNCE: u64 = 1 << 21;
-    /// Several pairs of queues. Not offered.
+    /// Several pairs of queues.
     pub const MQ: u64 = 1 << 22;
     /// The driver sets its address.
     pub const CTRL_MAC_ADDR: u64 = 1 << 23;
+    /// The driver takes UDP over IPv4 in pieces larger than the link's.
+    pub const GUEST_USO4: u64 = 1 << 54;
+    /// The same over IPv6.
+    pub const GUEST_USO6: u64 = 1 << 55;
+    /// The device cuts UDP into the link's pieces.
+    pub const HOST_USO: u64 = 1 << 56;
     /// `speed` and `duplex` are valid.
     pub const SPEED_DUPLEX: u64 = 1 << 63;
 
-    const NAMES: [(&str, u64); 12] = [
+    const NAMES: [(&str, u64); 24] = [
+        ("CSUM", CSUM),
+        ("GUEST_CSUM", GUEST_CSUM),
+        ("CTRL_GUEST_OFFLOADS", CTRL_GUEST_OFFLOADS),
+        ("GUEST_TSO4", GUEST_TSO4),
+        ("GUEST_TSO6", GUEST_TSO6),
+        ("GUEST_ECN", GUEST_ECN),
+        ("HOST_TSO4", HOST_TSO4),
+        ("HOST_TSO6", HOST_TSO6),
+        ("HOST_ECN", HOST_ECN),
+        ("GUEST_USO4", GUEST_USO4),
+        ("GUEST_USO6", GUEST_USO6),
+        ("HOST_USO", HOST_USO),
         ("MTU", MTU),
         ("MAC", MAC),
         ("MRG_RXBUF", MRG_RXBUF),
@@ -50,8 +86,35 @@ pub mod feature {
         ("SPEED_DUPLEX", SPEED_DUPLEX),
     ];
 
-    /// What needs the control queue (§5.1.3.1).
+    /// What every card has that needs the control queue.
     pub const CONTROL: u64 = CTRL_RX | CTRL_VLAN | CTRL_RX_EXTRA | GUEST_ANNOUNCE | CTRL_MAC_ADDR;
+    /// What the driver understands: the offloads that it can turn on and off.
+    pub const GUEST: u64 = GUEST_CSUM | GUEST_TSO | GUEST_USO4 | GUEST_USO6;
+    const GUEST_TSO: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN;
+    /// What the device does for it.
+    pub const HOST: u64 = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN | HOST_USO;
+    /// The part of both that came with Linux 6.2.
+    pub const USO: u64 = GUEST_USO4 | GUEST_USO6 | HOST_USO;
+
+    /// `hidden`, and what must not be offered without it (§5.1.3.1).
+    #[must_use]
+    pub fn with_dependants(hidden: u64) -> u64 {
+        let needs = [
+            (CTRL_VQ, CONTROL | MQ | CTRL_GUEST_OFFLOADS),
+            (CSUM, HOST & !CSUM),
+            (GUEST_CSUM, GUEST & !GUEST_CSUM),
+        ];
+        let mut all = hidden;
+        for (bit, dependants) in needs {
+            all |= if hidden & bit != 0 { dependants } else { 0 };
+        }
+        // Congestion is told of TCP alone.
+        for (tso, ecn) in [(HOST_TSO4 | HOST_TSO6, HOST_ECN), (GUEST_TSO4 | GUEST_TSO6, GUEST_ECN)]
+        {
+            all |= if all & tso == tso { ecn } else { 0 };
+        }
+        all
+    }
 
     /// The bit that `name` stands for: `VIRTIO_NET_F_CTRL_VQ`, `ctrl-vq`.
     #[must_use]
@@ -91,6 +154,7 @@ pub(super) struct Shown {
     pub(super) link_up: bool,
     pub(super) announce: bool,
     pub(super) mtu: u16,
+    pub(super) pairs: u16,
 }
 
 impl Shown {
@@ -100,7 +164,7 @@ impl Shown {
         let layout = Layout {
             mac: self.mac,
             status: U16::new(status),
-            max_virtqueue_pairs: U16::new(1),
+            max_virtqueue_pairs: U16::new(self.pairs),
             mtu: U16::new(self.mtu),
             // Unknown (§5.1.4): the link is as fast as the host.
             speed: U32::new(u32::MAX),
@@ -122,7 +186,7 @@ mod tests {
     #[test]
     fn the_configuration_is_right_to_the_byte() {
         let mac = [2, 3, 4, 5, 6, 7];
-        let shown = Shown { mac, link_up: true, announce: true, mtu: 9000 };
+        let shown = Shown { mac, link_up: true, announce: true, mtu: 9000, pairs: 1 };
         let mut bytes = [0xee; 26];
         shown.read(0, &mut bytes);
         let mut expected = [0; 26];

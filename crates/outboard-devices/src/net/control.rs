@@ -37,10 +37,14 @@ pub(super) enum Command {
     },
     /// The driver has announced itself.
     Announced,
+    /// So many pairs are used.
+    Pairs(u16),
+    /// What the driver understands from now on, as feature bits.
+    Offloads(u64),
 }
 
-/// Reads a command of a driver that acknowledged `features`; None: it is none.
-pub(super) fn read(mut from: Readable<'_>, features: u64) -> Option<Command> {
+/// Reads a command of a driver that acknowledged `features`, for a card of so many pairs; None: it is none.
+pub(super) fn read(mut from: Readable<'_>, features: u64, pairs: usize) -> Option<Command> {
     let [class, command] = from.read_obj::<[u8; 2]>().ok()?;
     let needs = |bit: u64| (features & bit != 0).then_some(());
     match (class, command) {
@@ -72,6 +76,17 @@ pub(super) fn read(mut from: Readable<'_>, features: u64) -> Option<Command> {
             (vlan < 4096).then_some(Command::Vlan { vlan, passes: command == 0 })
         }
         (3, 0) => needs(feature::GUEST_ANNOUNCE).map(|()| Command::Announced),
+        (4, 0) => {
+            needs(feature::MQ)?;
+            let used = u16::from_le_bytes(from.read_obj().ok()?);
+            (1..=pairs).contains(&usize::from(used)).then_some(Command::Pairs(used))
+        }
+        (5, 0) => {
+            needs(feature::CTRL_GUEST_OFFLOADS)?;
+            let offloads = u64::from_le_bytes(from.read_obj().ok()?);
+            let agreed = features & feature::GUEST;
+            (offloads & !agreed == 0).then_some(Command::Offloads(offloads))
+        }
         _ => None,
     }
 }

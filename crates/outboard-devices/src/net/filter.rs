@@ -5,10 +5,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::frame::ETHERNET;
+
 /// Addresses of each kind that are kept; with more, all packets of that kind pass.
 pub(super) const MOST: usize = 64;
-/// Bytes of the two addresses and the type of a packet.
-pub(super) const ETHERNET: usize = 14;
 /// Bytes of the map of VLANs, one bit for each.
 const VLANS: usize = 4096 / 8;
 /// The type of a packet that names a VLAN (IEEE 802.1Q).

@@ -1,12 +1,14 @@
-//! A network card: the device of virtio 1.3 §5.1, on a stream socket to passt, QEMU or another program.
+//! A network card: the device of virtio 1.3 §5.1, on an interface of the host or on a stream socket to passt,
+//! QEMU or another program.
 //!
 //! ```text
-//!  guest ─ transmit ─▶ worker ─▶ card ─▶ link ─▶ length, packet ─▶ Unix socket
-//!        ◀ receive  ─┘             └ filter ◀─ link
-//!        ─ control ──▶ receive modes, addresses, VLANs
+//!  guest ─ transmit ─▶ worker ─▶ header checked ─▶ link ─▶ TAP interface (header, packet)
+//!        ◀ receive  ─┘  one for each pair, ◀─ filter ◀─┘   or Unix socket (length, packet)
+//!        ─ control ──▶  or for several: receive modes, addresses, VLANs, pairs, offloads
 //! ```
 //! Invariants: a guest gets whole packets that it asked for; what it sends that is no packet is dropped and
-//! counted; a peer that takes nothing holds up the guest's transmit queue and nothing else.
+//! counted; a peer that takes nothing holds up the guest's transmit queue and nothing else; no lock and no
+//! allocation for a packet.
 //!
 //! ```no_run
 //! use outboard::{Server, WorkerDevice};
@@ -22,38 +24,73 @@ mod card;
 mod config;
 mod control;
 mod filter;
+mod frame;
+mod link;
 mod pcap;
 mod state;
 mod stream;
+mod tap;
 mod worker;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use outboard::memory::Tap;
 use outboard::protocol::ProtocolFeatures;
-use outboard::{BackendChannel, Error, Hooks, MakeWorker, Model, QueueSpec, Saved, Snapshot};
+use outboard::{
+    BackendChannel, Error, Hooks, Inspect, MakeWorker, Model, QueueSpec, Saved, Snapshot,
+};
 
 use card::Card;
 pub use card::Counters;
 pub use config::{CONFIG_SIZE, feature};
-use filter::Filter;
+pub use frame::MOST;
+use link::Link;
 use pcap::Capture;
 pub use state::STATE_VERSION;
 use state::State;
-use stream::Link;
-pub use stream::{MOST, Stream};
+pub use stream::Stream;
+use tap::TapLink;
 pub use worker::NetWorker;
-
-use crate::watches::Watches;
 
 /// The smallest MTU that there is (RFC 791).
 const LEAST_MTU: u16 = 68;
+
+/// The most pairs of queues that a card has.
+pub const MOST_PAIRS: usize = 8;
+
+/// Names of their queues.
+const QUEUES: [(&str, &str); MOST_PAIRS] = [
+    ("rx0", "tx0"),
+    ("rx1", "tx1"),
+    ("rx2", "tx2"),
+    ("rx3", "tx3"),
+    ("rx4", "tx4"),
+    ("rx5", "tx5"),
+    ("rx6", "tx6"),
+    ("rx7", "tx7"),
+];
+
+/// Where a card's packets go.
+#[derive(Clone, Debug)]
+pub enum Wire {
+    /// Over a stream socket.
+    Stream(Stream),
+    /// To an interface of the host: a queue of it for each pair of queues of the card.
+    Tap(Vec<Arc<Tap>>),
+}
+
+impl From<Stream> for Wire {
+    fn from(stream: Stream) -> Self {
+        Self::Stream(stream)
+    }
+}
 
 /// What an operator can set about a card.
 #[derive(Clone, Debug)]
 pub struct NetOptions {
     /// Where its packets go.
-    pub stream: Stream,
+    pub wire: Wire,
     /// Its address; None: one of its own.
     pub mac: Option<[u8; 6]>,
     /// The largest packet without its header that the guest is to send; None: it is not told.
@@ -62,48 +99,30 @@ pub struct NetOptions {
     pub pcap: Option<PathBuf>,
     /// Largest ring size: a power of two up to 32768.
     pub queue_size: u16,
+    /// Threads that serve the pairs; 0: one for each.
+    pub threads: usize,
 }
 
 impl NetOptions {
-    /// A card on `stream`, with everything else as usual.
+    /// A card on `wire`, with everything else as usual.
     #[must_use]
-    pub fn new(stream: Stream) -> Self {
-        Self { stream, mac: None, mtu: None, pcap: None, queue_size: 1024 }
-    }
-}
-
-/// What the worker and the model share. The model takes the lock while no ring runs, and for RARP and
-/// configuration.
-#[derive(Debug)]
-struct Shared {
-    card: Mutex<Card>,
-    counters: Arc<Counters>,
-    watches: Watches,
-    channel: BackendChannel,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Card> {
-        self.card.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Tells the front-end of a link that came or went.
-    fn notice_link(&self) {
-        if self.lock().link_has_changed() {
-            self.channel.config_changed();
-        }
+    pub fn new(wire: impl Into<Wire>) -> Self {
+        let wire = wire.into();
+        Self { wire, mac: None, mtu: None, pcap: None, queue_size: 1024, threads: 0 }
     }
 }
 
 /// The model of a card; [`outboard::WorkerDevice`] makes a whole device of it.
 #[derive(Debug)]
 pub struct Net {
-    shared: Arc<Shared>,
+    card: Arc<Card>,
     own_mac: [u8; 6],
     mtu: Option<u16>,
     queue_size: u16,
-    /// The driver's features, as far as they are known.
-    features: u64,
+    threads: usize,
+    /// What the wire carries beside plain packets.
+    offloads: u64,
+    wire: String,
     /// Its state came from another process: the network does not know yet that it is here.
     arrived: bool,
 }
@@ -131,30 +150,47 @@ impl Net {
             Some(mac) => mac,
             None => random_address()?,
         };
-        let capture = match &options.pcap {
-            Some(path) => Capture::create(path)?,
-            None => Capture::none(),
-        };
-        let watches = Watches::new()?;
-        let link = Link::open(&options.stream, &watches)?;
-        let card = Card::new(link, capture, own_mac, options.mtu.unwrap_or(0));
-        let (card, counters) = (Mutex::new(card), Arc::default());
-        let shared = Shared { card, counters, watches, channel: BackendChannel::new() };
-        let (mtu, queue_size) = (options.mtu, size);
-        let shared = Arc::new(shared);
-        Ok(Self { shared, own_mac, mtu, queue_size, features: 0, arrived: false })
+        let capture = options.pcap.as_deref().map(Capture::create).transpose()?;
+        let (links, offloads, wire) = open(&options.wire)?;
+        let pairs = links.len();
+        if !(1..=MOST_PAIRS).contains(&pairs) {
+            return Err(Error::refused(format!("{pairs} pairs of queues: 1 to {MOST_PAIRS}")));
+        }
+        let threads = if options.threads == 0 { pairs } else { options.threads.min(pairs) };
+        let card = Arc::new(Card::new(links, capture, own_mac, options.mtu.unwrap_or(0))?);
+        let (mtu, queue_size, arrived) = (options.mtu, size, false);
+        Ok(Self { card, own_mac, mtu, queue_size, threads, offloads, wire, arrived })
     }
 
-    /// What goes through it, also while it runs.
+    /// What goes through each pair of queues, also while it runs.
     #[must_use]
-    pub fn counters(&self) -> Arc<Counters> {
-        Arc::clone(&self.shared.counters)
+    pub fn counters(&self) -> Vec<Counters> {
+        self.card.counters.clone()
     }
 
     /// Its address, unless the driver chooses another one.
     #[must_use]
     pub fn mac(&self) -> [u8; 6] {
         self.own_mac
+    }
+}
+
+/// The links of each pair, what they carry beside plain packets, and what they are in words.
+fn open(wire: &Wire) -> Result<(Vec<Link>, u64, String), Error> {
+    match wire {
+        Wire::Stream(stream) => {
+            let (Stream::Connect(path) | Stream::Listen(path)) = stream;
+            let link = Link::Stream(stream::Link::open(stream)?);
+            Ok((vec![link], 0, path.display().to_string()))
+        }
+        Wire::Tap(taps) => {
+            let first = taps.first().ok_or_else(|| Error::refused("no queue of an interface"))?;
+            let uso = if tap::has_uso(first) { 0 } else { feature::USO };
+            let offloads = feature::HOST | feature::GUEST | feature::CTRL_GUEST_OFFLOADS;
+            let links = taps.iter().map(|tap| Link::Tap(TapLink::new(Arc::clone(tap))));
+            let offloads = (offloads | feature::MRG_RXBUF) & !uso;
+            Ok((links.collect(), offloads, first.name().to_owned()))
+        }
     }
 }
 
@@ -172,26 +208,44 @@ impl Model for Net {
 
     fn queues(&self) -> Vec<QueueSpec> {
         let size = self.queue_size;
-        vec![
-            QueueSpec::new("rx", size),
-            QueueSpec::transmit("tx", size),
-            QueueSpec::new("control", size),
-        ]
+        let pairs = QUEUES.iter().take(self.card.pairs());
+        let pairs =
+            pairs.flat_map(|(rx, tx)| [QueueSpec::new(rx, size), QueueSpec::transmit(tx, size)]);
+        pairs.chain([QueueSpec::new("control", size)]).collect()
     }
 
     fn make_worker(&self) -> MakeWorker<NetWorker> {
-        let shared = Arc::clone(&self.shared);
-        Arc::new(move |context| NetWorker::new(Arc::clone(&shared), context))
+        let (card, workers) = (Arc::clone(&self.card), self.threads);
+        Arc::new(move |context| NetWorker::new(Arc::clone(&card), workers, context))
+    }
+
+    fn shows(&mut self, inspect: &Inspect) {
+        let wire = inspect.branch("wire");
+        wire.set("name", self.wire.as_str());
+        wire.set("pairs", self.card.pairs() as u64);
+        for (number, counters) in self.card.counters.iter().enumerate() {
+            counters.show(&inspect.branch("pairs").branch(number));
+        }
+    }
+
+    fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// A pair's queues are on one thread.
+    fn thread_of(&self, queue: u16) -> usize {
+        usize::from(queue / 2)
     }
 
     fn features(&self) -> u64 {
         let always = feature::MAC | feature::STATUS | feature::SPEED_DUPLEX | feature::CTRL_VQ;
         let mtu = if self.mtu.is_some() { feature::MTU } else { 0 };
-        always | feature::CONTROL | mtu
+        let several = if self.card.pairs() > 1 { feature::MQ } else { 0 };
+        always | feature::CONTROL | mtu | several | feature::MRG_RXBUF | self.offloads
     }
 
     fn ack_features(&mut self, features: u64) -> Result<(), Error> {
-        self.features = features;
+        self.card.set_features(features);
         Ok(())
     }
 
@@ -200,32 +254,26 @@ impl Model for Net {
     }
 
     fn read_config(&self, offset: u32, bytes: &mut [u8]) -> Result<(), Error> {
-        self.shared.lock().shown().read(offset, bytes);
+        self.card.shown().read(offset, bytes);
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), Error> {
-        let asks = self.features & feature::GUEST_ANNOUNCE != 0;
+        let asks = self.card.features() & feature::GUEST_ANNOUNCE != 0;
         if std::mem::take(&mut self.arrived) && asks {
-            self.shared.lock().announce = true;
-            self.shared.channel.config_changed();
+            self.card.set_announce(true);
         }
         Ok(())
     }
 
     fn suspend(&mut self) -> Result<(), Error> {
-        let mut card = self.shared.lock();
-        card.link.flush();
-        card.capture.flush();
+        self.card.flush_capture();
         Ok(())
     }
 
     fn reset(&mut self) -> Result<(), Error> {
-        let mut card = self.shared.lock();
-        card.mac = self.own_mac;
-        card.filter = Filter::default();
-        (card.names_vlans, card.announce) = (false, false);
-        (self.features, self.arrived) = (0, false);
+        self.card.forget(self.own_mac);
+        self.arrived = false;
         Ok(())
     }
 
@@ -234,13 +282,11 @@ impl Model for Net {
     }
 
     fn snapshot(&mut self) -> Result<Snapshot, Error> {
-        Ok(State::of(&self.shared.lock()).save())
+        Ok(State::of(&self.card).save())
     }
 
     fn restore(&mut self, saved: Saved<'_>) -> Result<(), Error> {
-        let mut card = self.shared.lock();
-        State::read(saved, &card)?.apply(&mut card);
-        drop(card);
+        State::read(saved, &self.card)?.apply(&self.card);
         self.arrived = true;
         Ok(())
     }
@@ -258,11 +304,11 @@ impl Hooks for Net {
     }
 
     fn back_end_channel(&self) -> Option<BackendChannel> {
-        Some(self.shared.channel.clone())
+        Some(self.card.channel.clone())
     }
 
     fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), Error> {
-        self.shared.lock().send_rarp(mac, &self.shared.counters);
+        self.card.send_rarp(mac);
         Ok(())
     }
 
@@ -271,7 +317,7 @@ impl Hooks for Net {
         if !(LEAST_MTU..=most).contains(&mtu) {
             return Err(Error::refused(format!("MTU {mtu}: it must be {LEAST_MTU} to {most}")));
         }
-        self.shared.lock().mtu = mtu;
+        self.card.set_mtu(mtu);
         Ok(())
     }
 }

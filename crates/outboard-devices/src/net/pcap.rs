@@ -21,11 +21,6 @@ const ETHERNET: u32 = 1;
 pub(super) struct Capture(Option<(BufWriter<File>, Instant)>);
 
 impl Capture {
-    /// Nothing is written.
-    pub(super) const fn none() -> Self {
-        Self(None)
-    }
-
     /// Begins a file, in place of one that is there.
     pub(super) fn create(path: &Path) -> Result<Self, Error> {
         let failed = |error| Error::refused(format!("{}: {error}", path.display()));
@@ -48,8 +43,11 @@ impl Capture {
         let length = u32::try_from(packet.len()).unwrap_or(SNAP);
         let seconds = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
         let head = [seconds, now.subsec_micros(), length, length];
-        let head = head.iter().flat_map(|field| field.to_le_bytes()).collect::<Vec<_>>();
-        if let Err(error) = file.write_all(&head).and_then(|()| file.write_all(packet)) {
+        let mut bytes = [0; 16];
+        for (to, field) in bytes.chunks_exact_mut(4).zip(head) {
+            to.copy_from_slice(&field.to_le_bytes());
+        }
+        if let Err(error) = file.write_all(&bytes).and_then(|()| file.write_all(packet)) {
             warn!("no more packets are captured: {error}");
             self.0 = None;
         }

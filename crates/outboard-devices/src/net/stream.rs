@@ -4,7 +4,6 @@
 //! Invariants: nothing here waits; a peer that breaks off or breaks the framing takes the link down, and the
 //! next one brings it up; no frame is believed to be longer than [`MOST`].
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -15,21 +14,17 @@ use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 use tracing::{info, warn};
 
+use super::frame::{Frame, MOST};
+use super::link::Sent;
 use crate::names::{self, Name};
 use crate::watches::{Edge, Watches};
 
-/// The longest packet, as QEMU has it: 64 KiB and room for what goes before it.
-pub const MOST: usize = (64 << 10) + 4096;
 /// Bytes of a length.
 const PREFIX: usize = 4;
-/// Bytes that one read takes.
-const CHUNK: usize = 64 << 10;
+/// Bytes that are read ahead.
+const INPUT: usize = 256 << 10;
 /// Bytes that wait for the peer before the guest does.
 const OUTPUT: usize = 256 << 10;
-
-/// Tokens of its descriptors.
-pub(super) const PEER: u64 = 0;
-pub(super) const LISTENER: u64 = 1;
 
 /// How a link is made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +35,56 @@ pub enum Stream {
     Listen(PathBuf),
 }
 
+/// Bytes in the order in which they came, in one piece.
+#[derive(Debug)]
+struct Bytes {
+    room: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Bytes {
+    fn new(room: usize) -> Self {
+        Self { room: vec![0; room].into_boxed_slice(), start: 0, end: 0 }
+    }
+
+    fn held(&self) -> &[u8] {
+        self.room.get(self.start..self.end).unwrap_or_default()
+    }
+
+    /// Room for more bytes; what is held moves to the front when less than `least` is left.
+    fn room(&mut self, least: usize) -> &mut [u8] {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.room.len() - self.end < least {
+            self.room.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        self.room.get_mut(self.end..).unwrap_or_default()
+    }
+
+    /// So many bytes were put into the room.
+    fn grow(&mut self, more: usize) {
+        self.end = (self.end + more).min(self.room.len());
+    }
+
+    /// Adds bytes; false: there is no room for them.
+    fn add(&mut self, bytes: &[u8]) -> bool {
+        let Some(room) = self.room(bytes.len()).get_mut(..bytes.len()) else { return false };
+        room.copy_from_slice(bytes);
+        self.grow(bytes.len());
+        true
+    }
+
+    fn drop_first(&mut self, count: usize) {
+        self.start = (self.start + count).min(self.end);
+    }
+
+    fn clear(&mut self) {
+        (self.start, self.end) = (0, 0);
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Link {
@@ -47,39 +92,56 @@ pub(super) struct Link {
     peer: Option<UnixStream>,
     readable: bool,
     writable: bool,
-    input: VecDeque<u8>,
-    output: VecDeque<u8>,
+    input: Bytes,
+    output: Bytes,
+    /// Of its descriptors: the peer's, and one more is the listener's.
+    token: u64,
 }
 
 impl Link {
-    pub(super) fn open(stream: &Stream, watches: &Watches) -> Result<Self, Error> {
+    pub(super) fn open(stream: &Stream) -> Result<Self, Error> {
         let mut link = Self {
             listener: None,
             peer: None,
             readable: false,
             writable: false,
-            input: VecDeque::new(),
-            output: VecDeque::new(),
+            input: Bytes::new(INPUT),
+            // One packet more than is waited for.
+            output: Bytes::new(OUTPUT + PREFIX + MOST),
+            token: 0,
         };
         let failed =
             |path: &Path, error: io::Error| Error::refused(format!("{}: {error}", path.display()));
         match stream {
             Stream::Connect(path) => {
                 let peer = UnixStream::connect(path).map_err(|error| failed(path, error))?;
-                link.take(peer, watches)?;
+                peer.set_nonblocking(true)?;
+                link.peer = Some(peer);
             }
             Stream::Listen(path) => {
-                let (listener, name) = names::listen(path).map_err(|error| failed(path, error))?;
-                watches.add(&listener, LISTENER)?;
-                link.listener = Some((listener, name));
+                let listener = names::listen(path).map_err(|error| failed(path, error))?;
+                link.listener = Some(listener);
             }
         }
         Ok(link)
     }
 
+    /// Has `watches` report what happens, under `token` and the next one.
+    pub(super) fn watch(&mut self, watches: &Watches, token: u64) -> io::Result<()> {
+        self.token = token;
+        if let Some((listener, _)) = &self.listener {
+            watches.add(listener, token + 1)?;
+        }
+        if let Some(peer) = &self.peer {
+            watches.add(peer, token)?;
+            (self.readable, self.writable) = (true, true);
+        }
+        Ok(())
+    }
+
     fn take(&mut self, peer: UnixStream, watches: &Watches) -> io::Result<()> {
         peer.set_nonblocking(true)?;
-        watches.add(&peer, PEER)?;
+        watches.add(&peer, self.token)?;
         self.input.clear();
         self.output.clear();
         (self.readable, self.writable) = (true, true);
@@ -92,9 +154,14 @@ impl Link {
         self.peer.is_some()
     }
 
+    /// Whether there may be packets that nothing will announce.
+    pub(super) fn is_readable(&self) -> bool {
+        self.peer.is_some() && self.readable
+    }
+
     /// Something has happened to a descriptor.
     pub(super) fn edge(&mut self, edge: Edge, watches: &Watches) {
-        if edge.token == LISTENER {
+        if edge.token != self.token {
             self.accept(watches);
             return;
         }
@@ -123,44 +190,35 @@ impl Link {
         }
     }
 
-    /// The length of the packet that is next, once all of it is there.
-    pub(super) fn next(&mut self) -> Option<usize> {
+    /// The next packet, behind an empty header; false: there is none now.
+    pub(super) fn receive(&mut self, frame: &mut Frame) -> bool {
         loop {
-            if let Some(length) = self.prefix() {
+            if let Some((prefix, rest)) = self.input.held().split_first_chunk::<PREFIX>() {
+                let length = usize::try_from(u32::from_be_bytes(*prefix)).unwrap_or(usize::MAX);
                 if length > MOST {
                     self.hang_up("a frame that is longer than any packet");
-                    return None;
+                    return false;
                 }
-                if self.input.len() >= PREFIX + length {
-                    return Some(length);
+                if let (Some(packet), Some(room)) = (rest.get(..length), frame.plain(length)) {
+                    room.copy_from_slice(packet);
+                    self.input.drop_first(PREFIX + length);
+                    return true;
                 }
             }
             if !self.read_ahead() {
-                return None;
+                frame.clear();
+                return false;
             }
         }
     }
 
-    fn prefix(&self) -> Option<usize> {
-        let mut bytes = self.input.iter();
-        let prefix = [*bytes.next()?, *bytes.next()?, *bytes.next()?, *bytes.next()?];
-        Some(usize::try_from(u32::from_be_bytes(prefix)).unwrap_or(usize::MAX))
-    }
-
-    /// Takes the next packet into `packet`, in place of what it holds. To be called after [`Link::next`].
-    pub(super) fn receive(&mut self, length: usize, packet: &mut Vec<u8>) {
-        packet.clear();
-        packet.extend(self.input.drain(..(PREFIX + length).min(self.input.len())).skip(PREFIX));
-    }
-
-    /// Reads what there is, up to a chunk; false: nothing came.
+    /// Reads what there is; false: nothing came.
     fn read_ahead(&mut self) -> bool {
         let Some(peer) = self.peer.as_ref().filter(|_| self.readable) else { return false };
-        let mut bytes = [0; CHUNK];
-        match rustix::io::read(peer, &mut bytes) {
+        match rustix::io::read(peer, self.input.room(PREFIX + MOST)) {
             Ok(0) => self.hang_up("the peer of the link has left"),
             Ok(got) => {
-                self.input.extend(bytes.get(..got).unwrap_or_default());
+                self.input.grow(got);
                 return true;
             }
             Err(Errno::INTR) => return true,
@@ -179,30 +237,30 @@ impl Link {
 
     /// Whether a packet can be sent now, or dropped because nobody is there.
     pub(super) fn has_room(&mut self) -> bool {
-        if self.output.len() >= OUTPUT {
+        if self.output.held().len() >= OUTPUT {
             self.flush();
         }
-        self.output.len() < OUTPUT
+        self.output.held().len() < OUTPUT
     }
 
-    /// Sends a packet; false: nobody is there, or it is none.
-    pub(super) fn send(&mut self, packet: &[u8]) -> bool {
-        let Ok(length) = u32::try_from(packet.len()) else { return false };
-        if self.peer.is_none() || packet.len() > MOST {
-            return false;
+    pub(super) fn send(&mut self, packet: &[u8]) -> Sent {
+        if self.peer.is_none() {
+            return Sent::Down;
         }
-        self.output.extend(length.to_be_bytes());
-        self.output.extend(packet);
-        self.flush();
-        true
+        let Ok(length) = u32::try_from(packet.len()) else { return Sent::Refused };
+        if !self.output.add(&length.to_be_bytes()) || !self.output.add(packet) {
+            // Half a frame would break the stream. It does not come to this: see `has_room`.
+            self.hang_up("no room for a packet");
+            return Sent::Down;
+        }
+        Sent::Yes
     }
 
     pub(super) fn flush(&mut self) {
-        while self.writable && !self.output.is_empty() {
+        while self.writable && !self.output.held().is_empty() {
             let Some(peer) = &self.peer else { return };
-            let (front, _) = self.output.as_slices();
-            match send(peer.as_fd(), front, SendFlags::NOSIGNAL) {
-                Ok(put) => drop(self.output.drain(..put)),
+            match send(peer.as_fd(), self.output.held(), SendFlags::NOSIGNAL) {
+                Ok(put) => self.output.drop_first(put),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => self.writable = false,
                 Err(_) => self.hang_up("the peer of the link takes nothing"),

@@ -1,4 +1,5 @@
-//! Serves the card's queues (virtio 1.3 §5.1.6): 0 receives, 1 transmits, 2 is for commands.
+//! Serves pairs of queues of a card (virtio 1.3 §5.1.6): even ones receive, odd ones transmit, and one is for
+//! commands.
 //!
 //! Invariant: a receive buffer is taken only when there is a packet for it, a packet of the guest only when
 //! the link has room for it.
@@ -7,147 +8,368 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use outboard::protocol::virtio;
-use outboard::{Error, Request, Served, Worker, WorkerContext};
+use outboard::{Error, Gather, Request, Served, Worker, WorkerContext};
 
-use super::card::count;
-use super::{Shared, control, stream};
+use super::card::{Card, Counters, Rules};
+use super::config::feature;
+use super::control;
+use super::frame::{ETHERNET, Frame, HEADER, MOST, OLD_HEADER};
+use super::link::{Link, Sent};
+use crate::watches::Watches;
 
-const RECEIVE: u16 = 0;
-const TRANSMIT: u16 = 1;
-/// Bytes of a header, and of one before virtio 1.
-const HEADER: usize = 12;
-const OLD_HEADER: usize = 10;
-/// Where a header says how many buffers a packet has.
-const BUFFERS_AT: usize = 10;
-/// Where it says how the packet is to be cut.
-const GSO_TYPE_AT: usize = 1;
+/// Packets looked at for one that passes, before other work has its turn.
+const LOOKS: u32 = 64;
+/// Tokens of what a worker waits for.
+const LINKS: u32 = 0;
+const BELL: u32 = 1;
 
 fn header_length(features: u64) -> usize {
-    if features & virtio::VERSION_1 != 0 { HEADER } else { OLD_HEADER }
+    if features & (virtio::VERSION_1 | feature::MRG_RXBUF) != 0 { HEADER } else { OLD_HEADER }
+}
+
+/// A receive and a transmit queue, and their link.
+#[derive(Debug)]
+struct Pair {
+    /// Among all pairs of the card.
+    number: usize,
+    link: Option<Link>,
+    /// The packet that the guest gets next, when there is one.
+    next: Frame,
+    /// Buffers were taken for it, and more are needed.
+    gathers: bool,
+    counters: Counters,
 }
 
 /// See the module.
 #[derive(Debug)]
 pub struct NetWorker {
-    shared: Arc<Shared>,
+    card: Arc<Card>,
+    watches: Watches,
+    /// Workers that the card has.
+    workers: usize,
+    pairs: Vec<Pair>,
+    rules: Arc<Rules>,
+    /// Which change of the rules that was.
+    seen: u64,
+    /// The queue of commands, if it is known and here.
+    control: Option<u16>,
     /// A packet of the guest on its way.
-    packet: Vec<u8>,
+    out: Frame,
 }
 
 impl NetWorker {
-    pub(super) fn new(shared: Arc<Shared>, context: &mut WorkerContext<'_>) -> Result<Self, Error> {
-        context.watch(shared.watches.as_fd(), 0)?;
-        Ok(Self { shared, packet: Vec::new() })
+    pub(super) fn new(
+        card: Arc<Card>,
+        workers: usize,
+        context: &mut WorkerContext<'_>,
+    ) -> Result<Self, Error> {
+        let watches = Watches::new()?;
+        context.watch(watches.as_fd(), LINKS)?;
+        if context.thread() == 0 {
+            context.watch(card.bell.as_fd(), BELL)?;
+        }
+        let pairs = (context.thread()..card.pairs()).step_by(workers).map(|number| Pair {
+            number,
+            link: None,
+            next: Frame::new(),
+            gathers: false,
+            counters: card.counters.get(number).cloned().unwrap_or_default(),
+        });
+        let pairs = pairs.collect();
+        let (seen, rules) = (card.changes(), card.rules());
+        let (control, out) = (None, Frame::new());
+        let mut worker = Self { card, watches, workers, pairs, rules, seen, control, out };
+        worker.take_links()?;
+        Ok(worker)
     }
 
-    fn receive(&mut self, request: &mut Request<'_>) -> Result<u32, Error> {
-        let counters = &self.shared.counters;
-        let header = header_length(request.features());
-        let mut card = self.shared.lock();
-        if !card.has_packet(counters) {
-            return Ok(0);
+    /// Takes the links of its pairs. After a panic the worker before this one still has them: then they come
+    /// when a ring starts.
+    fn take_links(&mut self) -> Result<(), Error> {
+        for pair in self.pairs.iter_mut().filter(|pair| pair.link.is_none()) {
+            let Some(mut link) = self.card.take_link(pair.number) else { continue };
+            link.watch(&self.watches, pair.number)?;
+            pair.link = Some(link);
         }
-        let packet = card.take_packet();
-        let mut room = request.writable();
-        let length = header + packet.len();
-        if room.len() < length as u64 {
-            count(&counters.too_large, 1);
-            card.give_back(packet);
-            return Ok(0);
-        }
-        let mut head = [0; HEADER];
-        if let Some(buffers) = head.get_mut(BUFFERS_AT) {
-            *buffers = 1;
-        }
-        room.write_all(head.get(..header).unwrap_or_default())?;
-        room.write_all(&packet)?;
-        card.capture.packet(&packet);
-        count(&counters.received, 1);
-        count(&counters.received_bytes, packet.len());
-        card.give_back(packet);
-        Ok(u32::try_from(length).unwrap_or(0))
-    }
-
-    fn transmit(&mut self, request: &mut Request<'_>) -> Result<(), Error> {
-        let counters = &self.shared.counters;
-        let header = header_length(request.features());
-        let mut from = request.readable();
-        let length = from.len().checked_sub(header as u64);
-        let length = length.and_then(|length| usize::try_from(length).ok());
-        let Some(length) = length.filter(|length| *length <= stream::MOST) else {
-            count(&counters.malformed, 1);
-            return Ok(());
-        };
-        let mut head = [0; HEADER];
-        if let Some(head) = head.get_mut(..header) {
-            from.read_exact(head)?;
-        }
-        // No offload was agreed on: a checksum to be filled in is the driver's lie, and so is a packet to be
-        // cut, which no link takes.
-        if head.get(GSO_TYPE_AT).is_some_and(|kind| *kind != 0) {
-            count(&counters.malformed, 1);
-            return Ok(());
-        }
-        self.packet.resize(length, 0);
-        from.read_exact(&mut self.packet)?;
-        self.shared.lock().send(&self.packet, counters);
         Ok(())
     }
 
-    fn command(&mut self, request: &mut Request<'_>) -> u32 {
+    fn pair(&mut self, number: usize) -> Option<&mut Pair> {
+        self.pairs.get_mut(number / self.workers.max(1))
+    }
+
+    /// Whether there is a packet for the guest.
+    fn has_packet(&mut self, number: usize) -> bool {
+        let changes = self.card.changes();
+        if changes != self.seen {
+            (self.seen, self.rules) = (changes, self.card.rules());
+        }
+        let Self { card, pairs, rules, workers, .. } = self;
+        let Some(pair) = pairs.get_mut(number / (*workers).max(1)) else { return false };
+        if !pair.next.is_empty() {
+            return true;
+        }
+        let Some(link) = pair.link.as_mut().filter(|_| card.is_active(number)) else {
+            return false;
+        };
+        for _ in 0..LOOKS {
+            if !link.receive(&mut pair.next) {
+                pair.next.clear();
+                card.flush_capture();
+                return false;
+            }
+            if !rules.filter.passes(rules.mac, pair.next.packet()) {
+                pair.counters.filtered.add(1);
+            } else if !pair.next.is_understood(card.offloads()) {
+                pair.counters.too_large.add(1);
+            } else {
+                return true;
+            }
+        }
+        pair.next.clear();
+        false
+    }
+
+    fn receive(&mut self, mut request: Request<'_>, number: usize) -> Result<Served, Error> {
+        let features = request.features();
+        let header = header_length(features);
+        let card = Arc::clone(&self.card);
+        let Some(pair) = self.pair(number) else { return Ok(request.done(0)) };
+        if pair.next.is_empty() {
+            return Ok(request.done(0));
+        }
+        let length = header + pair.next.packet().len();
+        let mut room = request.writable();
+        let served = if !pair.gathers && room.len() >= length as u64 {
+            pair.next.set_buffers(1);
+            let bytes = pair.next.bytes();
+            if header == HEADER {
+                room.write_all(bytes)?;
+            } else {
+                room.write_all(bytes.get(..header).unwrap_or_default())?;
+                room.write_all(pair.next.packet())?;
+            }
+            request.done(u32::try_from(length).unwrap_or(0))
+        } else if features & feature::MRG_RXBUF == 0 {
+            pair.counters.too_large.add(1);
+            pair.next.clear();
+            return Ok(request.done(0));
+        } else {
+            match request.gather(length as u64) {
+                Gather::Enough(gathered) => {
+                    pair.next.set_buffers(gathered.len());
+                    gathered.done(pair.next.bytes())
+                }
+                Gather::Later(served) => {
+                    pair.gathers = true;
+                    return Ok(served);
+                }
+                Gather::Never(served) => {
+                    pair.counters.too_large.add(1);
+                    pair.gathers = false;
+                    pair.next.clear();
+                    return Ok(served);
+                }
+            }
+        };
+        pair.gathers = false;
+        card.capture(pair.next.packet());
+        pair.counters.received.add(1);
+        pair.counters.received_bytes.add(pair.next.packet().len() as u64);
+        pair.next.clear();
+        Ok(served)
+    }
+
+    fn transmit(&mut self, request: &mut Request<'_>, number: usize) -> Result<(), Error> {
+        let features = request.features();
+        let header = header_length(features);
+        let Self { card, pairs, out, workers, .. } = self;
+        let Some(pair) = pairs.get_mut(number / (*workers).max(1)) else { return Ok(()) };
+        let mut from = request.readable();
+        let length = from.len().checked_sub(header as u64);
+        let length = length.and_then(|length| usize::try_from(length).ok());
+        let Some(length) = length.filter(|length| (ETHERNET..=MOST).contains(length)) else {
+            pair.counters.malformed.add(1);
+            return Ok(());
+        };
+        out.set_length(HEADER + length);
+        let room = out.room();
+        if header == HEADER {
+            from.read_exact(room.get_mut(..HEADER + length).unwrap_or_default())?;
+        } else {
+            from.read_exact(room.get_mut(..header).unwrap_or_default())?;
+            from.read_exact(room.get_mut(HEADER..HEADER + length).unwrap_or_default())?;
+        }
+        if !out.is_sendable(features) {
+            pair.counters.malformed.add(1);
+            return Ok(());
+        }
+        pair.send(card, out);
+        Ok(())
+    }
+
+    fn command(&self, request: &mut Request<'_>) -> u32 {
         if request.writable().is_empty() {
             // Nobody would hear what came of it.
             return 0;
         }
         let features = request.features();
-        let ack = match control::read(request.readable(), features) {
+        let ack = match control::read(request.readable(), features, self.card.pairs()) {
             Some(command) => {
-                self.shared.lock().carry_out(command);
+                self.card.carry_out(command);
                 control::OK
             }
             None => control::ERR,
         };
         u32::from(request.writable().write_all(&[ack]).is_ok())
     }
+
+    /// The links have packets, or room again, or are up or down.
+    fn look_at_links(&mut self) -> Result<(), Error> {
+        loop {
+            let edges = self.watches.look()?;
+            if edges.is_empty() {
+                break;
+            }
+            for edge in edges {
+                let workers = self.workers.max(1);
+                let pair = self.pairs.get_mut(Link::number(edge) / workers);
+                if let Some(link) = pair.and_then(|pair| pair.link.as_mut()) {
+                    link.edge(edge, &self.watches);
+                }
+            }
+        }
+        self.notice_link();
+        Ok(())
+    }
+
+    /// One link that is down takes the card down with it: they are queues of one interface.
+    fn notice_link(&self) {
+        let mut links = self.pairs.iter().filter_map(|pair| pair.link.as_ref());
+        if let Some(link) = links.next() {
+            self.card.notice_link(link.is_up());
+        }
+    }
+
+    /// Sends what the card itself has to say.
+    fn run_errands(&mut self) {
+        for packet in self.card.errands() {
+            let Self { card, pairs, out, .. } = self;
+            if let (Some(pair), Some(room)) = (pairs.first_mut(), out.plain(packet.len())) {
+                room.copy_from_slice(&packet);
+                pair.send(card, out);
+                pair.flush();
+            }
+        }
+    }
+}
+
+impl Pair {
+    fn send(&mut self, card: &Card, frame: &Frame) {
+        card.capture(frame.packet());
+        let sent = self.link.as_mut().map_or(Sent::Down, |link| link.send(frame));
+        match sent {
+            Sent::Yes => {
+                self.counters.sent.add(1);
+                self.counters.sent_bytes.add(frame.packet().len() as u64);
+            }
+            Sent::Down => self.counters.link_down.add(1),
+            Sent::Refused => self.counters.refused.add(1),
+        }
+    }
+
+    fn flush(&mut self) {
+        if let Some(link) = &mut self.link {
+            link.flush();
+        }
+    }
 }
 
 impl Worker for NetWorker {
     fn wants(&mut self, queue: u16) -> bool {
-        match queue {
-            RECEIVE => {
-                let wants = self.shared.lock().has_packet(&self.shared.counters);
-                self.shared.notice_link();
-                wants
-            }
-            TRANSMIT => self.shared.lock().link.has_room(),
-            _ => true,
+        if Some(queue) == self.control {
+            return true;
         }
+        let number = usize::from(queue / 2);
+        if queue.is_multiple_of(2) {
+            let wants = self.has_packet(number);
+            if !wants {
+                self.notice_link();
+            }
+            return wants;
+        }
+        let link = self.pair(number).and_then(|pair| pair.link.as_mut());
+        link.is_none_or(Link::has_room)
+    }
+
+    fn wants_at_last(&mut self, queue: u16) -> bool {
+        if self.wants(queue) {
+            return true;
+        }
+        // Packets that did not pass may have others behind them, which nothing announces.
+        let number = usize::from(queue / 2);
+        let active = self.card.is_active(number);
+        let link = self.pair(number).and_then(|pair| pair.link.as_ref());
+        queue.is_multiple_of(2) && active && link.is_some_and(Link::is_readable)
     }
 
     fn serve(&mut self, mut request: Request<'_>) -> Result<Served, Error> {
-        let written = match request.queue() {
-            RECEIVE => self.receive(&mut request)?,
-            TRANSMIT => {
-                self.transmit(&mut request)?;
-                0
-            }
-            _ => self.command(&mut request),
-        };
-        Ok(request.done(written))
+        let queue = request.queue();
+        let number = usize::from(queue / 2);
+        if Some(queue) == self.control {
+            let written = self.command(&mut request);
+            return Ok(request.done(written));
+        }
+        if queue.is_multiple_of(2) {
+            return self.receive(request, number);
+        }
+        self.transmit(&mut request, number)?;
+        Ok(request.done(0))
     }
 
-    fn event(&mut self, _token: u32) -> Result<(), Error> {
-        loop {
-            let edges = self.shared.watches.look()?;
-            if edges.is_empty() {
-                break;
-            }
-            let mut card = self.shared.lock();
-            for edge in edges {
-                card.link.edge(edge, &self.shared.watches);
+    fn turned(&mut self, queue: u16) {
+        if queue % 2 == 1
+            && let Some(pair) = self.pair(usize::from(queue / 2))
+        {
+            pair.flush();
+        }
+    }
+
+    fn serves(&mut self, queue: u16, reach: bool) {
+        let control = self.card.control_queue();
+        if control == Some(queue) {
+            self.control = control.filter(|_| reach);
+            self.card.is_controlled();
+            return;
+        }
+        if self.control == Some(queue) {
+            self.control = None;
+        }
+        if let Err(error) = self.take_links() {
+            tracing::warn!("a link cannot be watched: {error}");
+        }
+        if queue.is_multiple_of(2) {
+            self.card.runs(usize::from(queue / 2), reach);
+        } else if let Some(pair) = self.pair(usize::from(queue / 2)) {
+            pair.flush();
+        }
+    }
+
+    fn event(&mut self, token: u32) -> Result<(), Error> {
+        if token == BELL {
+            self.run_errands();
+            return Ok(());
+        }
+        self.look_at_links()
+    }
+}
+
+impl Drop for NetWorker {
+    fn drop(&mut self) {
+        for pair in &mut self.pairs {
+            if let Some(link) = pair.link.take() {
+                self.card.put_link(pair.number, link);
             }
         }
-        self.shared.notice_link();
-        Ok(())
     }
 }

@@ -1,7 +1,6 @@
 //! Packets both ways, receive modes, the link that comes and goes.
 
 use std::os::unix::net::UnixListener;
-use std::sync::atomic::Ordering;
 
 use outboard_devices::net::{Net, NetOptions, Stream};
 
@@ -97,15 +96,15 @@ fn c27_a_peer_that_leaves_takes_the_link_down_and_the_next_one_brings_it_up() {
     for events in BOTH {
         let folder = tempfile::tempdir().expect("a folder");
         let net = Net::new(&options(folder.path())).expect("a card");
-        let counters = net.counters();
+        let counters = net.counters().remove(0);
         let mut guest = Guest::of(net, events, u64::MAX);
         guest.activate();
         let status = |guest: &mut Guest| guest.rig.vmm.read_config(6, 1).expect("read")[0];
         assert_eq!(status(&mut guest), 0, "down");
         for round in 0..3 {
-            let lost = counters.link_down.load(Ordering::Relaxed);
+            let lost = counters.link_down.get();
             guest.send(&packet(ALL, 1, 60));
-            assert_eq!(counters.link_down.load(Ordering::Relaxed), lost + 1);
+            assert_eq!(counters.link_down.get(), lost + 1);
             let mut peer = Peer::connect(folder.path());
             peer.send(&packet(MAC, round, 60));
             assert_eq!(guest.receive(), packet(MAC, round, 60));
