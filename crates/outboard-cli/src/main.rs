@@ -20,6 +20,7 @@ mod rng;
 mod serve;
 mod service;
 mod soak;
+mod vsock;
 
 use std::process::ExitCode;
 
@@ -34,6 +35,7 @@ Examples:
   outboard console --socket-path /run/con.sock    give it a console on a terminal of the host
   outboard net --socket-path /run/net.sock --stream PASST   give it a network card, through passt
   outboard rng --socket-path /run/rng.sock        give it entropy
+  outboard vsock --socket-path /run/vsock.sock --guest-cid 3 --uds-path /run/vm.vsock   give it sockets
   outboard serve vm7.toml                many devices in one process, as a file lists them
   outboard demo                          see it work: a disk, driven, verified and measured
   outboard probe /run/disk.sock          what does this back-end offer?
@@ -60,6 +62,7 @@ enum Command {
     Console(Box<console::Args>),
     Net(Box<net::Args>),
     Rng(Box<rng::Args>),
+    Vsock(Box<vsock::Args>),
     Serve(serve::Args),
     Ctl(ctl::Args),
     Demo(demo::Args),
@@ -78,6 +81,7 @@ impl Command {
             Self::Console(args) => console::prepare(args, origin),
             Self::Net(args) => net::prepare(args, origin),
             Self::Rng(args) => rng::prepare(args, origin),
+            Self::Vsock(args) => vsock::prepare(args, origin),
             _ => return None,
         })
     }
@@ -124,6 +128,7 @@ fn main() -> ExitCode {
         Command::Console(args) => console::run(&args),
         Command::Net(args) => net::run(&args),
         Command::Rng(args) => rng::run(&args),
+        Command::Vsock(args) => vsock::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Ctl(args) => ctl::run(&args),
         Command::Demo(args) => demo::run(args),

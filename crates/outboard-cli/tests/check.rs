@@ -82,6 +82,13 @@ fn our_source_of_entropy_holds_every_check_that_it_offers() {
     device_holds(&["rng"]);
 }
 
+#[test]
+fn our_sockets_hold_every_check_that_they_offer() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("vm");
+    device_holds(&["vsock", "--uds-path", path.to_str().expect("text")]);
+}
+
 /// The example's program, built if it is not there yet: tests of one package build the examples of that
 /// package only.
 fn everything() -> PathBuf {

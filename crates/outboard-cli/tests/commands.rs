@@ -52,6 +52,11 @@ fn a_wrong_command_line_is_one_line_and_exit_code_2() {
         (vec!["net", "--stream", "s", "--mac", "1:2:3"], "52:54:00:12:34:56"),
         (vec!["net", "--stream", "s", "--mac", "01:00:5e:00:00:01"], "not a group's"),
         (vec!["net", "--stream", "s", "--mtu", "67"], "68"),
+        (vec!["vsock", "--socket-path", "s"], "--uds-path"),
+        (vec!["vsock", "--uds-path", "/nonexistent/s"], "/nonexistent/s: No such file"),
+        (vec!["vsock", "--uds-path", "s", "--guest-cid", "2"], "3 to 4294967294"),
+        (vec!["vsock", "--uds-path", "s", "--host-ports", "9-8"], "22,1024-2047"),
+        (vec!["vsock", "--uds-path", &long], "bytes"),
     ] {
         let output = outboard(&args);
         let errors = text(&output.stderr);
@@ -64,7 +69,7 @@ fn a_wrong_command_line_is_one_line_and_exit_code_2() {
 
 #[test]
 fn help_teaches_with_examples_and_exits_with_0() {
-    for command in ["", "block", "console", "net", "rng", "demo", "probe", "bench"] {
+    for command in ["", "block", "console", "net", "rng", "vsock", "demo", "probe", "bench"] {
         let args: Vec<_> = [command, "--help"].into_iter().filter(|arg| !arg.is_empty()).collect();
         let output = outboard(&args);
         assert_eq!(output.status.code(), Some(0), "{args:?}");
@@ -74,7 +79,7 @@ fn help_teaches_with_examples_and_exits_with_0() {
 
 #[test]
 fn every_device_says_as_json_what_it_is() {
-    for device in ["block", "console", "net", "rng"] {
+    for device in ["block", "console", "net", "rng", "vsock"] {
         let output = outboard(&[device, "--print-capabilities"]);
         assert_eq!(output.status.code(), Some(0), "{device}");
         let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");

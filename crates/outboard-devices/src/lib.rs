@@ -12,12 +12,14 @@ pub mod console;
 pub mod net;
 #[cfg(feature = "rng")]
 pub mod rng;
+#[cfg(feature = "vsock")]
+pub mod vsock;
 
-#[cfg(any(feature = "console", feature = "net"))]
+#[cfg(any(feature = "console", feature = "net", feature = "vsock"))]
 mod bell;
-#[cfg(any(feature = "console", feature = "net"))]
+#[cfg(any(feature = "console", feature = "net", feature = "vsock"))]
 mod names;
-#[cfg(feature = "rng")]
+#[cfg(any(feature = "rng", feature = "vsock"))]
 mod timer;
-#[cfg(any(feature = "console", feature = "net"))]
+#[cfg(any(feature = "console", feature = "net", feature = "vsock"))]
 mod watches;

@@ -37,7 +37,15 @@ fn inode(path: &Path) -> Option<(u64, u64)> {
 
 /// Listens on `path`, without waiting.
 pub(crate) fn listen(path: &Path) -> io::Result<(UnixListener, Name)> {
-    let listener = UnixListener::bind(path).or_else(|error| {
+    listen_by(path, |path| UnixListener::bind(path))
+}
+
+/// As [`listen`], on a socket that `bind` makes.
+pub(crate) fn listen_by(
+    path: &Path,
+    bind: impl Fn(&Path) -> io::Result<UnixListener>,
+) -> io::Result<(UnixListener, Name)> {
+    let listener = bind(path).or_else(|error| {
         let stale = error.kind() == io::ErrorKind::AddrInUse
             && path.metadata().is_ok_and(|found| found.file_type().is_socket())
             && UnixStream::connect(path)
@@ -46,7 +54,7 @@ pub(crate) fn listen(path: &Path) -> io::Result<(UnixListener, Name)> {
             return Err(error);
         }
         std::fs::remove_file(path)?;
-        UnixListener::bind(path)
+        bind(path)
     })?;
     listener.set_nonblocking(true)?;
     Ok((listener, Name::of(path)))

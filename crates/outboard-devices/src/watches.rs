@@ -24,6 +24,8 @@ pub(crate) struct Edge {
     pub(crate) readable: bool,
     /// There is room again, or the other side is gone.
     pub(crate) writable: bool,
+    /// The other side sends no more: an end follows what can be read.
+    pub(crate) ended: bool,
     /// The other side is gone.
     pub(crate) hung_up: bool,
 }
@@ -36,15 +38,17 @@ impl Watches {
     /// Reports `fd` under `token` until it is closed: keep no duplicates. False: it cannot be waited
     /// for and is always ready (a regular file).
     pub(crate) fn add(&self, fd: impl AsFd, token: u64) -> io::Result<bool> {
-        let flags = epoll::EventFlags::IN
-            | epoll::EventFlags::OUT
-            | epoll::EventFlags::RDHUP
-            | epoll::EventFlags::ET;
-        match epoll::add(&self.0, fd, epoll::EventData::new_u64(token), flags) {
+        match epoll::add(&self.0, fd, epoll::EventData::new_u64(token), flags()) {
             Ok(()) => Ok(true),
             Err(Errno::PERM) => Ok(false),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Reports `fd`, which was added, under another token; what is true of it now is reported again.
+    #[cfg(feature = "vsock")]
+    pub(crate) fn rename(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
+        Ok(epoll::modify(&self.0, fd, epoll::EventData::new_u64(token), flags())?)
     }
 
     /// What has happened since the last look. Not all of it: look until nothing comes.
@@ -59,12 +63,20 @@ impl Watches {
     }
 }
 
+fn flags() -> epoll::EventFlags {
+    epoll::EventFlags::IN
+        | epoll::EventFlags::OUT
+        | epoll::EventFlags::RDHUP
+        | epoll::EventFlags::ET
+}
+
 fn edge(token: u64, flags: epoll::EventFlags) -> Edge {
     let gone = epoll::EventFlags::HUP | epoll::EventFlags::ERR;
     let hung_up = flags.intersects(gone);
-    let readable = flags.intersects(epoll::EventFlags::IN | epoll::EventFlags::RDHUP);
-    let writable = flags.contains(epoll::EventFlags::OUT);
-    Edge { token, readable: readable || hung_up, writable: writable || hung_up, hung_up }
+    let ended = hung_up || flags.contains(epoll::EventFlags::RDHUP);
+    let readable = ended || flags.contains(epoll::EventFlags::IN);
+    let writable = hung_up || flags.contains(epoll::EventFlags::OUT);
+    Edge { token, readable, writable, ended, hung_up }
 }
 
 impl AsFd for Watches {

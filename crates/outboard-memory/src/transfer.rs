@@ -39,6 +39,19 @@ impl Cursor<'_> {
         self.transfer(file, offset, libc::pwritev)
     }
 
+    /// Sends what is left over `socket` without waiting, as one message if it has messages, and drops what went.
+    /// Returns the bytes.
+    ///
+    /// # Errors
+    /// What the system says, `EINTR` excepted: that is tried again. Nothing is dropped then. More pieces than the
+    /// kernel takes at once are cut off a stream and are [`io::ErrorKind::InvalidInput`] for messages.
+    pub fn send(&mut self, socket: impl AsFd, whole: bool) -> io::Result<usize> {
+        if whole && self.segments().len() > IOV_MAX {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.transfer(socket, 0, send_nowait)
+    }
+
     fn transfer(
         &mut self,
         file: impl AsFd,
@@ -91,4 +104,22 @@ unsafe extern "C" fn preadv_nowait(
 ) -> libc::ssize_t {
     // SAFETY: the caller's promise.
     unsafe { libc::preadv2(fd, pieces, count, offset, libc::RWF_NOWAIT) }
+}
+
+/// `sendmsg` with the parameters of `pwritev`; the offset is of no use to a socket.
+///
+/// # Safety
+/// As for `pwritev`.
+unsafe extern "C" fn send_nowait(
+    fd: libc::c_int,
+    pieces: *const libc::iovec,
+    count: libc::c_int,
+    _offset: libc::off_t,
+) -> libc::ssize_t {
+    // SAFETY: all zeros are a message without address, pieces and control data.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = pieces.cast_mut();
+    message.msg_iovlen = usize::try_from(count).unwrap_or(0) as _;
+    // SAFETY: the caller's promise; the kernel only reads the pieces of a message that is sent.
+    unsafe { libc::sendmsg(fd, &raw const message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) }
 }

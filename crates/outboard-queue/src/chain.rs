@@ -179,6 +179,22 @@ impl Readable<'_> {
         self.0.write_to_file_at(file, offset)
     }
 
+    /// Sends what is left over a stream socket, in one call that does not wait, and drops what went. Returns the bytes.
+    ///
+    /// # Errors
+    /// What the system says, [`io::ErrorKind::WouldBlock`] when the socket is full; `EINTR` is tried again.
+    pub fn send(&mut self, socket: impl AsFd) -> io::Result<usize> {
+        self.0.send(socket, false)
+    }
+
+    /// Sends what is left as one message, all of it or nothing; otherwise as [`send`](Self::send).
+    ///
+    /// # Errors
+    /// As [`send`](Self::send); [`io::ErrorKind::InvalidInput`]: it lies in more pieces than the system takes.
+    pub fn send_message(&mut self, socket: impl AsFd) -> io::Result<usize> {
+        self.0.send(socket, true)
+    }
+
     /// Copies what is left into `window` at byte `at`, and drops it. Returns the bytes.
     ///
     /// # Errors
