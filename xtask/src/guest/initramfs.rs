@@ -5,28 +5,38 @@ use super::{cpio::Archive, modules::Modules};
 use crate::packages::Root;
 use crate::process;
 use anyhow::{Context as _, Result};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// The agent: reads scripts from a serial port, answers with their output.
 const INIT: &str = include_str!("init.sh");
 
-/// The archive for a guest whose modules lie in `modules_dir` (`lib/modules/RELEASE`).
+/// The archive for a guest whose modules lie in `modules_dir` (`lib/modules/RELEASE`), with further
+/// `programs` of the root in `/bin`.
 ///
 /// # Errors
 /// When a module or a program is missing from the root.
-pub fn build(root: &Root, modules_dir: &Path, wanted: &[&str]) -> Result<Vec<u8>> {
+pub fn build(
+    root: &Root,
+    modules_dir: &Path,
+    wanted: &[&str],
+    programs: &[&str],
+) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for dir in ["bin", "sbin", "etc", "lib", "lib64", "lib/x86_64-linux-gnu", "modules", "dev"] {
         archive.directory(dir);
     }
     archive.file("init", true, INIT.as_bytes());
     archive.file("bin/busybox", true, &read(&root.path("bin/busybox"))?);
-    for program in ["sbin/mke2fs"] {
-        archive.file(program, true, &read(&root.path(program))?);
-        for library in libraries(root, program)? {
-            let name = library.file_name().context("a library without a name")?.to_string_lossy();
-            archive.file(&format!("lib/x86_64-linux-gnu/{name}"), true, &read(&library)?);
-        }
+    let mut needed = BTreeSet::new();
+    for program in ["sbin/mke2fs"].iter().chain(programs) {
+        let place = program.strip_prefix("usr/").unwrap_or(program);
+        archive.file(place, true, &read(&root.path(program))?);
+        needed.extend(libraries(root, program)?);
+    }
+    for library in needed {
+        let name = library.file_name().context("a library without a name")?.to_string_lossy();
+        archive.file(&format!("lib/x86_64-linux-gnu/{name}"), true, &read(&library)?);
     }
     archive.link("lib64/ld-linux-x86-64.so.2", "/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2");
     archive.link("sbin/mkfs.ext4", "mke2fs");

@@ -24,6 +24,8 @@ pub struct Machine {
     pub arguments: Vec<String>,
     /// Modules to load besides those of every guest.
     pub modules: Vec<&'static str>,
+    /// Programs of the packages besides those of every guest, as in `usr/bin/socat`.
+    pub programs: Vec<&'static str>,
     /// SeaBIOS instead of qboot: it drives a disk itself before Linux does.
     pub seabios: bool,
     /// Further arguments for the kernel.
@@ -40,8 +42,16 @@ const COMMAND_LINE: &str =
 
 impl Default for Machine {
     fn default() -> Self {
-        let (arguments, modules, kernel) = (Vec::new(), Vec::new(), Vec::new());
-        Self { cpus: 1, memory: 256, hot_plug: None, arguments, modules, seabios: false, kernel }
+        Self {
+            cpus: 1,
+            memory: 256,
+            hot_plug: None,
+            arguments: Vec::new(),
+            modules: Vec::new(),
+            programs: Vec::new(),
+            seabios: false,
+            kernel: Vec::new(),
+        }
     }
 }
 
@@ -87,8 +97,8 @@ impl Machine {
     fn start(&self, root: &Root, dir: &Path) -> Result<(Child, Vec<PathBuf>, PathBuf)> {
         let release = root.kernel_release()?;
         let modules: Vec<_> = BASE_MODULES.iter().chain(&self.modules).copied().collect();
-        let archive =
-            initramfs::build(root, &root.path(&format!("lib/modules/{release}")), &modules)?;
+        let folder = root.path(&format!("lib/modules/{release}"));
+        let archive = initramfs::build(root, &folder, &modules, &self.programs)?;
         let (initrd, console) = (dir.join("initramfs"), dir.join("console"));
         std::fs::write(&initrd, archive)?;
         let mut command = self.hardware(root);

@@ -23,6 +23,7 @@ const WITH_DEPENDENCIES: &[&str] = &[
     "busybox-static",
     "user-mode-linux",
     "valgrind",
+    "socat",
 ];
 
 /// Names the newest kernel; only that one package is fetched, not the initramfs tools it asks for.

@@ -15,3 +15,4 @@ mod net;
 mod notices;
 mod rng;
 mod uml;
+mod vsock;
