@@ -4,10 +4,10 @@ use outboard_memory::View;
 
 use crate::chain::Chain;
 use crate::error::RingError;
+use crate::inflight::InflightArea;
 use crate::layout::{QueueFeatures, QueueLayout};
 use crate::packed::device::PackedDevice;
 use crate::split::device::SplitDevice;
-use crate::split::inflight::InflightArea;
 use crate::split::log::RingLog;
 
 /// A queue that a device serves: takes chains, gives them back in any order, tells the driver in batches.
@@ -132,23 +132,14 @@ impl DeviceQueue {
     /// whatever base it was made with.
     ///
     /// # Errors
-    /// The area holds what no device leaves behind, or is not for a ring of this size; or the ring is a packed one, which
-    /// has none. Nothing was written.
+    /// The area holds what no device leaves behind, or is not for a ring of this size and layout. Nothing was written.
     pub fn set_inflight(&mut self, area: InflightArea) -> Result<(), RingError> {
-        match &mut self.ring {
-            Ring::Split(ring) => ring.set_inflight(area),
-            Ring::Packed(_) => {
-                Err(RingError::Inflight { field: "a packed ring, version", value: 0 })
-            }
-        }
+        each!(&mut self.ring, ring => ring.set_inflight(area))
     }
 
     /// Requests of an earlier process that are to be served again, and before any new one.
     pub fn owed(&self) -> u16 {
-        match &self.ring {
-            Ring::Split(ring) => ring.owed(),
-            Ring::Packed(_) => 0,
-        }
+        each!(&self.ring, ring => ring.owed())
     }
 
     /// The next of them, in the order in which the earlier process took them.
@@ -156,10 +147,7 @@ impl DeviceQueue {
     /// # Errors
     /// As for [`pop`](Self::pop).
     pub fn pop_owed(&mut self) -> Result<Option<Chain>, RingError> {
-        match &mut self.ring {
-            Ring::Split(ring) => ring.pop_owed(),
-            Ring::Packed(_) => Ok(None),
-        }
+        each!(&mut self.ring, ring => ring.pop_owed())
     }
 
     /// What GET_VRING_BASE answers: where the ring goes on.

@@ -5,6 +5,8 @@ pub(crate) mod cells;
 mod chains;
 pub(crate) mod device;
 pub(crate) mod driver;
+mod inflight;
+mod kept;
 pub(crate) mod place;
 mod tracked;
 mod walk;

@@ -21,6 +21,7 @@ use outboard_memory::{Descriptor, PackedRing, PackedTaken, Rules, View, fence};
 
 use super::cells::PackedCells;
 use super::chains::PackedChains;
+use super::inflight::Inflight;
 use super::place::{DESC, DISABLE, ENABLE, Place, event_word, wants};
 use super::tracked::PackedLog;
 use super::walk::Source;
@@ -69,6 +70,10 @@ pub(crate) struct PackedDevice {
     pub(super) chains: PackedChains,
     /// Where writes are noted, while they are.
     pub(super) log: Option<Box<PackedLog>>,
+    /// Where requests are kept track of, when they are.
+    pub(super) inflight: Option<Box<Inflight>>,
+    /// Nobody had used a descriptor of the ring when the queue was made.
+    pub(super) is_anew: bool,
 }
 
 /// The places of a base: available, used. A used half of 0 says nothing (DPDK, and whoever knows one half only): with
@@ -83,7 +88,7 @@ fn places(base: u32, size: u16) -> Option<(Place, Place)> {
 }
 
 /// The state of a descriptor that is available at this place.
-const fn available(place: Place) -> u16 {
+pub(super) const fn available(place: Place) -> u16 {
     if place.wrap { AVAIL } else { USED }
 }
 
@@ -115,7 +120,8 @@ impl PackedDevice {
         let cells = PackedCells::resolve(&layout, &view)?;
         let ring = cells.ring.clone();
         let wrong = RingError::PackedBase { base, size };
-        let base = if base == 0 && is_unused(&ring) { FRESH } else { base };
+        let is_anew = is_unused(&ring);
+        let base = if base == 0 && is_anew { FRESH } else { base };
         let (next_avail, next_used) = places(base, size).ok_or(wrong)?;
         let held = next_avail.since(next_used, size).ok_or(wrong)?;
         let indirect = features.indirect;
@@ -141,6 +147,8 @@ impl PackedDevice {
             fault: None,
             chains: PackedChains::new(size),
             log: None,
+            inflight: None,
+            is_anew,
         })
     }
 
@@ -220,7 +228,9 @@ impl PackedDevice {
     #[inline(never)]
     fn take_carefully(&mut self, flags: u16, mut parts: Box<Parts>) -> Option<Chain> {
         let head = (self.next_avail.at, flags);
-        let walked = self.source.walk_carefully(head, self.left, &mut parts.buffers);
+        let mut seen = self.inflight.is_some().then(Vec::new);
+        let (left, buffers) = (self.left, &mut parts.buffers);
+        let walked = self.source.walk_carefully(head, left, buffers, seen.as_mut());
         let walked = walked.and_then(|walked| {
             self.chains.budget.charge(&mut parts, walked.pieces).map(|()| walked)
         });
@@ -230,7 +240,7 @@ impl PackedDevice {
                 if let Some(log) = &mut self.log {
                     log.taken(walked.taken.id, &chain.0.buffers);
                 }
-                Some(chain)
+                self.note_taken(chain, &seen.unwrap_or_default())
             }
             Err(error) => self.refuse(parts, error),
         }
@@ -239,7 +249,7 @@ impl PackedDevice {
     /// The chain is not taken.
     #[cold]
     #[inline(never)]
-    fn refuse(&mut self, mut parts: Box<Parts>, error: RingError) -> Option<Chain> {
+    pub(super) fn refuse(&mut self, mut parts: Box<Parts>, error: RingError) -> Option<Chain> {
         if parts.charged != 0 {
             self.chains.budget.discharge(&mut parts);
         } else if parts.buffers.pieces() > usize::from(FEW_PIECES) {
@@ -282,18 +292,17 @@ impl PackedDevice {
             self.chains.budget.discharge(&mut parts);
         }
         self.chains.put(parts);
-        if self.log.is_some() {
-            self.completed_tracked(id);
-        }
-        let ring = &self.cells.ring;
         let flags = if written > 0 { self.used | Descriptor::WRITE } else { self.used };
         let at = self.next_used.at;
         // The flags of the first one of a batch come last.
         if self.batch == 0 {
             self.first = (at, flags);
-            let _ = ring.put_used(at, id, written, None);
+        }
+        if self.plain {
+            let later = if self.batch == 0 { None } else { Some(flags) };
+            let _ = self.cells.ring.put_used(at, id, written, later);
         } else {
-            let _ = ring.put_used(at, id, written, Some(flags));
+            self.complete_unusually(id, written, flags);
         }
         self.batch += count;
         self.left += count;
@@ -347,15 +356,21 @@ impl PackedDevice {
         let ((start, _), count) = (self.first, self.batch);
         let shows = count > 0;
         self.mark_batch(start, count);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.about_to_show(&self.cells.ring, self.next_used);
+        }
         self.unusual = false;
         let wanted = self.show();
+        if let Some(inflight) = self.inflight.as_mut().filter(|_| self.batch == 0) {
+            inflight.has_shown(self.next_used);
+        }
         self.mark_batch(start, count);
         let due = self.call_is_due && shows && self.health != Health::Lost;
         self.call_is_due &= !shows;
         self.unusual = self.call_is_due
             || self.has_old_chains
             || self.health == Health::Lost
-            || self.log.is_some();
+            || self.is_tracked();
         if let Some(log) = self.log.as_ref().filter(|_| shows) {
             log.notify();
         }
@@ -409,6 +424,16 @@ impl PackedDevice {
         self.source.view = view;
         self.place_log();
         Ok(())
+    }
+
+    /// Goes on with the next used descriptor at `used` and `held` descriptors in flight, whatever the base was.
+    pub(super) fn go_on_at(&mut self, used: Place, held: u16) {
+        let size = self.layout.size;
+        (self.next_used, self.used) = (used, self::used(used));
+        self.next_avail = used;
+        self.next_avail.advance(held, size);
+        self.available = available(self.next_avail);
+        self.left = size - held;
     }
 
     pub(crate) fn base(&self) -> u32 {

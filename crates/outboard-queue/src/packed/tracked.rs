@@ -79,9 +79,13 @@ impl PackedLog {
 }
 
 impl PackedDevice {
+    pub(super) fn is_tracked(&self) -> bool {
+        self.log.is_some() | self.inflight.is_some()
+    }
+
     /// Takes the quick way, or this one.
-    fn choose_way(&mut self) {
-        let tracked = self.log.is_some();
+    pub(super) fn choose_way(&mut self) {
+        let tracked = self.is_tracked();
         self.rules.most = if tracked { 0 } else { self.layout.size.min(FEW_PIECES) };
         self.plain = self.health == Health::Live && !tracked;
         self.unusual |= tracked;
@@ -113,7 +117,7 @@ impl PackedDevice {
         for (id, start) in self.chains.each_in_flight() {
             // Taken before there was a log. Its descriptors are still there unless what came back earlier was written
             // over them; a driver that changes them gets marks for other pages.
-            match self.walk_held(start, &mut buffers) {
+            match self.walk_held((id, start), &mut buffers) {
                 Some(walked) if walked == id => present.taken(id, &buffers),
                 _ => present.taken_blindly(id, self.source.view.memory()),
             }
@@ -122,7 +126,11 @@ impl PackedDevice {
     }
 
     /// Walks a chain in flight whose first descriptor was at `start` once more, if it is still there. Returns its id.
-    fn walk_held(&self, start: u16, to: &mut Buffers) -> Option<u16> {
+    fn walk_held(&self, (id, start): (u16, u16), to: &mut Buffers) -> Option<u16> {
+        if let Some(inflight) = &self.inflight {
+            let walked = self.source.walk_again(&inflight.pieces(id), to).ok()?;
+            return Some(walked.taken.id);
+        }
         let size = self.layout.size;
         let ahead = match start.checked_sub(self.next_used.at) {
             Some(ahead) => ahead,
@@ -132,17 +140,25 @@ impl PackedDevice {
             return None;
         }
         let flags = self.source.ring.flags(start, std::sync::atomic::Ordering::Relaxed)?;
-        let walked = self.source.walk_carefully((start, flags), size, to).ok()?;
+        let walked = self.source.walk_carefully((start, flags), size, to, None).ok()?;
         Some(walked.taken.id)
     }
 
-    /// The chain of `id` is given back, and a used descriptor is about to be written for it.
+    /// The chain of `id` is given back by a ring that is retired or looked at twice. What goes through an in-flight region is written to the ring when it is shown.
     #[cold]
     #[inline(never)]
-    pub(super) fn completed_tracked(&mut self, id: u16) {
+    pub(super) fn complete_unusually(&mut self, id: u16, written: u32, flags: u16) {
+        let at = self.next_used.at;
         if let Some(log) = &mut self.log {
             log.notes.completed(id);
-            log.mark_descriptors(self.next_used.at, 1);
+            log.mark_descriptors(at, 1);
+        }
+        match &mut self.inflight {
+            Some(inflight) => inflight.completed(id, written, (at, flags)),
+            None => {
+                let later = if self.batch == 0 { None } else { Some(flags) };
+                let _ = self.cells.ring.put_used(at, id, written, later);
+            }
         }
     }
 

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::Ordering;
 
-use outboard_memory::{Buffers, Descriptor, PackedRing, PackedTaken, View};
+use outboard_memory::{Buffers, Descriptor, PackedBody, PackedRing, PackedTaken, View};
 
 use super::STATE;
 use crate::error::RingError;
@@ -21,6 +21,46 @@ pub(super) struct Source {
     pub(super) indirect: bool,
 }
 
+/// One descriptor of a chain, as it was read, once.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Piece {
+    /// Where it was read, for errors.
+    pub(super) index: u16,
+    pub(super) flags: u16,
+    pub(super) body: PackedBody,
+}
+
+/// A walk along the ring, from a chain's first descriptor on.
+struct Along<'a> {
+    source: &'a Source,
+    head: u16,
+    /// The descriptor that comes next, and its flags when they were read already.
+    index: u16,
+    flags: Option<u16>,
+    available: u16,
+}
+
+impl Along<'_> {
+    fn step(&mut self) -> Result<Piece, RingError> {
+        let (index, ring) = (self.index, &self.source.ring);
+        let missing = RingError::Next { index };
+        let flags = match self.flags.take() {
+            Some(flags) => flags,
+            None => ring.flags(index, Ordering::Relaxed).ok_or(missing)?,
+        };
+        if flags & STATE != self.available {
+            return Err(RingError::NotAvailable { head: self.head, index });
+        }
+        let body = ring.body(index).ok_or(missing)?;
+        self.index += 1;
+        if self.index >= self.source.size {
+            self.index = 0;
+            self.available ^= STATE;
+        }
+        Ok(Piece { index, flags, body })
+    }
+}
+
 /// A chain as the careful walk found it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Walked {
@@ -30,7 +70,7 @@ pub(super) struct Walked {
 
 impl Source {
     /// The walk of any chain that starts at `head` with these flags, of at most `left` descriptors. Errors name
-    /// descriptors by their index in the ring, and the chain by its first one.
+    /// descriptors by their index in the ring, and the chain by its first one. What was read of the ring goes to `seen`.
     #[cold]
     #[inline(never)]
     pub(super) fn walk_carefully(
@@ -38,13 +78,49 @@ impl Source {
         (head, flags): (u16, u16),
         left: u16,
         to: &mut Buffers,
+        mut seen: Option<&mut Vec<Piece>>,
+    ) -> Result<Walked, RingError> {
+        let (available, index) = (flags & STATE, head);
+        let mut along = Along { source: self, head, index, flags: Some(flags), available };
+        self.walk_pieces(head, left, to, &mut || {
+            let piece = along.step()?;
+            if let Some(seen) = &mut seen {
+                seen.push(piece);
+            }
+            Ok(piece)
+        })
+    }
+
+    /// The walk of a chain whose descriptors were read before.
+    pub(super) fn walk_again(
+        &self,
+        pieces: &[Piece],
+        to: &mut Buffers,
+    ) -> Result<Walked, RingError> {
+        let head = pieces.first().map_or(0, |piece| piece.index);
+        let left = u16::try_from(pieces.len()).unwrap_or(u16::MAX);
+        let mut pieces = pieces.iter();
+        self.walk_pieces(head, left, to, &mut || {
+            let piece = pieces.next().copied();
+            piece.ok_or(RingError::ChainLength { head, size: left })
+        })
+    }
+
+    /// The walk of a chain whose descriptors `next` gives, one after the other.
+    #[cold]
+    #[inline(never)]
+    fn walk_pieces(
+        &self,
+        head: u16,
+        left: u16,
+        to: &mut Buffers,
+        next: &mut dyn FnMut() -> Result<Piece, RingError>,
     ) -> Result<Walked, RingError> {
         let mut gather = self.view.gather_pieces(to);
-        let (mut index, mut flags, mut available) = (head, flags, flags & STATE);
         let (mut turned, mut count) = (false, 0);
         let too_long = RingError::ChainLength { head, size: left };
         let id = loop {
-            let body = self.ring.body(index).ok_or(RingError::Next { index })?;
+            let Piece { index, flags, body } = next()?;
             count += 1;
             if count > left {
                 return Err(too_long);
@@ -70,15 +146,6 @@ impl Source {
             gather.push(body.addr, body.len).map_err(|source| unreachable(head, source))?;
             if flags & Descriptor::NEXT == 0 {
                 break body.id;
-            }
-            index += 1;
-            if index >= self.size {
-                index = 0;
-                available ^= STATE;
-            }
-            flags = self.ring.flags(index, Ordering::Relaxed).ok_or(RingError::Next { index })?;
-            if flags & STATE != available {
-                return Err(RingError::NotAvailable { head, index });
             }
         };
         let (bytes, pieces) = gather.finish(turned);

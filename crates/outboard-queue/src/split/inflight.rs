@@ -11,11 +11,9 @@
 //! against the size of the ring before it is used, and every walk is bounded by it.
 
 use std::cmp::Reverse;
-use std::sync::Arc;
-
-use outboard_memory::{SharedArea, Window};
 
 use crate::error::RingError;
+use crate::inflight::InflightArea;
 
 const FEATURES: usize = 0;
 const VERSION: usize = 8;
@@ -33,41 +31,9 @@ const COUNTER: usize = 8;
 /// The version that is carried out.
 const ONE: u16 = 1;
 
-/// The area of one ring in an in-flight region.
-#[derive(Clone, Debug)]
-pub struct InflightArea {
-    shared: SharedArea,
-    entries: u16,
-}
-
-impl InflightArea {
-    /// Bytes of the area of a split ring of `entries` descriptors.
-    #[must_use]
-    pub const fn size(entries: u16) -> u64 {
-        (16 * entries as u64 + 16).next_multiple_of(64)
-    }
-
-    /// The area that begins `offset` bytes into a region made for rings of `entries` descriptors. `None` when it does not
-    /// lie inside, or is not aligned to 8.
-    #[must_use]
-    pub fn new(region: &Arc<Window>, offset: u64, entries: u16) -> Option<Self> {
-        let shared = SharedArea::new(region, offset, Self::size(entries))?;
-        Some(Self { shared, entries })
-    }
-
-    /// Whether the file was cut short: what was noted is lost.
-    #[must_use]
-    pub fn is_poisoned(&self) -> bool {
-        self.shared.is_poisoned()
-    }
-
-    fn entry(head: u16) -> usize {
-        HEAD + ENTRY * usize::from(head)
-    }
-
-    fn is_in_flight(&self, head: u16) -> bool {
-        self.shared.load8(Self::entry(head)).unwrap_or(0) != 0
-    }
+/// Where the entry of a head begins.
+fn entry(head: u16) -> usize {
+    HEAD + ENTRY * usize::from(head)
 }
 
 /// What a ring keeps beside its area.
@@ -94,6 +60,9 @@ impl Inflight {
         used: u16,
     ) -> Result<(Self, bool), RingError> {
         let wrong = |field, value: u64| Err(RingError::Inflight { field, value });
+        if area.packed {
+            return wrong("region of packed rings, for a split one of", size.into());
+        }
         if area.entries < size {
             return wrong("number of entries", area.entries.into());
         }
@@ -127,7 +96,7 @@ impl Inflight {
     fn prepare(&self, size: u16, used: u16) {
         let shared = &self.area.shared;
         for head in 0..size {
-            shared.store8(InflightArea::entry(head), 0);
+            shared.store8(entry(head), 0);
         }
         shared.store64(FEATURES, 0);
         shared.store16(DESC_NUM, self.area.entries);
@@ -138,7 +107,8 @@ impl Inflight {
 
     fn recover(&mut self, size: u16, used: u16) -> Result<(), RingError> {
         let shared = &self.area.shared;
-        let mut in_flight: Vec<bool> = (0..size).map(|head| self.area.is_in_flight(head)).collect();
+        let is_in_flight = |head| shared.load8(entry(head)).unwrap_or(0) != 0;
+        let mut in_flight: Vec<bool> = (0..size).map(is_in_flight).collect();
         let head = shared.load16(LAST_BATCH_HEAD).unwrap_or(0);
         self.last_batch_head = if head < size { head } else { 0 };
         let done = used.wrapping_sub(shared.load16(USED_IDX).unwrap_or(used));
@@ -146,7 +116,7 @@ impl Inflight {
         let done = if in_flight.contains(&true) { done } else { 0 };
         let batch = self.last_batch(head, done, size)?;
         for head in batch {
-            shared.store8(InflightArea::entry(head), 0);
+            shared.store8(entry(head), 0);
             if let Some(flag) = in_flight.get_mut(usize::from(head)) {
                 *flag = false;
             }
@@ -156,7 +126,7 @@ impl Inflight {
             .zip(in_flight)
             .filter(|(_, in_flight)| *in_flight)
             .map(|(head, _)| {
-                let counter = shared.load64(InflightArea::entry(head) + COUNTER);
+                let counter = shared.load64(entry(head) + COUNTER);
                 (counter.unwrap_or(0), head)
             })
             .collect();
@@ -180,7 +150,7 @@ impl Inflight {
                 _ => return Err(RingError::Inflight { field: "batch list", value: head.into() }),
             }
             batch.push(head);
-            head = self.area.shared.load16(InflightArea::entry(head) + NEXT).unwrap_or(u16::MAX);
+            head = self.area.shared.load16(entry(head) + NEXT).unwrap_or(u16::MAX);
         }
         Ok(batch)
     }
@@ -203,7 +173,7 @@ impl Inflight {
     /// A request is about to be seen by the device.
     #[inline(always)]
     pub(crate) fn taken(&mut self, head: u16) {
-        let entry = InflightArea::entry(head);
+        let entry = entry(head);
         self.area.shared.store64(entry + COUNTER, self.counter);
         self.counter = self.counter.wrapping_add(1);
         self.area.shared.store8(entry, 1);
@@ -212,7 +182,7 @@ impl Inflight {
     /// A request was executed and is about to go into the used ring.
     #[inline(always)]
     pub(crate) fn completed(&mut self, head: u16) {
-        self.area.shared.store16(InflightArea::entry(head) + NEXT, self.last_batch_head);
+        self.area.shared.store16(entry(head) + NEXT, self.last_batch_head);
         self.area.shared.store16(LAST_BATCH_HEAD, head);
         self.last_batch_head = head;
         self.batch.push(head);
@@ -222,7 +192,7 @@ impl Inflight {
     #[inline(always)]
     pub(crate) fn published(&mut self, used: u16) {
         for head in self.batch.drain(..) {
-            self.area.shared.store8(InflightArea::entry(head), 0);
+            self.area.shared.store8(entry(head), 0);
         }
         self.area.shared.store16(USED_IDX, used);
     }

@@ -8,10 +8,11 @@
 use outboard_memory::Buffers;
 
 use super::device::SplitDevice;
-use super::inflight::{Inflight, InflightArea};
+use super::inflight::Inflight;
 use super::log::{Logging, RingLog};
 use crate::chain::{Chain, Parts};
 use crate::error::RingError;
+use crate::inflight::InflightArea;
 use crate::layout::QueueLayout;
 use crate::walk::Health;
 

@@ -55,13 +55,17 @@ impl SessionInflight {
     }
 
     /// The area of one ring; `None` when the region has none for it.
-    pub(super) fn area(&self, index: u16) -> Option<InflightArea> {
+    pub(super) fn area(&self, index: u16, packed: bool) -> Option<InflightArea> {
         let Region { description, window, .. } = self.region.as_ref()?;
+        let entries = description.queue_size;
         if index >= description.num_queues {
             return None;
         }
-        let size = InflightArea::size(description.queue_size);
-        InflightArea::new(window, u64::from(index) * size, description.queue_size)
+        let offset = u64::from(index) * area_size(entries, packed);
+        match packed {
+            true => InflightArea::packed(window, offset, entries),
+            false => InflightArea::new(window, offset, entries),
+        }
     }
 
     /// Whether a ring of this size has a place in the region.
@@ -78,23 +82,23 @@ impl SessionInflight {
 }
 
 impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
-    /// The area of a ring, when its requests are kept track of. A region that was given before packed rings were
-    /// negotiated is none for them.
-    pub(super) fn ring_inflight(&self, index: u16) -> Option<InflightArea> {
-        let packed = self.backend.acked_features() & virtio::RING_PACKED != 0;
-        if packed { None } else { self.inflight.area(index) }
+    /// Whether rings are packed, whose areas are others.
+    fn rings_are_packed(&self) -> bool {
+        self.backend.acked_features() & virtio::RING_PACKED != 0
     }
 
-    /// GET_INFLIGHT_FD: a fresh region, which nobody but the front-end keeps. None for packed rings.
+    /// The area of a ring, when its requests are kept track of.
+    pub(super) fn ring_inflight(&self, index: u16) -> Option<InflightArea> {
+        self.inflight.area(index, self.rings_are_packed())
+    }
+
+    /// GET_INFLIGHT_FD: a fresh region, which nobody but the front-end keeps.
     pub(super) fn get_inflight_fd(
         &self,
         num_queues: u16,
         queue_size: u16,
     ) -> Result<Option<(Inflight, OwnedFd)>, Refusal> {
-        if self.backend.acked_features() & virtio::RING_PACKED != 0 {
-            return Ok(None);
-        }
-        let mmap_size = u64::from(num_queues) * InflightArea::size(queue_size);
+        let mmap_size = u64::from(num_queues) * area_size(queue_size, self.rings_are_packed());
         let file = sealed_file(mmap_size).map_err(Refusal::because)?;
         let description =
             Inflight { mmap_size, mmap_offset: 0, num_queues, queue_size, ..Inflight::default() };
@@ -108,9 +112,6 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         file: OwnedFd,
     ) -> Result<(), Refusal> {
         let Inflight { mmap_size, mmap_offset, num_queues, queue_size, .. } = description;
-        if self.backend.acked_features() & virtio::RING_PACKED != 0 {
-            return Err(Refusal::because("no in-flight region for packed rings"));
-        }
         if !mmap_offset.is_multiple_of(8) {
             return Err(Refusal::because(format_args!("in-flight region at byte {mmap_offset}")));
         }
@@ -134,6 +135,11 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     }
 }
 
+/// Bytes of the area of one ring.
+fn area_size(entries: u16, packed: bool) -> u64 {
+    if packed { InflightArea::packed_size(entries) } else { InflightArea::size(entries) }
+}
+
 /// A file of zeros whose length cannot be changed.
 fn sealed_file(size: u64) -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
@@ -150,9 +156,10 @@ mod tests {
     /// Another implementation may have made the region, or may take it up.
     #[test]
     fn areas_lie_where_other_implementations_have_them() {
-        for entries in 1..=1024 {
-            assert_eq!(InflightArea::size(entries), Inflight::area_size(entries, false));
+        for packed in [false, true] {
+            for entries in (1..=1024).chain([32_767, 32_768]) {
+                assert_eq!(area_size(entries, packed), Inflight::area_size(entries, packed));
+            }
         }
-        assert_eq!(InflightArea::size(32_768), Inflight::area_size(32_768, false));
     }
 }
