@@ -49,6 +49,9 @@ pub(crate) struct Args {
     /// Longest wait for one answer, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
+    /// The load uses packed rings; the device must offer them.
+    #[arg(long)]
+    packed: bool,
     /// Answer as one JSON object.
     #[arg(long)]
     json: bool,
@@ -71,6 +74,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         count: args.count.unwrap_or_else(|| args.soak.count()),
         seed: args.seed,
         limit: Duration::from_secs(args.seconds.into()),
+        packed: args.packed,
     };
     let report = watch(args, &options).map_err(|error| match error {
         SoakError::NoBackend(_) => Failure::usage(error),

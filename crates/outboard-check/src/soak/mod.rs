@@ -97,6 +97,8 @@ pub struct Options {
     pub seed: u64,
     /// Longest wait for one answer of the back-end.
     pub limit: Duration,
+    /// Whether the load's rings are packed.
+    pub packed: bool,
 }
 
 /// How far a part has come: its name, how many are done, of how many.

@@ -54,8 +54,9 @@ impl Loaded {
     ) -> Result<Self, SoakError> {
         let Way { depth, driving, wanted, read_percent } = way;
         let timeout = options.limit;
-        let setup =
-            Setup { queues: 1, depth, block_size: 4096, indirect: false, packed: false, timeout };
+        let packed = options.packed;
+        let wanted = if packed { wanted.with_packed_rings() } else { wanted };
+        let setup = Setup { queues: 1, depth, block_size: 4096, indirect: false, packed, timeout };
         let none = |error: String| SoakError::NoBackend(error);
         let connection = Connection::connect_patiently(socket, timeout, START)
             .map_err(|error| none(error.to_string()))?;
@@ -162,6 +163,8 @@ pub(super) struct Site<'a> {
     pub(super) device: &'a mut BlockDevice,
     pub(super) live: &'a Live,
     pub(super) ring: &'a RingHandle,
+    /// Packed rings have no indices in memory to look at.
+    pub(super) packed: bool,
     pub(super) random: Random,
     pub(super) part: &'a mut Part,
     progress: &'a Progress<'a>,
@@ -232,12 +235,26 @@ fn soaked(
     let random = Random::new(options.seed);
     let (load, ()) = loaded.target.during(&loaded.load, homes, |device, live| {
         let total = options.count;
-        let (peer, part) = (&mut *peer, &mut *part);
-        work(&mut Site { peer, device, live, ring, random, part, progress, total })
+        let (peer, part, packed) = (&mut *peer, &mut *part, options.packed);
+        work(&mut Site { peer, device, live, ring, packed, random, part, progress, total })
     })?;
     part.load(&load);
-    let twice = ring.used_index()?.wrapping_sub(ring.available_index()?);
+    let twice = match options.packed {
+        true => more_answers(loaded)?,
+        false => ring.used_index()?.wrapping_sub(ring.available_index()?),
+    };
     part.bounded("requests finished twice", f64::from(twice), "", 0.0);
     part.holdings(before, holdings(peer, Some(before))?);
     Ok(())
+}
+
+/// What comes back although everything has come back. An answer to nothing is an error of the driver's.
+fn more_answers(loaded: &mut Loaded) -> Result<u16, SoakError> {
+    let mut more = 0;
+    for queue in loaded.target.device().queues() {
+        while queue.pop()?.is_some() {
+            more += 1;
+        }
+    }
+    Ok(more)
 }
