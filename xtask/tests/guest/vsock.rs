@@ -1,7 +1,8 @@
 //! `outboard vsock`: socat in a Debian guest and Unix sockets of the host.
 
 use crate::lab::{Lab, sound};
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
+use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketType, recv, socket};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -76,6 +77,31 @@ impl Host<'_> {
         Ok(())
     }
 
+    /// The guest sends a message.
+    fn messages(&self, guest: &mut Guest) -> Result<()> {
+        let listener = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None)?;
+        let address = SocketAddrUnix::new(format!("{}_77", self.path.display()))?;
+        rustix::net::bind(&listener, &address)?;
+        rustix::net::listen(&listener, 1)?;
+        // The family is AF_VSOCK, then two bytes of nothing, port 77, the host, and nothing.
+        guest.start(
+            "echo a message |
+            socat -u - SOCKET-CONNECT:40:0:x00004d0000000200000000000000,type=5",
+        )?;
+        let stream = rustix::net::accept(&listener)?;
+        let mut said = Vec::new();
+        loop {
+            let mut bytes = [0; 100];
+            let (_, count) = recv(&stream, &mut bytes, RecvFlags::empty())?;
+            let Some(message) = bytes.get(..count).filter(|message| !message.is_empty()) else {
+                break;
+            };
+            said.push(String::from_utf8_lossy(message).into_owned());
+        }
+        ensure!(said == ["a message\n"], "{said:?}");
+        guest.finish(LONG).map(drop)
+    }
+
     /// socat is started and takes its time until it listens; nobody tells.
     fn call_until_it_listens(&self, port: u32) -> Result<UnixStream> {
         let end = std::time::Instant::now() + LONG;
@@ -107,13 +133,14 @@ impl Host<'_> {
                 });
                 let mut back = Vec::new();
                 stream.read_to_end(&mut back)?;
-                writes.join().expect("ended well")?;
+                writes.join().map_err(|_| anyhow!("the writer panicked"))??;
                 Ok(back == sent)
             })
         });
         let echoes: Vec<_> = echoes.collect();
         for echo in echoes {
-            ensure!(echo.join().expect("ended well")?, "other bytes came back");
+            let same = echo.join().map_err(|_| anyhow!("an echo panicked"))??;
+            ensure!(same, "other bytes came back");
         }
         Ok(())
     }
@@ -136,6 +163,7 @@ fn a_debian_guest_talks_to_the_host_over_sockets_both_ways() -> Result<()> {
     let mut guest = sound(machine.boot(&lab.root, lab.path()), &device)?;
     let host = Host { path, device: &device };
     sound(host.bulk(&mut guest), host.device)?;
+    sound(host.messages(&mut guest), host.device)?;
     sound(host.echoes(&mut guest), host.device)?;
     drop(guest);
     device.terminate()
