@@ -114,6 +114,10 @@ pub trait VhostUserDevice: Send {
     /// At construction the handler's `new` returns it; later the request that caused it is refused.
     fn enter_suspended_state(&mut self) -> impl Future<Output = Result<(), Error>> + Send;
 
+    /// The front-end has left, or its session has failed; all queues are stopped. Another one may come: the
+    /// next one of the same guest, or somebody new. Not called when another process has taken over.
+    fn front_end_left(&mut self) {}
+
     /// Kind of the device, up to 32 bytes: a state that was saved by another kind is refused. The
     /// names of its queues by itself.
     fn device_type(&self) -> String {

@@ -229,6 +229,16 @@ pub trait Model: Send + 'static {
         Err(Error::refused(format!("configuration byte {offset} is read-only")))
     }
 
+    /// Ring `queue` is about to start with the driver's request number `base` (modulo 2^16; with packed rings
+    /// as GET_VRING_BASE has it): a driver that has just started is at 0, or at the packed 0x8000_8000.
+    fn ring_starts(&mut self, queue: u16, base: u32) {
+        let _ = (queue, base);
+    }
+
+    /// The front-end has left, or its session has failed; all queues are stopped. Another one may come: the
+    /// next one of the same guest, or somebody new. Not called when another process has taken over.
+    fn front_end_left(&mut self) {}
+
     /// The first ring is about to start: take locks, open doors. Returns at once: what somebody else
     /// still holds is [`Error::Busy`], and the handler asks again for a while.
     ///

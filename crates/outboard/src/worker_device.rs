@@ -283,6 +283,7 @@ impl<M: Model> VhostUserDevice for WorkerDevice<M> {
             return Err(Error::busy("what abandoned requests asked for is still under way"));
         }
         self.owes_suspension = false;
+        self.model.ring_starts(index, queue.base());
         // Last: nothing fails once the doors are open.
         if self.suspended {
             self.model.resume()?;
@@ -330,6 +331,10 @@ impl<M: Model> VhostUserDevice for WorkerDevice<M> {
         }
         self.suspended = true;
         self.model.suspend()
+    }
+
+    fn front_end_left(&mut self) {
+        self.model.front_end_left();
     }
 
     fn device_type(&self) -> String {

@@ -59,6 +59,11 @@ const MOST_ROOM: u32 = 1 << 30;
 /// Connections of one guest at once.
 pub const CONNECTIONS: usize = 1024;
 
+/// Rings: receive, transmit, events.
+const QUEUES: usize = 3;
+/// The wrap counters in the base of a packed ring.
+const WRAPS: u32 = 0x8000_8000;
+
 /// What an operator can set about a guest's sockets.
 #[derive(Clone, Debug)]
 pub struct VsockOptions {
@@ -140,6 +145,8 @@ pub struct Vsock {
     shared: Arc<Shared>,
     guest_cid: u64,
     queue_size: u16,
+    /// The rings that have started for the guest whose connections these are.
+    met: [bool; QUEUES],
     _membership: Membership,
 }
 
@@ -155,7 +162,16 @@ impl Vsock {
         let membership = neighbours.join(guest_cid, &gate)?;
         let hub = Mutex::new(Hub::new(options, neighbours.clone(), gate)?);
         let shared = Arc::new(Shared { hub });
-        Ok(Self { shared, guest_cid, queue_size, _membership: membership })
+        Ok(Self { shared, guest_cid, queue_size, met: [false; QUEUES], _membership: membership })
+    }
+
+    /// What the guest had is gone, whoever it is.
+    fn forget(&mut self, owes_reset: bool) {
+        let mut hub = self.shared.lock();
+        hub.forget();
+        hub.owes_reset = owes_reset;
+        drop(hub);
+        self.met = [owes_reset; QUEUES];
     }
 }
 
@@ -217,10 +233,20 @@ impl Model for Vsock {
         Ok(())
     }
 
+    fn ring_starts(&mut self, queue: u16, base: u32) {
+        let Some(met) = self.met.get_mut(usize::from(queue)) else { return };
+        if !std::mem::replace(met, true) && base & !WRAPS != 0 {
+            // Another process, which was killed, has served this driver: what it had open is gone.
+            self.shared.lock().owes_reset = true;
+        }
+    }
+
+    fn front_end_left(&mut self) {
+        self.forget(false);
+    }
+
     fn reset(&mut self) -> Result<(), Error> {
-        let mut hub = self.shared.lock();
-        hub.forget();
-        hub.owes_reset = false;
+        self.forget(false);
         Ok(())
     }
 
@@ -234,9 +260,7 @@ impl Model for Vsock {
 
     fn restore(&mut self, saved: Saved<'_>) -> Result<(), Error> {
         State::read(saved)?;
-        let mut hub = self.shared.lock();
-        hub.forget();
-        hub.owes_reset = true;
+        self.forget(true);
         Ok(())
     }
 }

@@ -13,25 +13,30 @@ use outboard_frontend::{Buffer, Connection, QueueSetup, SharedMemory, Virtqueue,
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 const ARENA: usize = 8 << 20;
 
+/// A device that is served on a thread, and the way to it.
+pub(crate) fn serve<M: Model>(model: M, events: LoopKind) -> (Connection, JoinHandle<()>) {
+    let device = WorkerDevice::with_options(model, events.into()).expect("a device");
+    let (ours, theirs) = UnixStream::pair().expect("sockets");
+    let server = Server::from_socket(theirs.into()).expect("a server");
+    let server = std::thread::spawn(move || {
+        server.serve(device).expect("served to the end");
+    });
+    (Connection::from_fd(OwnedFd::from(ours), PATIENCE).expect("connected"), server)
+}
+
 /// A driver of one device. Fields in the order in which they go.
 pub(crate) struct Rig {
     pub(crate) queues: Vec<Virtqueue>,
     pub(crate) vmm: Vmm,
     pub(crate) arena: Buffer,
     pub(crate) memory: SharedMemory,
-    server: Option<JoinHandle<()>>,
+    pub(crate) server: Option<JoinHandle<()>>,
 }
 
 impl Rig {
     /// Starts the device and negotiates all that is offered and in `mask`.
     pub(crate) fn asleep<M: Model>(model: M, events: LoopKind, mask: u64) -> Self {
-        let device = WorkerDevice::with_options(model, events.into()).expect("a device");
-        let (ours, theirs) = UnixStream::pair().expect("sockets");
-        let server = Server::from_socket(theirs.into()).expect("a server");
-        let server = std::thread::spawn(move || {
-            server.serve(device).expect("served to the end");
-        });
-        let connection = Connection::from_fd(OwnedFd::from(ours), PATIENCE).expect("connected");
+        let (connection, server) = serve(model, events);
         let mut wanted = Wanted::default();
         wanted.protocol |= ProtocolFeatures::RESET_DEVICE
             | ProtocolFeatures::STATUS

@@ -11,7 +11,7 @@ use outboard_devices::vsock::{
 };
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::rig::{PATIENCE, Rig};
+use crate::rig::{PATIENCE, Rig, serve};
 
 pub(crate) const BOTH: [LoopKind; 2] = [LoopKind::Epoll, LoopKind::Uring];
 pub(crate) const CID: u64 = 3;
@@ -134,6 +134,14 @@ impl Guest {
             let at = self.rig.at(EVENTS + 8 * slot);
             self.rig.offer(EVENT, &[], &[(at, 8)], slot);
         }
+    }
+
+    /// Goes on with another device where the last one, which is killed, left everything.
+    pub(crate) fn follow(&mut self, next: Vsock, events: LoopKind) {
+        let (connection, server) = serve(next, events);
+        self.rig.vmm.reconnect(connection).expect("reconnected");
+        let last = self.rig.server.replace(server);
+        last.expect("running").join().expect("ended well");
     }
 
     pub(crate) fn refill(&mut self, slot: u64) {

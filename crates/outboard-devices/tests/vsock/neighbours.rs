@@ -280,3 +280,45 @@ fn a_guest_that_moved_hears_that_its_connections_are_gone() {
         source.rig.end();
     }
 }
+
+/// C28, from the other side: who waits for a guest that is gone hears of its end.
+#[test]
+fn a_guest_that_leaves_takes_its_connections_along() {
+    for events in BOTH {
+        let folder = tempfile::tempdir().expect("a folder");
+        let listener = server(folder.path(), 1);
+        let mut guest = Guest::start(options(folder.path()), events);
+        let mut socket = guest.connect(5000, 1);
+        let mut host = patient(listener.accept().expect("a client").0);
+        let mut client = client(folder.path(), 9);
+        guest.accept(9);
+        assert!(answer(&client) > 0);
+        guest.say_with(&mut socket, Op::Data, 0, b"last words");
+        guest.rig.end();
+        let mut said = Vec::new();
+        host.read_to_end(&mut said).expect("an end");
+        assert_eq!(said, b"last words");
+        assert_eq!(client.read(&mut [0; 1]).expect("an end"), 0);
+    }
+}
+
+/// After a kill: the next process finds rings that were served, and tells the guest that nothing is left.
+#[test]
+fn a_process_that_follows_a_killed_one_tells_the_guest_that_its_connections_are_gone() {
+    for events in BOTH {
+        let folders = [0, 1].map(|_| tempfile::tempdir().expect("a folder"));
+        let listener = server(folders[0].path(), 1);
+        let mut guest = Guest::start(options(folders[0].path()), events);
+        let mut socket = guest.connect(5000, 1);
+        let host = listener.accept().expect("a client").0;
+        let next = Vsock::new(options(folders[1].path()), &Neighbours::new()).expect("a device");
+        guest.follow(next, events);
+        assert_eq!(guest.event(), 0);
+        guest.say_with(&mut socket, Op::Data, 0, b"anybody?");
+        guest.expect(&mut socket, Op::Reset);
+        let _listener = server(folders[1].path(), 1);
+        let _again = guest.connect(5000, 1);
+        drop(host);
+        guest.rig.end();
+    }
+}

@@ -196,6 +196,8 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
         session.state = StateDesk::new(Arc::clone(&self.transfers));
         let ended = session.serve(&attention).await;
         let closed = session.close().await;
+        drop(session);
+        self.has_ended(&ended);
         // Why it ended matters more than what went wrong afterwards.
         let ended = ended?;
         closed.map(|()| ended)
@@ -223,8 +225,16 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
         }
         drop(heir);
         let closed = session.close().await;
+        drop(session);
+        self.has_ended(&ended);
         let ended = ended?;
         closed.map(|()| ended)
+    }
+
+    fn has_ended(&mut self, ended: &Result<Ended, HostError>) {
+        if !matches!(ended, Ok(Ended::HandedOver)) {
+            self.device.front_end_left();
+        }
     }
 
     /// What is offered to a front-end.
