@@ -25,7 +25,7 @@ fn a_storm_on_one_disk_leaves_nothing_and_the_load_on_the_other_one_is_right() {
     };
     let socket = |text: &str| OsString::from(text);
     let command = [disks().into(), socket("{socket}"), image("a"), socket("{load}"), image("b")];
-    let options = Options { count: 10_000, seed: 1, limit: Duration::from_secs(10) };
+    let options = Options { count: 10_000, seed: 1, limit: Duration::from_secs(10), packed: false };
     let report = soak(Soak::Storm, &command, &options, &|_, _, _| {}).expect("a report");
     let [part] = report.parts.as_slice() else { panic!("one part: {report:?}") };
     assert!(part.holds(), "{part}");
