@@ -83,8 +83,9 @@ struct SocketArgs<K: Kind> {
     kind: PhantomData<K>,
 }
 
+/// What worker threads wait on, and how long they look before that.
 #[derive(clap::Args)]
-struct ThreadArgs {
+pub(crate) struct ThreadArgs {
     /// What the threads wait on: auto is uring, or epoll where io_uring is refused.
     #[arg(long, value_enum, default_value_t = Loop::Auto)]
     event_loop: Loop,
@@ -215,7 +216,7 @@ impl<K: Kind> DeviceArgs<K> {
 }
 
 impl ThreadArgs {
-    fn options(&self) -> WorkerOptions {
+    pub(crate) fn options(&self) -> WorkerOptions {
         WorkerOptions {
             event_loop: self.event_loop.into(),
             poll: self.poll_us.0,

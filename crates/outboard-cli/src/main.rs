@@ -20,6 +20,7 @@ mod rng;
 mod serve;
 mod service;
 mod soak;
+mod switch;
 mod vsock;
 
 use std::process::ExitCode;
@@ -33,7 +34,8 @@ const EXAMPLES: &str = "\
 Examples:
   outboard block --socket-path /run/disk.sock F   serve the file F as a disk for a VMM
   outboard console --socket-path /run/con.sock    give it a console on a terminal of the host
-  outboard net --socket-path /run/net.sock --stream PASST   give it a network card, through passt
+  outboard net --socket-path /run/net.sock --tap up0   give it a network card
+  outboard switch --port /run/a.sock --port /run/b.sock   connect guests to each other
   outboard rng --socket-path /run/rng.sock        give it entropy
   outboard vsock --socket-path /run/vsock.sock --guest-cid 3 --uds-path /run/vm.vsock   give it sockets
   outboard serve vm7.toml                many devices in one process, as a file lists them
@@ -61,6 +63,7 @@ enum Command {
     Block(Box<block::Args>),
     Console(Box<console::Args>),
     Net(Box<net::Args>),
+    Switch(switch::Args),
     Rng(Box<rng::Args>),
     Vsock(Box<vsock::Args>),
     Serve(serve::Args),
@@ -127,6 +130,7 @@ fn main() -> ExitCode {
         Command::Block(args) => block::run(&args),
         Command::Console(args) => console::run(&args),
         Command::Net(args) => net::run(&args),
+        Command::Switch(args) => switch::run(&args),
         Command::Rng(args) => rng::run(&args),
         Command::Vsock(args) => vsock::run(&args),
         Command::Serve(args) => serve::run(&args),

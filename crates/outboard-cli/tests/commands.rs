@@ -48,6 +48,11 @@ fn a_wrong_command_line_is_one_line_and_exit_code_2() {
         (vec!["console", "--size", "80"], "two numbers"),
         (vec!["console"], "no socket"),
         (vec!["net", "--socket-path", "s"], "no link"),
+        (vec!["net", "--tap", "a name too long"], "interface a name too long"),
+        (vec!["net", "--tap-fd", "999"], "descriptor 999"),
+        (vec!["net", "--stream", "s", "--queue-pairs", "2"], "one pair"),
+        (vec!["switch"], "--port"),
+        (vec!["switch", "--port", "/nonexistent/s"], "No such file"),
         (vec!["net", "--stream", "/nonexistent/s"], "/nonexistent/s: No such file"),
         (vec!["net", "--stream", "s", "--mac", "1:2:3"], "52:54:00:12:34:56"),
         (vec!["net", "--stream", "s", "--mac", "01:00:5e:00:00:01"], "not a group's"),
@@ -69,7 +74,9 @@ fn a_wrong_command_line_is_one_line_and_exit_code_2() {
 
 #[test]
 fn help_teaches_with_examples_and_exits_with_0() {
-    for command in ["", "block", "console", "net", "rng", "vsock", "demo", "probe", "bench"] {
+    for command in
+        ["", "block", "console", "net", "rng", "switch", "vsock", "demo", "probe", "bench"]
+    {
         let args: Vec<_> = [command, "--help"].into_iter().filter(|arg| !arg.is_empty()).collect();
         let output = outboard(&args);
         assert_eq!(output.status.code(), Some(0), "{args:?}");

@@ -19,7 +19,7 @@ pub mod vsock;
 mod bell;
 #[cfg(any(feature = "console", feature = "net", feature = "vsock"))]
 mod names;
-#[cfg(any(feature = "rng", feature = "vsock"))]
+#[cfg(any(feature = "net", feature = "rng", feature = "vsock"))]
 mod timer;
 #[cfg(any(feature = "console", feature = "net", feature = "vsock"))]
 mod watches;

@@ -140,7 +140,7 @@ impl Card {
         let link_up = links.iter().any(Link::is_up);
         let taps = links.iter().filter_map(|link| match link {
             Link::Tap(link) => Some(Arc::clone(&link.tap)),
-            Link::Stream(_) => None,
+            Link::Stream(_) | Link::Port(_) => None,
         });
         let taps: Vec<_> = taps.collect();
         let pairs = links.len();

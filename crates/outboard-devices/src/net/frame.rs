@@ -35,7 +35,21 @@ pub(super) struct Frame {
 
 impl Frame {
     pub(super) fn new() -> Self {
-        Self { room: vec![0; HEADER + MOST].into_boxed_slice(), length: 0 }
+        Self::with_room(HEADER + MOST)
+    }
+
+    /// With so many bytes for header and packet.
+    pub(super) fn with_room(room: usize) -> Self {
+        Self { room: vec![0; room].into_boxed_slice(), length: 0 }
+    }
+
+    /// Becomes a copy; false: there is no room for it.
+    pub(super) fn copy_from(&mut self, other: &Self) -> bool {
+        let bytes = other.bytes();
+        let room = self.room.get_mut(..bytes.len());
+        let fits = room.map(|room| room.copy_from_slice(bytes)).is_some();
+        self.length = if fits { bytes.len() } else { 0 };
+        fits
     }
 
     /// Header and packet.

@@ -6,6 +6,7 @@ use outboard::Error;
 
 use super::frame::Frame;
 use super::stream;
+use super::switch::PortLink;
 use super::tap::TapLink;
 use crate::watches::{Edge, Watches};
 
@@ -24,6 +25,7 @@ pub(super) enum Sent {
 pub(super) enum Link {
     Stream(stream::Link),
     Tap(TapLink),
+    Port(PortLink),
 }
 
 impl Link {
@@ -32,6 +34,7 @@ impl Link {
         let token = (number as u64) << 1;
         match self {
             Self::Stream(link) => link.watch(watches, token)?,
+            Self::Port(link) => link.watch(watches, token)?,
             Self::Tap(link) => {
                 watches.add(link.tap.as_fd(), token)?;
                 link.readable = true;
@@ -49,6 +52,7 @@ impl Link {
     pub(super) fn edge(&mut self, edge: Edge, watches: &Watches) {
         match self {
             Self::Stream(link) => link.edge(edge, watches),
+            Self::Port(link) => link.edge(edge),
             Self::Tap(link) => link.readable |= edge.readable && !link.gone,
         }
     }
@@ -58,6 +62,7 @@ impl Link {
         match self {
             Self::Stream(link) => link.is_up(),
             Self::Tap(link) => !link.gone,
+            Self::Port(_) => true,
         }
     }
 
@@ -66,14 +71,16 @@ impl Link {
         match self {
             Self::Stream(link) => link.receive(frame),
             Self::Tap(link) => link.receive(frame),
+            Self::Port(link) => link.receive(frame),
         }
     }
 
-    /// Whether there may be packets that nothing will announce.
+    /// Whether there may be packets that nothing will announce; asked before a thread sleeps.
     pub(super) fn is_readable(&self) -> bool {
         match self {
             Self::Stream(link) => link.is_readable(),
             Self::Tap(link) => link.readable,
+            Self::Port(link) => !link.may_sleep(),
         }
     }
 
@@ -82,20 +89,32 @@ impl Link {
         match self {
             Self::Stream(link) => link.has_room(),
             Self::Tap(_) => true,
+            Self::Port(link) => link.has_room(),
         }
     }
 
-    pub(super) fn send(&mut self, frame: &Frame) -> Sent {
+    /// Sends a packet. What is in `frame` afterwards is no packet any more.
+    pub(super) fn send(&mut self, frame: &mut Frame) -> Sent {
         match self {
             Self::Stream(link) => link.send(frame.packet()),
             Self::Tap(link) => link.send(frame),
+            Self::Port(link) => link.send(frame),
+        }
+    }
+
+    /// The pair's receive ring runs, or no more.
+    pub(super) fn runs(&mut self, runs: bool) {
+        if let Self::Port(link) = self {
+            link.runs(runs);
         }
     }
 
     /// Everything so far is on its way, as far as the other end takes it.
     pub(super) fn flush(&mut self) {
-        if let Self::Stream(link) = self {
-            link.flush();
+        match self {
+            Self::Stream(link) => link.flush(),
+            Self::Port(link) => link.flush(),
+            Self::Tap(_) => {}
         }
     }
 }

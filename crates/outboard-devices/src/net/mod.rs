@@ -29,7 +29,9 @@ mod link;
 mod pcap;
 mod state;
 mod stream;
+mod switch;
 mod tap;
+mod uplink;
 mod worker;
 
 use std::path::PathBuf;
@@ -50,7 +52,10 @@ use pcap::Capture;
 pub use state::STATE_VERSION;
 use state::State;
 pub use stream::Stream;
+use switch::PortLink;
+pub use switch::{MOST_PORTS, Port, Switch};
 use tap::TapLink;
+pub use uplink::Uplink;
 pub use worker::NetWorker;
 
 /// The smallest MTU that there is (RFC 791).
@@ -78,6 +83,8 @@ pub enum Wire {
     Stream(Stream),
     /// To an interface of the host: a queue of it for each pair of queues of the card.
     Tap(Vec<Arc<Tap>>),
+    /// To a switch of this process.
+    Port(Port),
 }
 
 impl From<Stream> for Wire {
@@ -182,6 +189,9 @@ fn open(wire: &Wire) -> Result<(Vec<Link>, u64, String), Error> {
             let (Stream::Connect(path) | Stream::Listen(path)) = stream;
             let link = Link::Stream(stream::Link::open(stream)?);
             Ok((vec![link], 0, path.display().to_string()))
+        }
+        Wire::Port(port) => {
+            Ok((vec![Link::Port(PortLink::new(port.clone())?)], 0, "switch".to_owned()))
         }
         Wire::Tap(taps) => {
             let first = taps.first().ok_or_else(|| Error::refused("no queue of an interface"))?;

@@ -192,14 +192,19 @@ impl NetWorker {
             pair.counters.malformed.add(1);
             return Ok(());
         };
-        out.set_length(HEADER + length);
-        let room = out.room();
+        let Some(room) = out.room().get_mut(..HEADER + length) else {
+            // A switch's frames are as long as its packets.
+            pair.counters.refused.add(1);
+            return Ok(());
+        };
         if header == HEADER {
-            from.read_exact(room.get_mut(..HEADER + length).unwrap_or_default())?;
+            from.read_exact(room)?;
         } else {
-            from.read_exact(room.get_mut(..header).unwrap_or_default())?;
-            from.read_exact(room.get_mut(HEADER..HEADER + length).unwrap_or_default())?;
+            let (head, packet) = room.split_at_mut(HEADER);
+            from.read_exact(head.get_mut(..header).unwrap_or_default())?;
+            from.read_exact(packet)?;
         }
+        out.set_length(HEADER + length);
         if !out.is_sendable(features) {
             pair.counters.malformed.add(1);
             return Ok(());
@@ -265,13 +270,14 @@ impl NetWorker {
 }
 
 impl Pair {
-    fn send(&mut self, card: &Card, frame: &Frame) {
+    fn send(&mut self, card: &Card, frame: &mut Frame) {
         card.capture(frame.packet());
+        let length = frame.packet().len();
         let sent = self.link.as_mut().map_or(Sent::Down, |link| link.send(frame));
         match sent {
             Sent::Yes => {
                 self.counters.sent.add(1);
-                self.counters.sent_bytes.add(frame.packet().len() as u64);
+                self.counters.sent_bytes.add(length as u64);
             }
             Sent::Down => self.counters.link_down.add(1),
             Sent::Refused => self.counters.refused.add(1),
@@ -350,6 +356,8 @@ impl Worker for NetWorker {
         }
         if queue.is_multiple_of(2) {
             self.card.runs(usize::from(queue / 2), reach);
+            let link = self.pair(usize::from(queue / 2)).and_then(|pair| pair.link.as_mut());
+            link.into_iter().for_each(|link| link.runs(reach));
         } else if let Some(pair) = self.pair(usize::from(queue / 2)) {
             pair.flush();
         }

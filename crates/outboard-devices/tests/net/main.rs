@@ -9,3 +9,4 @@ mod guest;
 mod hostile;
 mod packets;
 mod state;
+mod switch;

@@ -1,0 +1,115 @@
+//! `outboard switch`: network cards for several guests, and a learning switch between them.
+//!
+//! Invariant: all that can be wrong with the ports and the interface is found before a guest is served; the first
+//! port that fails ends the others.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use std::{io, thread};
+
+use outboard::memory::Tap;
+use outboard::{Error, HandlerOptions, Server, WorkerDevice};
+use outboard_devices::net::{Net, NetOptions, Switch, Uplink, Wire};
+use tracing::info;
+
+use crate::Failure;
+use crate::device::{ThreadArgs, stop_on_signals};
+
+const EXAMPLES: &str = "\
+Examples:
+  outboard switch --port /run/a.sock --port /run/b.sock             two guests
+  outboard switch --port /run/a.sock --port /run/b.sock --tap up0   and the host, on an interface that is made
+                                                                    if it is not there. Then: ip link set up0 up
+
+Each port is a network card as that of `outboard net`, without offloads; see there for the guests' side.
+Packets go from one guest's memory to the other's without a system call for each. A guest that takes nothing
+holds up those who send to it for --patience, and is then passed over until it takes something.
+SIGTERM and SIGINT end the switch and remove its sockets.";
+
+/// Give guests network cards that are connected to each other.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Make a port: a card for the front-end that connects to this path (repeatable).
+    #[arg(long, value_name = "PATH", required = true)]
+    port: Vec<PathBuf>,
+    /// Connect this TAP interface of the host to one more port.
+    #[arg(long, value_name = "NAME")]
+    tap: Option<String>,
+    /// The largest packet, without its header, that the switch takes; guests are told.
+    #[arg(long, value_name = "BYTES", default_value_t = 1500, value_parser = clap::value_parser!(u16).range(68..))]
+    mtu: u16,
+    /// How long those who send to a guest wait while it takes nothing.
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    patience: u64,
+    #[command(flatten, next_help_heading = "Threads")]
+    threads: ThreadArgs,
+}
+
+/// A card and the socket of its front-end.
+type Served = (Server, WorkerDevice<Net>);
+
+/// Runs the command.
+pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    let (ports, uplink) = args.make()?;
+    let (theirs, ours) = UnixStream::pair().map_err(Failure::failed)?;
+    let stops: Vec<_> = ports.iter().map(|(server, _)| server.stop_handle()).collect();
+    let theirs = Arc::new(theirs);
+    let signal = Arc::clone(&theirs);
+    stop_on_signals(move || -> io::Result<OwnedFd> { Ok(signal.try_clone()?.into()) })
+        .map_err(Failure::failed)?;
+    info!("serving a switch with {} ports", args.port.len());
+    crate::service::up();
+    let served = ports.into_iter().map(|(server, device)| {
+        let ended = Arc::clone(&theirs);
+        thread::spawn(move || {
+            let result: Result<(), Error> = server.serve(device);
+            // Whoever ends first ends all.
+            let _ = rustix::io::write(&*ended, &[0]);
+            result
+        })
+    });
+    let served: Vec<_> = served.collect();
+    // A signal, or a port that has ended.
+    let _ = rustix::io::read(&ours, &mut [0; 1]);
+    stops.iter().for_each(outboard::StopHandle::stop);
+    let mut result = Ok(());
+    for port in served {
+        let ended = port.join().unwrap_or_else(|_| Err(Error::refused("a port has died")));
+        result = result.and(ended.map_err(Failure::failed));
+    }
+    drop(uplink);
+    result
+}
+
+impl Args {
+    fn make(&self) -> Result<(Vec<Served>, Option<Uplink>), Failure> {
+        let count = self.port.len() + usize::from(self.tap.is_some());
+        let switch = Switch::with_patience(count, self.mtu, Duration::from_millis(self.patience))
+            .map_err(Failure::usage)?;
+        let mut places = switch.ports();
+        let uplink = self.tap.as_deref().zip(places.pop_if(|_| self.tap.is_some()));
+        let uplink = uplink.map(|(name, place)| {
+            let failed = |error: io::Error| Failure::Usage(format!("interface {name}: {error}"));
+            let tap = Tap::open(name, false).map_err(failed)?;
+            Uplink::new(place, Arc::new(tap)).map_err(Failure::usage)
+        });
+        let uplink = uplink.transpose()?;
+        let cards = places.into_iter().map(|place| {
+            let mut options = NetOptions::new(Wire::Port(place));
+            options.mtu = Some(self.mtu);
+            let card = Net::new(&options).map_err(Failure::usage)?;
+            let threads = self.threads.options();
+            WorkerDevice::with_options(card, threads).map_err(Failure::usage)
+        });
+        let cards = cards.collect::<Result<Vec<_>, _>>()?;
+        let ports = self.port.iter().zip(cards).map(|(path, card)| {
+            let server = Server::listen(path).map_err(Failure::usage)?;
+            Ok((server.with_options(HandlerOptions::default()), card))
+        });
+        Ok((ports.collect::<Result<_, Failure>>()?, uplink))
+    }
+}

@@ -1,0 +1,167 @@
+//! Guests behind one switch (`outboard_devices::net::Switch`).
+
+use std::time::Instant;
+
+use outboard::LoopKind;
+use outboard_devices::net::{NetOptions, Port, Switch, Wire};
+
+use crate::guest::{ALL, BOTH, Guest, HEADER, OTHER, TX, packet};
+use crate::rig::PATIENCE;
+
+const ADDRESSES: [[u8; 6]; 3] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2], [2, 0, 0, 0, 0, 3]];
+
+fn guest(port: &Port, number: usize, events: LoopKind) -> Guest {
+    let mut options = NetOptions::new(Wire::Port(port.clone()));
+    options.mac = Some(ADDRESSES[number]);
+    let mut guest = Guest::start(&options, events);
+    // A round trip on the thread of its rings: by now they have heard that they are enabled.
+    assert_eq!(guest.command(&[9, 9], 1), Some(1));
+    guest
+}
+
+fn guests(count: usize, events: LoopKind) -> Vec<Guest> {
+    // Nobody is passed over because this machine has other things to do.
+    let switch = Switch::with_patience(count, 1500, 10 * PATIENCE).expect("a switch");
+    let ports = switch.ports();
+    ports.iter().enumerate().map(|(number, port)| guest(port, number, events)).collect()
+}
+
+/// A packet from one guest to an address.
+fn from(sender: usize, to: [u8; 6], fill: u8) -> Vec<u8> {
+    let mut bytes = packet(to, fill, 60);
+    bytes[6..12].copy_from_slice(&ADDRESSES[sender]);
+    bytes
+}
+
+#[test]
+fn a_switch_floods_what_it_does_not_know_and_learns_where_addresses_are() {
+    for events in BOTH {
+        let mut guests = guests(3, events);
+        // Nobody knows the address yet: all others get the packet.
+        let unknown = from(0, ADDRESSES[1], 1);
+        guests[0].send(&unknown);
+        assert_eq!(guests[1].receive(), unknown);
+        assert_eq!(guests[2].receive(), unknown);
+        let answer = from(1, ADDRESSES[0], 2);
+        guests[1].send(&answer);
+        assert_eq!(guests[0].receive(), answer);
+        // Now it does, and the third one hears nothing of it: what it gets next is the group's.
+        let (known, group) = (from(0, ADDRESSES[1], 3), from(0, ALL, 4));
+        guests[0].send(&known);
+        guests[0].send(&group);
+        assert_eq!(guests[1].receive(), known);
+        assert_eq!(guests[1].receive(), group);
+        assert_eq!(guests[2].receive(), group);
+        // A guest that moves to another port is found there.
+        let moved = from(1, ALL, 5);
+        guests[2].send(&moved);
+        assert_eq!(guests[0].receive(), moved);
+        assert_eq!(guests[1].receive(), moved);
+        let followed = from(0, ADDRESSES[1], 6);
+        guests[0].send(&followed);
+        assert_eq!(guests[2].receive(), followed);
+        guests.into_iter().for_each(|guest| guest.rig.end());
+    }
+}
+
+/// One guest takes nothing: those who send to it are held up for a moment, and then go on to others.
+#[test]
+fn a_guest_that_takes_nothing_does_not_hold_up_what_is_for_others() {
+    for events in BOTH {
+        let switch = Switch::new(3, 1500).expect("a switch");
+        let ports = switch.ports();
+        let mut sender = guest(&ports[0], 0, events);
+        let mut taker = guest(&ports[1], 1, events);
+        // It has buffers for a few packets, and never gives more.
+        let mut deaf = guest(&ports[2], 2, events);
+        for (number, guest) in [(1, &mut taker), (2, &mut deaf)] {
+            guest.send(&from(number, OTHER, 1));
+            sender.receive();
+        }
+        deaf.receive();
+        for round in 0..2000 {
+            sender.send(&from(0, ADDRESSES[2], 2));
+            if round % 500 == 0 {
+                sender.send(&from(0, ADDRESSES[1], 3));
+                while taker.receive()[14] != 3 {}
+            }
+        }
+        [sender, taker, deaf].into_iter().for_each(|guest| guest.rig.end());
+    }
+}
+
+/// How many packets go each way: `OUTBOARD_ROUNDS`, or enough to go round every ring and inbox many times.
+fn rounds() -> u64 {
+    let told = std::env::var("OUTBOARD_ROUNDS").ok();
+    told.and_then(|text| text.parse().ok()).unwrap_or(20_000)
+}
+
+/// A guest that sends numbered packets as fast as its ring takes them, and checks what it gets.
+struct Flow {
+    guest: Guest,
+    offered: u64,
+    sent: u64,
+    got: u64,
+}
+
+/// Slots for packets to be sent, behind the receive buffers.
+const SLOTS: u64 = 32;
+
+impl Flow {
+    fn new(guest: Guest, me: usize, other: usize) -> Self {
+        for slot in 0..SLOTS {
+            let bytes = [&[0; HEADER][..], &from(me, ADDRESSES[other], 0)].concat();
+            guest.rig.store(guest.rig.at((1 << 20) + slot * 128), &bytes);
+        }
+        Self { guest, offered: 0, sent: 0, got: 0 }
+    }
+
+    /// Does what can be done now; true: something was.
+    fn go_on(&mut self, rounds: u64) -> bool {
+        let before = (self.sent, self.got, self.offered);
+        while self.guest.rig.is_back(TX) {
+            self.sent += 1;
+        }
+        while self.offered < rounds && self.offered < self.sent + SLOTS {
+            let at = self.guest.rig.at((1 << 20) + self.offered % SLOTS * 128);
+            self.guest.rig.store(at + 40, &self.offered.to_le_bytes());
+            let queue = &mut self.guest.rig.queues[TX];
+            assert!(queue.add(&[(at, 72)], &[], 77).expect("fits"), "the ring is full");
+            self.offered += 1;
+        }
+        self.guest.rig.queues[TX].kick().expect("kicked");
+        while let Some(bytes) = self.guest.take() {
+            assert_eq!(bytes[28..36], self.got.to_le_bytes(), "one was lost, or out of order");
+            self.got += 1;
+        }
+        before != (self.sent, self.got, self.offered)
+    }
+}
+
+#[test]
+fn packets_between_two_guests_all_arrive_in_order_however_fast_they_are_sent() {
+    for events in BOTH {
+        let mut guests = guests(2, events);
+        let (mut second, mut first) = (guests.pop().expect("two"), guests.pop().expect("two"));
+        // Both are known to the switch.
+        first.send(&from(0, ALL, 0));
+        second.receive();
+        second.send(&from(1, ALL, 0));
+        first.receive();
+        let mut flows = [Flow::new(first, 0, 1), Flow::new(second, 1, 0)];
+        let (rounds, start) = (rounds(), Instant::now());
+        let mut last = Instant::now();
+        while flows.iter().any(|flow| flow.got < rounds) {
+            let moved = flows.iter_mut().map(|flow| flow.go_on(rounds)).fold(false, |a, b| a | b);
+            if moved {
+                last = Instant::now();
+            } else {
+                std::thread::yield_now();
+            }
+            let got = flows.each_ref().map(|flow| flow.got);
+            assert!(last.elapsed() < PATIENCE, "nothing moves after {got:?} packets");
+        }
+        println!("{rounds} packets each way in {:?}", start.elapsed());
+        flows.into_iter().for_each(|flow| flow.guest.rig.end());
+    }
+}
