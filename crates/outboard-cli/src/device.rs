@@ -70,12 +70,9 @@ struct SocketArgs<K: Kind> {
     /// Make a control socket here, on which a newer program can take over.
     #[arg(long, value_name = "PATH", conflicts_with = "take_over")]
     control: Option<PathBuf>,
-    /// Do not offer a feature: the device's own, event-idx, CONFIGURE_MEM_SLOTS ... (repeatable).
+    /// Do not offer a feature: the device's own, event-idx, packed, CONFIGURE_MEM_SLOTS ... (repeatable).
     #[arg(long, value_name = "FEATURE", value_parser = parse_feature::<K>)]
     without: Vec<Feature>,
-    /// Offer packed rings too. The requests on them are not kept track of for a process that follows a crash.
-    #[arg(long)]
-    packed: bool,
     /// Longest wait for requests under way when the front-end stops a queue.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     drain_deadline: u32,
@@ -201,7 +198,6 @@ impl<K: Kind> DeviceArgs<K> {
     pub(crate) fn handler_options(&self) -> HandlerOptions {
         let mut options = HandlerOptions {
             drain_deadline: Duration::from_secs(self.socket.drain_deadline.into()),
-            packed_rings: self.socket.packed,
             ..HandlerOptions::default()
         };
         for feature in &self.socket.without {

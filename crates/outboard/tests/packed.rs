@@ -1,5 +1,4 @@
-//! Packed rings through the handler: offered when the operator says so, and then carried out in every message that
-//! knows of rings (virtio 1.3 §2.8; cases A45, A54, A62, B40).
+//! Packed rings through the handler: offered, and carried out in every message that knows of rings (virtio 1.3 §2.8; cases A45, A54, A62, B40).
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod common;
@@ -16,13 +15,9 @@ use outboard_queue::{DriverQueue, QueueLayout};
 const PACKED: u64 = FEATURES | virtio::RING_PACKED;
 const KINDS: [LoopKind; 2] = [LoopKind::Auto, LoopKind::Epoll];
 
-fn options() -> HandlerOptions {
-    HandlerOptions { packed_rings: true, ..HandlerOptions::default() }
-}
-
 /// Negotiated, memory shared.
 fn ready(kind: LoopKind) -> Rig {
-    let mut rig = Rig::bare(kind, options());
+    let mut rig = Rig::bare(kind, HandlerOptions::default());
     rig.negotiate(PACKED);
     rig.front.set_mem_table(rig.memory.regions()).unwrap();
     rig
@@ -58,13 +53,10 @@ fn started(rig: &mut Rig, index: u16, size: u16) -> Ring {
 }
 
 #[test]
-fn packed_rings_are_offered_when_the_operator_says_so() {
-    let rig = Rig::bare(LoopKind::Auto, HandlerOptions::default());
-    let mut front = rig.front;
-    front.set_owner().unwrap();
-    assert_eq!(front.get_features().unwrap() & virtio::RING_PACKED, 0);
-    let without = HandlerOptions { without_features: virtio::RING_PACKED, ..options() };
-    for (options, offered) in [(options(), virtio::RING_PACKED), (without, 0)] {
+fn packed_rings_are_offered_unless_they_are_hidden() {
+    let without =
+        HandlerOptions { without_features: virtio::RING_PACKED, ..HandlerOptions::default() };
+    for (options, offered) in [(HandlerOptions::default(), virtio::RING_PACKED), (without, 0)] {
         let mut front = Rig::bare(LoopKind::Auto, options).front;
         front.set_owner().unwrap();
         assert_eq!(front.get_features().unwrap() & virtio::RING_PACKED, offered);
@@ -177,7 +169,7 @@ fn b40_a_packed_ring_that_its_driver_breaks_is_told_once_and_serves_again_when_s
 
 #[test]
 fn the_log_of_a_packed_ring_is_turned_on_and_off() {
-    let mut rig = Rig::bare(LoopKind::Auto, options());
+    let mut rig = Rig::bare(LoopKind::Auto, HandlerOptions::default());
     rig.front.set_owner().unwrap();
     rig.front.get_features().unwrap();
     rig.front.get_protocol_features().unwrap();

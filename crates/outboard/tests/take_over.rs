@@ -72,13 +72,14 @@ impl Place {
 
 /// A front-end with a ring that runs.
 fn guest(socket: &Path, protocol: ProtocolFeatures) -> (Connection, SharedMemory, Ring) {
-    guest_with(socket, protocol, |_| ())
+    guest_with(socket, protocol, FEATURES, |_| ())
 }
 
-/// As [`guest`], with something told before the ring.
+/// As [`guest`], with other features, and something told before the ring.
 fn guest_with(
     socket: &Path,
     protocol: ProtocolFeatures,
+    features: u64,
     tell: impl FnOnce(&mut Connection),
 ) -> (Connection, SharedMemory, Ring) {
     let mut front = Connection::connect(socket, PATIENCE).unwrap();
@@ -87,13 +88,13 @@ fn guest_with(
     front.get_features().unwrap();
     front.get_protocol_features().unwrap();
     front.set_protocol_features(protocol).unwrap();
-    front.set_features(FEATURES).unwrap();
+    front.set_features(features).unwrap();
     front.set_mem_table(memory.regions()).unwrap();
     tell(&mut front);
-    let ring = Ring::new(&memory, 0, FEATURES);
+    let ring = Ring::new(&memory, 0, features);
     front.set_vring_num(0, common::SIZE).unwrap();
     front.set_vring_addr(0, &ring.layout).unwrap();
-    front.set_vring_base(0, 0).unwrap();
+    front.set_vring_base(0, ring.driver.base()).unwrap();
     front.set_vring_call(0, &ring.call).unwrap();
     front.set_vring_err(0, &ring.err).unwrap();
     front.set_vring_kick(0, &ring.kick).unwrap();
@@ -140,6 +141,12 @@ fn a_device_goes_through_a_gate_from_process_to_process() {
 /// The new process goes on with the in-flight region, and a ring can be abandoned there.
 #[test]
 fn the_in_flight_region_goes_along() {
+    // Where the used index is, how far a request of two descriptors moves it, and where the entries are.
+    region_goes_along(FEATURES, (14, 1), (16, 16));
+    region_goes_along(FEATURES | virtio::RING_PACKED, (16, 2), (32, 32));
+}
+
+fn region_goes_along(features: u64, (index, step): (u64, u16), (entries, each): (u64, usize)) {
     let protocol = ALL
         | ProtocolFeatures::INFLIGHT_SHMFD
         | ProtocolFeatures::GET_VRING_BASE_INFLIGHT
@@ -147,7 +154,7 @@ fn the_in_flight_region_goes_along() {
     let place = Place::new();
     let mut old = place.first();
     let mut region = None;
-    let (mut front, _memory, mut ring) = guest_with(&place.socket, protocol, |front| {
+    let (mut front, _memory, mut ring) = guest_with(&place.socket, protocol, features, |front| {
         let (description, file) = front.get_inflight_fd(1, common::SIZE).unwrap().unwrap();
         front.set_inflight_fd(description, &file).unwrap();
         region = Some(file);
@@ -155,23 +162,23 @@ fn the_in_flight_region_goes_along() {
     let region = region.unwrap();
     let used = || {
         let mut bytes = [0; 2];
-        rustix::io::pread(&region, &mut bytes, 14).unwrap();
+        rustix::io::pread(&region, &mut bytes, index).unwrap();
         u16::from_le_bytes(bytes)
     };
     for round in 1..6_u16 {
         ring.round(b"noted");
         // The area is told after the used index.
-        until("the region knows", || used() == round);
+        until("the region knows", || used() == step * round);
         let new = place.next(HandlerOptions::default());
         old.thread.join().unwrap().unwrap();
         old = new;
     }
     ring.round(b"noted");
-    assert_eq!(front.get_vring_base_skip_drain(0).unwrap(), 6);
-    assert_eq!(used(), 6);
-    let mut entries = vec![1; 16 * usize::from(common::SIZE)];
-    rustix::io::pread(&region, &mut entries, 16).unwrap();
-    assert!(entries.chunks(16).all(|entry| entry[0] == 0), "nothing is in flight");
+    assert_eq!(front.get_vring_base_skip_drain(0).unwrap() & 0x7fff, u32::from(6 * step));
+    assert_eq!(used(), 6 * step);
+    let mut bytes = vec![1; each * usize::from(common::SIZE)];
+    rustix::io::pread(&region, &mut bytes, entries).unwrap();
+    assert!(bytes.chunks(each).all(|entry| entry[0] == 0), "nothing is in flight");
     drop(front);
     old.stop();
 }
@@ -213,14 +220,20 @@ fn a_guest_goes_on_in_a_new_process_and_in_the_one_after_it() {
 /// The dirty log, its bell and the log flag of the ring come along.
 #[test]
 fn writes_are_noted_in_the_new_process_as_in_the_old_one() {
+    writes_are_noted(FEATURES);
+    writes_are_noted(FEATURES | virtio::RING_PACKED);
+}
+
+fn writes_are_noted(features: u64) {
     let place = Place::new();
     let mut old = place.first();
-    let (mut front, _memory, mut ring) = guest(&place.socket, ALL | ProtocolFeatures::LOG_SHMFD);
+    let protocol = ALL | ProtocolFeatures::LOG_SHMFD;
+    let (mut front, _memory, mut ring) = guest_with(&place.socket, protocol, features, |_| ());
     let (log, file) = DirtyLog::memfd(1 << 32).unwrap();
     let bell = common::doorbell();
     front.set_log_base(&file, log.size(), 0).unwrap();
     front.set_log_fd(&bell).unwrap();
-    front.set_features(FEATURES | virtio::LOG_ALL).unwrap();
+    front.set_features(features | virtio::LOG_ALL).unwrap();
     front.set_vring_addr_logged(0, &ring.layout, Some(ring.layout.used)).unwrap();
     let both = [ring.layout.used / 4096 * 4096, ring.data.guest() + 4096];
     for _ in 0..3 {

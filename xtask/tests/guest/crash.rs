@@ -43,11 +43,11 @@ echo "right after $n"
 "#;
 
 /// A guest's disk behind a socket that QEMU connects to again.
-fn machine(socket: &Path) -> Machine {
+fn machine(socket: &Path, rings: &str) -> Machine {
     let chardev = format!("socket,id=disk,path={},reconnect-ms=20", socket.display());
-    let device = "vhost-user-blk-pci,num-queues=2,chardev=disk";
+    let device = format!("vhost-user-blk-pci,num-queues=2,chardev=disk{rings}");
     let machine = Machine { cpus: 2, ..Machine::default() };
-    machine.with(&["-chardev", &chardev, "-device", device])
+    machine.with(&["-chardev", &chardev, "-device", &device])
 }
 
 fn rounds() -> usize {
@@ -57,11 +57,20 @@ fn rounds() -> usize {
 #[test]
 fn c7_a_device_killed_under_a_guest_that_writes_and_verifies_is_followed_by_another() -> Result<()>
 {
+    killed_and_followed("")
+}
+
+#[test]
+fn c7_a_device_killed_under_a_guest_on_packed_rings_is_followed_by_another() -> Result<()> {
+    killed_and_followed(",packed=on")
+}
+
+fn killed_and_followed(rings: &str) -> Result<()> {
     let Some(lab) = Lab::open(|| xtask::backend::outboard().map(drop))? else { return Ok(()) };
     let disk = image(lab.path(), 256)?;
     let serve = || outboard_block(lab.path(), &disk, &["--num-queues", "2", "--direct"]);
     let mut device = serve()?;
-    let guest = machine(&socket(lab.path(), "disk")).boot(&lab.root, lab.path());
+    let guest = machine(&socket(lab.path(), "disk"), rings).boot(&lab.root, lab.path());
     let mut guest = sound(guest, &device)?;
     script(&mut guest, &device, &[FILL])?;
     sound(guest.start(LOAD), &device)?;

@@ -9,6 +9,9 @@ use std::time::Duration;
 use xtask::backend::{Device, Disk, allocated, check_ext4, image, outboard_block};
 use xtask::guest::{Guest, qemu::Machine};
 
+/// Bit of packed rings (virtio 1.3 §6).
+const RING_PACKED: usize = 34;
+
 /// The bound for one script: tens of seconds where two guests share two cores.
 pub(crate) const LONG: Duration = Duration::from_secs(240);
 
@@ -77,17 +80,20 @@ pub(crate) fn script(guest: &mut Guest, device: &Device, parts: &[&str]) -> Resu
     Ok(said)
 }
 
-fn formats_fills_trims_restarts_and_finds_all(disk: Disk, queues: u16) -> Result<()> {
+fn formats_fills_trims_restarts_and_finds_all(disk: Disk, queues: u16, rings: &str) -> Result<()> {
     let Some(lab) = Lab::for_disk(disk)? else { return Ok(()) };
     let image = image(lab.path(), 256)?;
     let device = disk.serve(&lab.root, lab.path(), &image, queues)?;
     let machine = Machine { cpus: queues, ..Machine::default() };
-    let blk = format!("vhost-user-blk-pci,num-queues={queues}");
+    let blk = format!("vhost-user-blk-pci,num-queues={queues}{rings}");
     let machine = machine.with_device(&blk, &device.socket);
     let mut guest = sound(machine.boot(&lab.root, lab.path()), &device)?;
 
     let found = script(&mut guest, &device, &["ls /sys/block/vda/mq | wc -l"])?;
     assert_eq!(found.trim(), queues.to_string(), "queues that the guest's driver uses");
+    let bits = script(&mut guest, &device, &["cat /sys/block/vda/device/features"])?;
+    let packed = bits.trim().as_bytes().get(RING_PACKED) == Some(&b'1');
+    assert_eq!(packed, !rings.is_empty(), "bits that the guest's driver took: {bits}");
     script(&mut guest, &device, &[FILL, VERIFY])?;
     let calls = script(&mut guest, &device, &["grep virtio.-req /proc/interrupts"])?;
     assert_every_queue_interrupted(&calls, queues);
@@ -120,17 +126,22 @@ fn assert_every_queue_interrupted(table: &str, queues: u16) {
 
 #[test]
 fn a_guest_finds_its_files_again_after_a_reboot_with_one_queue() -> Result<()> {
-    formats_fills_trims_restarts_and_finds_all(Disk::ours(), 1)
+    formats_fills_trims_restarts_and_finds_all(Disk::ours(), 1, "")
 }
 
 #[test]
 fn a_guest_finds_its_files_again_after_a_reboot_with_four_queues() -> Result<()> {
-    formats_fills_trims_restarts_and_finds_all(Disk::ours(), 4)
+    formats_fills_trims_restarts_and_finds_all(Disk::ours(), 4, "")
+}
+
+#[test]
+fn a_guest_finds_its_files_again_after_a_reboot_on_packed_rings() -> Result<()> {
+    formats_fills_trims_restarts_and_finds_all(Disk::ours(), 2, ",packed=on")
 }
 
 #[test]
 fn the_same_guest_is_content_with_qemu_storage_daemon() -> Result<()> {
-    formats_fills_trims_restarts_and_finds_all(Disk::StorageDaemon, 4)
+    formats_fills_trims_restarts_and_finds_all(Disk::StorageDaemon, 4, "")
 }
 
 #[test]

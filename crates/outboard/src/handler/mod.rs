@@ -73,9 +73,6 @@ const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
 pub struct HandlerOptions {
     /// Feature bits that are not offered, to test a front-end or to work around one.
     pub without_features: u64,
-    /// Offer packed rings (VIRTIO_F_RING_PACKED) to the driver. Their requests are not kept track of in an in-flight
-    /// region: a front-end that asks for one is told that there is none.
-    pub packed_rings: bool,
     /// Protocol features that are not offered.
     pub without_protocol_features: ProtocolFeatures,
     /// How long a queue may take to finish its requests when it is stopped, and to take a change.
@@ -102,7 +99,6 @@ impl Default for HandlerOptions {
     fn default() -> Self {
         Self {
             without_features: 0,
-            packed_rings: false,
             without_protocol_features: ProtocolFeatures::empty(),
             drain_deadline: Duration::from_secs(30),
             stop_deadline: Duration::from_secs(2),
@@ -268,9 +264,7 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
         if !protocol_features.contains(ProtocolFeatures::GET_VRING_BASE_INFLIGHT) {
             protocol_features -= ProtocolFeatures::SKIP_DRAIN;
         }
-        let packed = if self.options.packed_rings { virtio::RING_PACKED } else { 0 };
-        let ring_features = (RING_FEATURES & !virtio::RING_PACKED) | packed;
-        let mut features = (ring_features | device.features()) & !self.options.without_features;
+        let mut features = (RING_FEATURES | device.features()) & !self.options.without_features;
         // Misses are told over the channel.
         if !protocol_features.contains(ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::REPLY_ACK)
         {

@@ -246,7 +246,9 @@ impl Ring {
         let area = memory.allocate(4096, 4096).unwrap();
         area.fill(0).unwrap();
         let data = memory.allocate(8192, 4096).unwrap();
-        let (layout, _) = QueueLayout::split_at(area.guest(), SIZE).unwrap();
+        let packed = features & virtio::RING_PACKED != 0;
+        let lay = if packed { QueueLayout::packed_at } else { QueueLayout::split_at };
+        let (layout, _) = lay(area.guest(), SIZE).unwrap();
         let driver = DriverQueue::new(layout, features, memory.view()).unwrap();
         let (kick, call, err) = (doorbell(), doorbell(), doorbell());
         Self { index, layout, driver, kick, call, err, area, data, patience: PATIENCE }

@@ -22,14 +22,15 @@ use rig::{IO, MOMENT, PAGE, Rig, offer};
 
 #[test]
 fn a_ring_asks_for_its_parts_and_for_each_buffer_and_serves() {
-    let mut rig = Rig::new();
-    let mut ring = rig.started(0);
-    rig.round(&mut ring, b"translated");
-    let asked = rig.misses;
-    assert!((3..=5).contains(&asked), "ring, text, answer: {asked} misses");
-    rig.round(&mut ring, b"known by now");
-    assert_eq!(rig.misses, asked, "entries are kept");
-    rig.leave();
+    for mut rig in [Rig::new(), Rig::packed()] {
+        let mut ring = rig.started(0);
+        rig.round(&mut ring, b"translated");
+        let asked = rig.misses;
+        assert!((3..=5).contains(&asked), "ring, text, answer: {asked} misses");
+        rig.round(&mut ring, b"known by now");
+        assert_eq!(rig.misses, asked, "entries are kept");
+        rig.leave();
+    }
 }
 
 #[test]
@@ -59,57 +60,62 @@ fn an_entry_may_come_before_or_after_the_answer_to_its_miss() {
 
 #[test]
 fn an_invalidation_waits_for_the_request_that_the_device_holds_back() {
-    let mut rig = Rig::new();
-    let mut ring = rig.started(0);
-    rig.round(&mut ring, b"all mapped");
-    offer(&mut ring, b"hold this");
-    ring.kick();
-    let request = loop {
-        if let Some(request) = rig.held.lock().unwrap().pop() {
-            break request;
-        }
-        std::thread::yield_now();
-    };
-    let at = ring.data.guest() + IO + PAGE;
-    let finished = std::thread::spawn(move || {
-        let mut request = request;
-        std::thread::sleep(MOMENT);
-        request.writable().write_all(b"late").unwrap();
-        let then = std::time::Instant::now();
-        request.done(4);
-        then
-    });
-    rig.front.iotlb_invalidate(at, PAGE).unwrap();
-    let answered = std::time::Instant::now();
-    assert!(finished.join().unwrap() <= answered, "the answer came before the request was done");
-    assert_eq!(
-        ring.driver.pop_used().unwrap(),
-        Some((7, 4)),
-        "it was given back before the answer"
-    );
-    let asked = rig.misses;
-    rig.round(&mut ring, b"asked for anew");
-    assert!(rig.misses > asked);
-    rig.leave();
+    for mut rig in [Rig::new(), Rig::packed()] {
+        let mut ring = rig.started(0);
+        rig.round(&mut ring, b"all mapped");
+        offer(&mut ring, b"hold this");
+        ring.kick();
+        let request = loop {
+            if let Some(request) = rig.held.lock().unwrap().pop() {
+                break request;
+            }
+            std::thread::yield_now();
+        };
+        let at = ring.data.guest() + IO + PAGE;
+        let finished = std::thread::spawn(move || {
+            let mut request = request;
+            std::thread::sleep(MOMENT);
+            request.writable().write_all(b"late").unwrap();
+            let then = std::time::Instant::now();
+            request.done(4);
+            then
+        });
+        rig.front.iotlb_invalidate(at, PAGE).unwrap();
+        let answered = std::time::Instant::now();
+        assert!(
+            finished.join().unwrap() <= answered,
+            "the answer came before the request was done"
+        );
+        assert_eq!(
+            ring.driver.pop_used().unwrap(),
+            Some((7, 4)),
+            "it was given back before the answer"
+        );
+        let asked = rig.misses;
+        rig.round(&mut ring, b"asked for anew");
+        assert!(rig.misses > asked);
+        rig.leave();
+    }
 }
 
 #[test]
 fn an_invalidation_of_what_is_not_there_waits_for_nothing() {
-    let mut rig = Rig::new();
-    let mut ring = rig.started(0);
-    rig.round(&mut ring, b"all mapped");
-    offer(&mut ring, b"hold this");
-    ring.kick();
-    while rig.held.lock().unwrap().is_empty() {
-        std::thread::yield_now();
+    for mut rig in [Rig::new(), Rig::packed()] {
+        let mut ring = rig.started(0);
+        rig.round(&mut ring, b"all mapped");
+        offer(&mut ring, b"hold this");
+        ring.kick();
+        while rig.held.lock().unwrap().is_empty() {
+            std::thread::yield_now();
+        }
+        rig.front.iotlb_invalidate(0, IO).unwrap();
+        rig.front.iotlb_invalidate(IO + (1 << 40), u64::MAX - IO - (1 << 40)).unwrap();
+        assert!(ring.driver.pop_used().unwrap().is_none(), "it is still held back");
+        let request = rig.held.lock().unwrap().pop();
+        request.unwrap().done(0);
+        assert_eq!(rig.answered(&mut ring), 0);
+        rig.leave();
     }
-    rig.front.iotlb_invalidate(0, IO).unwrap();
-    rig.front.iotlb_invalidate(IO + (1 << 40), u64::MAX - IO - (1 << 40)).unwrap();
-    assert!(ring.driver.pop_used().unwrap().is_none(), "it is still held back");
-    let request = rig.held.lock().unwrap().pop();
-    request.unwrap().done(0);
-    assert_eq!(rig.answered(&mut ring), 0);
-    rig.leave();
 }
 
 #[test]

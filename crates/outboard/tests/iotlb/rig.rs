@@ -54,6 +54,7 @@ pub(crate) struct Miss {
 }
 
 pub(crate) struct Rig {
+    pub(crate) features: u64,
     pub(crate) front: Connection,
     pub(crate) channel: Channel,
     pub(crate) memory: SharedMemory,
@@ -82,6 +83,15 @@ pub(crate) fn channel(front: &mut Connection) -> Channel {
 impl Rig {
     /// Negotiated with an IOMMU, memory shared, nothing mapped.
     pub(crate) fn new() -> Self {
+        Self::with(FEATURES)
+    }
+
+    /// The same with packed rings.
+    pub(crate) fn packed() -> Self {
+        Self::with(FEATURES | virtio::RING_PACKED)
+    }
+
+    fn with(features: u64) -> Self {
         let held = Held::default();
         let theirs = Arc::clone(&held);
         let queues = [QueueSpec::new("a", 1024), QueueSpec::new("b", 1024)];
@@ -98,10 +108,10 @@ impl Rig {
         let offered = front.get_features().unwrap();
         assert_ne!(offered & virtio::ACCESS_PLATFORM, 0);
         let channel = channel(&mut front);
-        front.set_features(FEATURES | virtio::ACCESS_PLATFORM).unwrap();
+        front.set_features(features | virtio::ACCESS_PLATFORM).unwrap();
         let memory = SharedMemory::with_size(1 << 20).unwrap();
         front.set_mem_table(memory.regions()).unwrap();
-        Self { front, channel, memory, held, pages: BTreeMap::new(), misses: 0, thread }
+        Self { features, front, channel, memory, held, pages: BTreeMap::new(), misses: 0, thread }
     }
 
     /// The front-end will grant a range of guest addresses, page by page.
@@ -113,11 +123,11 @@ impl Rig {
 
     /// A ring whose pages would be granted, started and enabled: it asks for them.
     pub(crate) fn started(&mut self, index: u16) -> Ring {
-        let ring = Ring::new(&self.memory, index, FEATURES);
+        let ring = Ring::new(&self.memory, index, self.features);
         self.allow(ring.area.guest(), PAGE, 3);
         self.allow(ring.data.guest(), PAGE, 1);
         self.allow(ring.data.guest() + PAGE, PAGE, 3);
-        self.start(&ring, 0);
+        self.start(&ring, ring.driver.base());
         ring
     }
 
