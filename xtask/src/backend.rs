@@ -85,11 +85,13 @@ pub fn socket(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.sock"))
 }
 
-/// True when some process listens on the socket, in the network that process `pid` is in. Connecting would
-/// use up the device's one connection, so the system is asked.
+/// True when some process listens on the socket, in the network that process `pid` is in or in ours (a device
+/// may go into another one with its socket made). Connecting would use up the device's one connection, so the
+/// system is asked.
 fn listens(socket: &Path, pid: u32) -> Result<bool> {
     // Num RefCount Protocol Flags Type St Inode Path; 0x10000 is SO_ACCEPTCON.
-    let table = std::fs::read_to_string(format!("/proc/{pid}/net/unix")).unwrap_or_default();
+    let read = |process: &str| std::fs::read_to_string(format!("/proc/{process}/net/unix"));
+    let table = read(&pid.to_string()).unwrap_or_default() + &read("self")?;
     Ok(table.lines().any(|line| {
         let mut words = line.split_ascii_whitespace().skip(3);
         words.next() == Some("00010000")

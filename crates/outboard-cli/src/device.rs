@@ -9,7 +9,7 @@
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -193,7 +193,38 @@ pub(crate) fn prepare<K: Kind, M: Model>(
     Ok(Prepared { server, described, inspect, resize: None, serve })
 }
 
+/// As [`run`], for a device that locks the process in: `prepare` opens what has to be open, `make` locks the
+/// process in and builds the device. In between the socket is made and the service manager told, since neither
+/// can be reached any more then.
+pub(crate) fn run_confined<K: Kind, P, M: Model>(
+    args: &DeviceArgs<K>,
+    prepare: impl FnOnce() -> Result<P, Failure>,
+    make: impl FnOnce(P) -> Result<Made<M>, Failure>,
+) -> Result<(), Failure> {
+    if args.print_capabilities {
+        println!("{}", K::CAPABILITIES);
+        return Ok(());
+    }
+    let prepared = prepare()?;
+    let server = args.socket.server(service::NAME)?;
+    let stop = server.stop_handle();
+    stop_on_signals(|| stop.descriptor()).map_err(Failure::failed)?;
+    service::ready(&server);
+    let inspect = Inspect::new();
+    let Made { model, described } = make(prepared)?;
+    let options = WorkerOptions { inspect: inspect.clone(), ..args.threads.options() };
+    let device = WorkerDevice::with_options(model, options).map_err(Failure::failed)?;
+    let options = HandlerOptions { inspect, ..args.handler_options() };
+    info!("serving {}", described());
+    server.with_options(options).serve(device).map_err(Failure::failed)
+}
+
 impl<K: Kind> DeviceArgs<K> {
+    /// The path to listen on, if there is one.
+    pub(crate) fn socket_path(&self) -> Option<&Path> {
+        self.socket.socket_path.as_deref()
+    }
+
     /// What the handler is told.
     pub(crate) fn handler_options(&self) -> HandlerOptions {
         let mut options = HandlerOptions {

@@ -11,6 +11,7 @@ mod console;
 mod ctl;
 mod demo;
 mod device;
+mod fs;
 mod log;
 mod manual;
 mod net;
@@ -34,6 +35,7 @@ const EXAMPLES: &str = "\
 Examples:
   outboard block --socket-path /run/disk.sock F   serve the file F as a disk for a VMM
   outboard console --socket-path /run/con.sock    give it a console on a terminal of the host
+  outboard fs --socket-path /run/fs.sock --shared-dir D     share a directory with it
   outboard net --socket-path /run/net.sock --tap up0   give it a network card
   outboard switch --port /run/a.sock --port /run/b.sock   connect guests to each other
   outboard rng --socket-path /run/rng.sock        give it entropy
@@ -62,6 +64,7 @@ struct Cli {
 enum Command {
     Block(Box<block::Args>),
     Console(Box<console::Args>),
+    Fs(Box<fs::Args>),
     Net(Box<net::Args>),
     Switch(switch::Args),
     Rng(Box<rng::Args>),
@@ -83,6 +86,7 @@ impl Command {
             Self::Block(args) => block::prepare(args, origin),
             Self::Console(args) => console::prepare(args, origin),
             Self::Net(args) => net::prepare(args, origin),
+            Self::Fs(args) => fs::prepare(args, origin),
             Self::Rng(args) => rng::prepare(args, origin),
             Self::Vsock(args) => vsock::prepare(args, origin),
             _ => return None,
@@ -129,6 +133,7 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Block(args) => block::run(&args),
         Command::Console(args) => console::run(&args),
+        Command::Fs(args) => fs::run(&args),
         Command::Net(args) => net::run(&args),
         Command::Switch(args) => switch::run(&args),
         Command::Rng(args) => rng::run(&args),

@@ -8,6 +8,8 @@
 pub mod block;
 #[cfg(feature = "console")]
 pub mod console;
+#[cfg(feature = "fs")]
+pub mod fs;
 #[cfg(feature = "net")]
 pub mod net;
 #[cfg(feature = "rng")]

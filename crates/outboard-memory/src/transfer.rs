@@ -52,6 +52,15 @@ impl Cursor<'_> {
         self.transfer(socket, 0, send_nowait)
     }
 
+    /// Writes the front of what is left behind the end of `file`, wherever that is by now, and drops what was written.
+    /// Returns the bytes.
+    ///
+    /// # Errors
+    /// As for [`write_to_file_at`](Self::write_to_file_at).
+    pub fn append_to_file(&mut self, file: impl AsFd) -> io::Result<usize> {
+        self.transfer(file, 0, pwritev_append)
+    }
+
     fn transfer(
         &mut self,
         file: impl AsFd,
@@ -122,4 +131,18 @@ unsafe extern "C" fn send_nowait(
     message.msg_iovlen = usize::try_from(count).unwrap_or(0) as _;
     // SAFETY: the caller's promise; the kernel only reads the pieces of a message that is sent.
     unsafe { libc::sendmsg(fd, &raw const message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) }
+}
+
+/// `pwritev` that leaves the offset aside and appends.
+///
+/// # Safety
+/// As for `pwritev`.
+unsafe extern "C" fn pwritev_append(
+    fd: libc::c_int,
+    pieces: *const libc::iovec,
+    count: libc::c_int,
+    offset: libc::off_t,
+) -> libc::ssize_t {
+    // SAFETY: the caller's promise.
+    unsafe { libc::pwritev2(fd, pieces, count, offset, libc::RWF_APPEND) }
 }

@@ -85,6 +85,14 @@ impl Chain {
         self.0.buffers.shrink();
     }
 
+    /// The reserved tail that is left, as a cursor: for data that is written before what stands in front of it.
+    #[inline]
+    pub fn tail(&mut self) -> Writable<'_> {
+        let cursor = self.0.buffers.tail();
+        let room = cursor.len();
+        Writable { cursor, room }
+    }
+
     /// Writes to the front of the reserved tail.
     ///
     /// # Errors
@@ -193,6 +201,14 @@ impl Readable<'_> {
     /// As [`send`](Self::send); [`io::ErrorKind::InvalidInput`]: it lies in more pieces than the system takes.
     pub fn send_message(&mut self, socket: impl AsFd) -> io::Result<usize> {
         self.0.send(socket, true)
+    }
+
+    /// As [`write_to_file_at`](Self::write_to_file_at), behind the end of `file`, wherever that is by now.
+    ///
+    /// # Errors
+    /// What the system says; `EINTR` is tried again.
+    pub fn append_to_file(&mut self, file: impl AsFd) -> io::Result<usize> {
+        self.0.append_to_file(file)
     }
 
     /// Copies what is left into `window` at byte `at`, and drops it. Returns the bytes.

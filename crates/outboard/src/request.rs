@@ -84,6 +84,12 @@ impl<'a> Request<'a> {
         self.chain_mut().write_tail(bytes)
     }
 
+    /// What [`Request::reserve_tail`] set aside, as a cursor: for data that is written before the header
+    /// in front of it.
+    pub fn tail(&mut self) -> Writable<'_> {
+        self.chain_mut().tail()
+    }
+
     /// Answers: the device wrote the first `written` bytes.
     pub fn done(mut self, written: u32) -> Served {
         if let Some(chain) = self.chain.take() {
@@ -268,6 +274,13 @@ impl Deferred {
         let home = self.enter();
         let _held = Held { cursor: (), home: home.then_some(&*self.home) };
         chain_of(&mut self.chain).write_tail(bytes)
+    }
+
+    /// As [`Request::tail`].
+    pub fn tail(&mut self) -> Held<'_, Writable<'_>> {
+        let home = self.enter();
+        let home = home.then_some(&*self.home);
+        Held { cursor: chain_of(&mut self.chain).tail(), home }
     }
 
     /// Answers: the device wrote the first `written` bytes.

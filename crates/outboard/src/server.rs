@@ -13,6 +13,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::{AtFlags, Mode, OFlags, statat, unlinkat};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, getsockname, socket_with, sockopt,
@@ -302,17 +303,23 @@ pub(crate) fn clear_stale(path: &Path, kind: SocketType) -> Result<(), String> {
     }
 }
 
-/// A socket file that we made; removed with the server unless another one stands in its place.
+/// A socket file that we made; removed with the server unless another one stands in its place, also when the
+/// process has another root directory by then.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
+    folder: OwnedFd,
     inode: (u64, u64),
 }
 
 impl SocketFile {
     pub(crate) fn of(path: &Path) -> io::Result<Self> {
         let made = std::fs::symlink_metadata(path)?;
-        Ok(Self { path: std::path::absolute(path)?, inode: (made.dev(), made.ino()) })
+        let path = std::path::absolute(path)?;
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = rustix::fs::open(folder, flags, Mode::empty())?;
+        Ok(Self { path, folder, inode: (made.dev(), made.ino()) })
     }
 }
 
@@ -329,10 +336,11 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let there = std::fs::symlink_metadata(&self.path);
-        if there.is_ok_and(|there| (there.dev(), there.ino()) == self.inode) {
+        let Some(name) = self.path.file_name() else { return };
+        let there = statat(&self.folder, name, AtFlags::SYMLINK_NOFOLLOW);
+        if there.is_ok_and(|there| (there.st_dev, there.st_ino) == self.inode) {
             // A file that cannot be removed is found stale by the next server.
-            let _ = std::fs::remove_file(&self.path);
+            let _ = unlinkat(&self.folder, name, AtFlags::empty());
         }
     }
 }

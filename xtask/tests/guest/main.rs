@@ -14,5 +14,6 @@ mod migrate;
 mod net;
 mod notices;
 mod rng;
+mod share;
 mod uml;
 mod vsock;

@@ -1,0 +1,439 @@
+//! The FUSE server: what a guest asks for, carried out by a file system of the crate `virtiofsd`
+//! (virtio 1.3 §5.11.6.1; fuse(4), protocol 7.27 to 7.38).
+//!
+//! ```text
+//!  fuse_in_header ─▶ sound? initialised? room for the reply? ─▶ operation ─▶ FileSystem ─▶ fuse_out_header, reply
+//! ```
+//! Invariants: a request is looked at whole before it is carried out, so that what cannot be answered is not
+//! done; a name is one component, never "." or ".."; nothing that a request says makes more than a MiB be
+//! allocated; a request that makes no sense gets an errno, one that cannot be told so is dropped.
+
+mod extensions;
+mod files;
+mod folders;
+mod names;
+mod nodes;
+
+use std::ffi::CStr;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::io::Errno;
+use virtiofsd::filesystem::{Context, FileSystem, SerializableFileSystem};
+use virtiofsd::fuse::{
+    FsOptions, InHeader, InitInCompat, InitInExt, InitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION,
+    MIN_KERNEL_MINOR_VERSION, Opcode, OutHeader,
+};
+use vm_memory::ByteValued;
+
+use super::exchange::Exchange;
+
+/// Most data of one READ or WRITE, in bytes.
+pub(super) const MOST_DATA: u32 = 1 << 20;
+/// Most that names, a value and extensions of one request may have together, in bytes.
+const MOST_WORDS: u64 = 72 << 10;
+/// Bytes of the header of a reply.
+const REPLY: u64 = size_of::<OutHeader>() as u64;
+/// Set in [`Server::options`] once there was an INIT; no option of FUSE.
+const INITIALISED: u64 = 1 << 63;
+
+/// What an operation has to say.
+enum Answer {
+    /// No reply, by the protocol.
+    Nothing,
+    /// Structures.
+    Words(Words),
+    /// Bytes.
+    Bytes(Vec<u8>),
+    /// So many bytes are in what was set aside.
+    Aside(usize),
+}
+
+/// Structures of a reply, up to the longest: CREATE's.
+struct Words {
+    bytes: [u8; 144],
+    length: usize,
+}
+
+impl Words {
+    fn none() -> Self {
+        Self { bytes: [0; 144], length: 0 }
+    }
+
+    fn of<T: ByteValued>(value: &T) -> Self {
+        Self::none().and(value)
+    }
+
+    fn and<T: ByteValued>(mut self, value: &T) -> Self {
+        let from = value.as_slice();
+        let end = self.length + from.len();
+        if let Some(to) = self.bytes.get_mut(self.length..end) {
+            to.copy_from_slice(from);
+            self.length = end;
+        }
+        self
+    }
+}
+
+impl Answer {
+    fn done() -> Self {
+        Self::Words(Words::none())
+    }
+
+    fn of<T: ByteValued>(value: &T) -> Self {
+        Self::Words(Words::of(value))
+    }
+}
+
+/// A request under way.
+struct Call<'a> {
+    header: InHeader,
+    exchange: &'a mut dyn Exchange,
+}
+
+impl Call<'_> {
+    /// Takes a structure.
+    fn take<T: ByteValued + Default>(&mut self) -> io::Result<T> {
+        let mut value = T::default();
+        self.exchange.take(value.as_mut_slice())?;
+        Ok(value)
+    }
+
+    /// Takes all that is left.
+    fn rest(&mut self) -> io::Result<Vec<u8>> {
+        let left = self.exchange.left();
+        if left > MOST_WORDS {
+            return Err(Errno::TOOBIG.into());
+        }
+        let mut bytes = vec![0; usize::try_from(left).unwrap_or(0)];
+        self.exchange.take(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Who asks.
+    fn context(&self) -> Context {
+        Context::from(self.header)
+    }
+
+    /// Room for what follows the reply's header.
+    fn room(&mut self) -> u64 {
+        self.exchange.room().saturating_sub(REPLY)
+    }
+}
+
+/// A file system, as the queues see it.
+pub(super) trait Serve: Send + Sync {
+    /// Carries a request out. Returns the bytes of the reply; 0: none.
+    fn serve(&self, exchange: &mut dyn Exchange) -> u32;
+    /// Lets go of all that the guest has open.
+    fn destroy(&self);
+    /// What was negotiated with the guest, and the file system's own state.
+    fn save(&self) -> io::Result<(u64, Vec<u8>)>;
+    /// Takes what [`Serve::save`] made; on failure nothing is open.
+    fn load(&self, options: u64, state: &[u8]) -> io::Result<()>;
+}
+
+/// See the module.
+pub(super) struct Server<F> {
+    fs: F,
+    /// Negotiated by INIT, and [`INITIALISED`].
+    options: AtomicU64,
+}
+
+impl<F: FileSystem> Server<F> {
+    pub(super) fn new(fs: F) -> Self {
+        Self { fs, options: AtomicU64::new(0) }
+    }
+
+    fn options(&self) -> FsOptions {
+        FsOptions::from_bits_truncate(self.options.load(Ordering::Relaxed))
+    }
+
+    /// Carries a request out, as far as it makes sense.
+    fn call(&self, call: &mut Call<'_>, opcode: Opcode) -> io::Result<Answer> {
+        if u64::from(call.header.len) != size_of::<InHeader>() as u64 + call.exchange.left() {
+            return Err(Errno::INVAL.into());
+        }
+        let initialised = self.options.load(Ordering::Relaxed) & INITIALISED != 0;
+        match opcode {
+            Opcode::Init => return self.init(call),
+            _ if !initialised => return Err(Errno::NOTCONN.into()),
+            _ => {}
+        }
+        match opcode {
+            Opcode::Destroy => {
+                self.shut();
+                Ok(Answer::Nothing)
+            }
+            Opcode::Interrupt => Ok(Answer::Nothing),
+            Opcode::Forget | Opcode::BatchForget => self.forget(call, opcode),
+            Opcode::Getattr => self.getattr(call),
+            Opcode::Setattr => self.setattr(call),
+            Opcode::Readlink => self.readlink(call),
+            Opcode::Statfs => self.statfs(call),
+            Opcode::Access => self.access(call),
+            Opcode::Setxattr => self.setxattr(call),
+            Opcode::Getxattr => self.getxattr(call),
+            Opcode::Listxattr => self.listxattr(call),
+            Opcode::Removexattr => self.removexattr(call),
+            Opcode::Open => self.open(call),
+            Opcode::Create => self.create(call),
+            Opcode::Read => self.read(call),
+            Opcode::Write => self.write(call),
+            Opcode::Release => self.release(call),
+            Opcode::Flush => self.flush(call),
+            Opcode::Fsync => self.fsync(call),
+            Opcode::Fallocate => self.fallocate(call),
+            Opcode::Lseek => self.lseek(call),
+            Opcode::CopyFileRange => self.copy_file_range(call),
+            Opcode::Syncfs => self.syncfs(call),
+            _ => self.call_by_name(call, opcode),
+        }
+    }
+
+    fn call_by_name(&self, call: &mut Call<'_>, opcode: Opcode) -> io::Result<Answer> {
+        match opcode {
+            Opcode::Lookup => self.lookup(call),
+            Opcode::Symlink => self.symlink(call),
+            Opcode::Mknod => self.mknod(call),
+            Opcode::Mkdir => self.mkdir(call),
+            Opcode::Unlink => self.unlink(call),
+            Opcode::Rmdir => self.rmdir(call),
+            Opcode::Rename => self.rename(call),
+            Opcode::Rename2 => self.rename2(call),
+            Opcode::Link => self.link(call),
+            Opcode::Opendir => self.opendir(call),
+            Opcode::Readdir => self.readdir(call, false),
+            Opcode::Readdirplus => self.readdir(call, true),
+            Opcode::Releasedir => self.releasedir(call),
+            Opcode::Fsyncdir => self.fsyncdir(call),
+            _ => Err(Errno::NOSYS.into()),
+        }
+    }
+
+    fn init(&self, call: &mut Call<'_>) -> io::Result<Answer> {
+        let InitInCompat { major, minor, max_readahead, flags } = call.take()?;
+        let offered = FsOptions::from_bits_truncate(flags.into());
+        let InitInExt { flags2, .. } = match offered.contains(FsOptions::INIT_EXT) {
+            true => call.take()?,
+            false => InitInExt::default(),
+        };
+        if major > KERNEL_VERSION {
+            // The driver asks again, in this version.
+            let (major, minor) = (KERNEL_VERSION, KERNEL_MINOR_VERSION);
+            return Ok(Answer::of(&InitOut { major, minor, ..InitOut::default() }));
+        }
+        if major < KERNEL_VERSION || minor < MIN_KERNEL_MINOR_VERSION {
+            return Err(Errno::PROTO.into());
+        }
+        let capable = FsOptions::from_bits_truncate(u64::from(flags2) << 32 | u64::from(flags));
+        let wanted = self.fs.init(capable)?;
+        let enabled = (capable & (wanted | ours())).bits();
+        self.options.store(enabled | INITIALISED, Ordering::Relaxed);
+        let pages = u64::from(MOST_DATA).div_ceil(rustix::param::page_size() as u64);
+        Ok(Answer::of(&InitOut {
+            major: KERNEL_VERSION,
+            minor: KERNEL_MINOR_VERSION,
+            max_readahead,
+            flags: low(enabled),
+            max_background: u16::MAX,
+            congestion_threshold: u16::MAX / 4 * 3,
+            max_write: MOST_DATA,
+            time_gran: 1,
+            max_pages: u16::try_from(pages).unwrap_or(u16::MAX),
+            flags2: low(enabled >> 32),
+            ..InitOut::default()
+        }))
+    }
+
+    fn shut(&self) {
+        self.fs.destroy();
+        self.options.store(0, Ordering::Relaxed);
+    }
+}
+
+/// What this server can do by itself, whatever the file system wants.
+fn ours() -> FsOptions {
+    FsOptions::ASYNC_READ
+        | FsOptions::PARALLEL_DIROPS
+        | FsOptions::BIG_WRITES
+        | FsOptions::AUTO_INVAL_DATA
+        | FsOptions::ASYNC_DIO
+        | FsOptions::ATOMIC_O_TRUNC
+        | FsOptions::MAX_PAGES
+        | FsOptions::SUBMOUNTS
+        | FsOptions::INIT_EXT
+        | FsOptions::CREATE_SUPP_GROUP
+        | FsOptions::ALLOW_IDMAP
+}
+
+/// The low 32 bits.
+fn low(bits: u64) -> u32 {
+    u32::try_from(bits & u64::from(u32::MAX)).unwrap_or(0)
+}
+
+/// Bytes that a reply has behind its header, as far as the operation tells: those of its structures.
+fn size_of_answer(opcode: Opcode) -> Option<u64> {
+    use virtiofsd::fuse::{AttrOut, EntryOut, Kstatfs, LseekOut, OpenOut, WriteOut};
+    let size = match opcode {
+        Opcode::Forget | Opcode::BatchForget | Opcode::Interrupt | Opcode::Destroy => return None,
+        Opcode::Lookup | Opcode::Symlink | Opcode::Mknod | Opcode::Mkdir | Opcode::Link => {
+            size_of::<EntryOut>()
+        }
+        Opcode::Create => size_of::<EntryOut>() + size_of::<OpenOut>(),
+        Opcode::Open | Opcode::Opendir => size_of::<OpenOut>(),
+        Opcode::Getattr | Opcode::Setattr => size_of::<AttrOut>(),
+        Opcode::Write | Opcode::CopyFileRange => size_of::<WriteOut>(),
+        Opcode::Lseek => size_of::<LseekOut>(),
+        Opcode::Statfs => size_of::<Kstatfs>(),
+        Opcode::Init => size_of::<InitOut>(),
+        _ => 0,
+    };
+    Some(size as u64)
+}
+
+/// Writes the reply. Returns its length; 0 when it does not fit.
+fn reply(exchange: &mut dyn Exchange, unique: u64, outcome: io::Result<Answer>) -> u32 {
+    let (error, words, bytes, aside) = match &outcome {
+        Ok(Answer::Nothing) => return 0,
+        Ok(Answer::Words(words)) => (0, words.bytes.get(..words.length), None, 0),
+        Ok(Answer::Bytes(bytes)) => (0, None, Some(bytes.as_slice()), 0),
+        Ok(Answer::Aside(length)) => (0, None, None, *length),
+        Err(error) => (error.raw_os_error().unwrap_or(Errno::IO.raw_os_error()), None, None, 0),
+    };
+    let data = words.or(bytes).unwrap_or_default();
+    let length = size_of::<OutHeader>() + data.len() + aside;
+    let Ok(length) = u32::try_from(length) else { return 0 };
+    if exchange.room() < REPLY + data.len() as u64 {
+        return 0;
+    }
+    let header = OutHeader { len: length, error: -error, unique };
+    let put = exchange.put(header.as_slice()).and_then(|()| exchange.put(data));
+    if put.is_ok() { length } else { 0 }
+}
+
+impl<F> Serve for Server<F>
+where
+    F: FileSystem + SerializableFileSystem + Send + Sync,
+{
+    fn serve(&self, exchange: &mut dyn Exchange) -> u32 {
+        let mut header = InHeader::default();
+        if exchange.take(header.as_mut_slice()).is_err() {
+            return 0;
+        }
+        let opcode = Opcode::try_from(header.opcode);
+        let needed = opcode.map_or(Some(0), size_of_answer);
+        if needed.is_some_and(|needed| exchange.room() < REPLY + needed) {
+            return 0;
+        }
+        let outcome = match opcode {
+            Ok(opcode) => self.call(&mut Call { header, exchange }, opcode),
+            Err(()) => Err(Errno::NOSYS.into()),
+        };
+        if needed.is_none() {
+            return 0;
+        }
+        reply(exchange, header.unique, outcome)
+    }
+
+    fn destroy(&self) {
+        self.shut();
+    }
+
+    fn save(&self) -> io::Result<(u64, Vec<u8>)> {
+        let options = self.options.load(Ordering::Relaxed);
+        if options & INITIALISED == 0 {
+            return Ok((0, Vec::new()));
+        }
+        self.fs.prepare_serialization(std::sync::Arc::default());
+        let file = memory_file()?;
+        self.fs.serialize(file.try_clone()?)?;
+        let mut bytes = Vec::new();
+        io::Seek::rewind(&mut &file)?;
+        io::Read::read_to_end(&mut &file, &mut bytes)?;
+        Ok((options, bytes))
+    }
+
+    fn load(&self, options: u64, state: &[u8]) -> io::Result<()> {
+        self.shut();
+        if options & INITIALISED == 0 {
+            return Ok(());
+        }
+        let file = memory_file()?;
+        io::Write::write_all(&mut &file, state)?;
+        io::Seek::rewind(&mut &file)?;
+        if let Err(error) = self.fs.deserialize_and_apply(file) {
+            self.shut();
+            return Err(error);
+        }
+        self.options.store(options, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// A file without a name, for a state on its way.
+fn memory_file() -> io::Result<std::fs::File> {
+    Ok(rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?.into())
+}
+
+/// The name of an entry: one component, neither "." nor "..", that no file system takes for more.
+fn component(name: &CStr) -> io::Result<&CStr> {
+    let bytes = name.to_bytes();
+    match bytes {
+        b"" | b"." | b".." => Err(Errno::INVAL.into()),
+        _ if bytes.contains(&b'/') => Err(Errno::INVAL.into()),
+        _ if bytes.len() > 255 => Err(Errno::NAMETOOLONG.into()),
+        _ => Ok(name),
+    }
+}
+
+/// Splits off what ends with a NUL.
+fn word(bytes: &[u8]) -> io::Result<(&CStr, &[u8])> {
+    let name = CStr::from_bytes_until_nul(bytes).map_err(|_| Errno::INVAL)?;
+    let rest = bytes.get(name.count_bytes() + 1..).unwrap_or_default();
+    Ok((name, rest))
+}
+
+/// What is to be one word and nothing behind it.
+fn only_word(bytes: &[u8]) -> io::Result<&CStr> {
+    match word(bytes)? {
+        (word, []) => Ok(word),
+        _ => Err(Errno::INVAL.into()),
+    }
+}
+
+/// What is to be the name of an entry and nothing behind it.
+fn only_name(bytes: &[u8]) -> io::Result<&CStr> {
+    only_word(bytes).and_then(component)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn b75_a_name_is_one_component_and_nothing_else() {
+        for good in
+            [&b"a\0"[..], b"...\0", b".hidden\0", b"\xff\xfe\0", &[&[b'x'; 255][..], &[0]].concat()]
+        {
+            assert!(only_name(good).is_ok(), "{good:?}");
+        }
+        let long = [&[b'x'; 4096][..], &[0]].concat();
+        for bad in [
+            &b""[..],
+            b"\0",
+            b".\0",
+            b"..\0",
+            b"a/b\0",
+            b"/\0",
+            b"/etc\0",
+            b"../x\0",
+            b"a",
+            b"a\0b\0",
+            b"a\0\0",
+            &long,
+        ] {
+            assert!(only_name(bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! A share that moves to another process with its files open.
+
+use std::fs;
+use std::path::Path;
+
+use outboard::{Model, Saved};
+use outboard_devices::fs::{Fs, STATE_VERSION};
+
+use crate::driver::{Driver, ROOT, op, options};
+
+/// Files that are open when the guest moves.
+const FILES: u64 = 1000;
+
+/// A mounted share with `files` files of `folder` open: nodes and handles.
+fn opened(folder: &Path, files: u64) -> (Driver, Vec<(u64, u64)>) {
+    let mut driver = Driver::mount(options(folder));
+    let open = |number| {
+        let (node, handle) = driver.create(ROOT, &format!("file-{number}")).unwrap();
+        driver.write(node, handle, 0, format!("number {number}").as_bytes()).unwrap();
+        (node, handle)
+    };
+    let handles = (0..files).map(open).collect();
+    (driver, handles)
+}
+
+#[test]
+fn a_thousand_open_files_move_to_another_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut driver, handles) = opened(folder.path(), FILES);
+    driver.rig.vmm.sleep().unwrap();
+    let state = driver.rig.vmm.connection().save_state().unwrap();
+    let mut other = Driver::asleep(options(folder.path()));
+    let features = other.rig.vmm.features();
+    other.rig.vmm.connection().set_features(features).unwrap();
+    other.rig.vmm.connection().load_state(&state).unwrap();
+    other.rig.activate(&[0, 1], 64);
+    driver.rig.end();
+    for (number, (node, handle)) in (0..FILES).zip(handles) {
+        let said = other.read(node, handle, 0, 64).unwrap();
+        assert_eq!(said, format!("number {number}").as_bytes());
+        other.write(node, handle, 0, b"NUMBER").unwrap();
+    }
+    assert_eq!(fs::read(folder.path().join("file-7")).unwrap(), b"NUMBER 7");
+    assert!(other.lookup(ROOT, "file-9").is_ok());
+    other.ask(op::STATFS, ROOT, &[], 80).unwrap();
+    other.rig.end();
+}
+
+#[test]
+fn a_state_that_is_none_is_refused_and_the_share_can_be_mounted() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut driver, _) = opened(folder.path(), 5);
+    driver.rig.vmm.sleep().unwrap();
+    driver.rig.end();
+    let mut good = Fs::new(options(folder.path())).unwrap();
+    let (version, empty) = good.snapshot().unwrap().into_bytes().unwrap();
+    good.restore(Saved::new(version, &empty, None)).unwrap();
+    let mounted = [&(1u64 << 63).to_le_bytes()[..], b"rubbish that is no state"].concat();
+    for (version, bytes) in
+        [(STATE_VERSION + 1, &empty[..]), (STATE_VERSION, &[1, 2, 3]), (STATE_VERSION, &mounted)]
+    {
+        assert!(good.restore(Saved::new(version, bytes, None)).is_err(), "{bytes:?}");
+    }
+    good.restore(Saved::new(version, &empty, None)).unwrap();
+}
