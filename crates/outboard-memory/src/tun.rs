@@ -71,7 +71,8 @@ impl Tap {
     pub const HEADER: usize = 12;
 
     /// Attaches a queue to the interface `name`, which is made if it is not there and may be made; an empty
-    /// name makes one with a name of its own. `several`: the interface has several queues, or will.
+    /// name makes one with a name of its own. An interface that is made here can have several queues, also of
+    /// several processes, one of which follows the other. `several`: one with a single queue will not do.
     ///
     /// # Errors
     /// There is no `/dev/net/tun`, the name is too long, this process may not, somebody else has it.
@@ -88,9 +89,9 @@ impl Tap {
             with_request(file.as_fd(), TUNSETIFF, &mut request)?;
             Self::ready(file, request.name())
         };
-        match attach(several) {
-            // It was made with several queues, and one of them is as good.
-            Err(error) if !several && is(&error, Errno::INVAL) => attach(true),
+        match attach(true) {
+            // Somebody has made it with one queue, and one is enough.
+            Err(error) if !several && is(&error, Errno::INVAL) => attach(false),
             result => result,
         }
     }

@@ -25,6 +25,9 @@ ip addr add 10.7.0.2/24 dev eth0
 /// The features that the guest has taken, the smallest first, as the kernel shows them.
 const FEATURES: &str = "cat /sys/class/net/eth0/device/features";
 
+/// A socket on which a newer program can take over.
+const CONTROL: &str = "net.ctl";
+
 /// A device in a network of its own, with the programs of busybox in it.
 struct Network<'a> {
     lab: &'a Lab,
@@ -38,11 +41,31 @@ impl<'a> Network<'a> {
         command.args(["unshare", "-n"]).arg(backend::outboard()?);
         command.args(["net", "--tap", "up0"]).args(arguments);
         command.arg("--socket-path").arg(backend::socket(lab.path(), "net"));
+        command.arg("--control").arg(lab.path().join(CONTROL));
         let device = Device::start(&mut command, lab.path(), "net")?;
         let network = Self { lab, device };
         network.run(&["ip", "addr", "add", "10.7.0.1/24", "dev", "up0"])?;
         network.run(&["ip", "link", "set", "up0", "up"])?;
         Ok(network)
+    }
+
+    /// A new program takes the card over, and the old one ends.
+    fn take_over(&mut self, arguments: &[&str]) -> Result<()> {
+        let program = backend::outboard()?;
+        let program = program.to_str().context("a path that is text")?;
+        let control = self.lab.path().join(CONTROL);
+        let control = control.to_str().context("a path that is text")?;
+        let words = ["nsenter", "-t", &self.device.pid().to_string(), "-n", program, "net"];
+        let mut command = Command::new(self.lab.root.path("bin/busybox"));
+        command.args(words).args(["--tap", "up0", "--take-over", control]).args(arguments);
+        let next = Device::start(&mut command, self.lab.path(), "net")?;
+        let mut old = std::mem::replace(&mut self.device, next);
+        let end = Instant::now() + LONG;
+        while old.lives()? {
+            ensure!(Instant::now() < end, "the old program does not end");
+            std::thread::sleep(Duration::from_millis(10)); // std has no wait with a bound
+        }
+        Ok(())
     }
 
     fn command(&self, words: &[&str]) -> Command {
@@ -134,10 +157,11 @@ fn bulk(lab: &Lab) -> Result<()> {
 
 /// Offloads, an MTU, a reboot, and a device that is killed and started again.
 #[test]
-fn a_guest_talks_over_an_interface_with_offloads_also_after_the_card_was_killed() -> Result<()> {
+fn a_guest_talks_over_an_interface_with_offloads_also_when_the_card_was_replaced_and_killed()
+-> Result<()> {
     let Some(lab) = lab()? else { return Ok(()) };
     bulk(&lab)?;
-    let network = Network::start(&lab, &["--mtu", "1400"])?;
+    let mut network = Network::start(&lab, &["--mtu", "1400"])?;
     let (socket, device) = (network.device.socket.clone(), &network.device);
     let mut guest = sound(guest(&lab, &socket, 1, ",host_mtu=1400"), device)?;
     sound(guest.run(UP, LONG), device)?;
@@ -152,6 +176,18 @@ fn a_guest_talks_over_an_interface_with_offloads_also_after_the_card_was_killed(
     sound(guest.reboot(), device)?;
     sound(guest.run(UP, LONG), device)?;
     network.bulk(&mut guest)?;
+
+    // A new program takes over in the middle of a transfer.
+    let web = lab.path().to_str().context("a path that is text")?;
+    let server = network.spawn(&["httpd", "-f", "-p", "8081", "-h", web], Stdio::null())?;
+    let fetch = "
+        echo fetching
+        for at in $(seq 8); do wget -q -O /tmp/again http://10.7.0.1:8081/bulk; cmp /tmp/again /tmp/bulk; done";
+    guest.start(fetch)?;
+    guest.expect("fetching", LONG)?;
+    network.take_over(&["--mtu", "1400"])?;
+    sound(guest.finish(LONG), &network.device)?;
+    drop(server);
 
     drop(network); // SIGKILL
     let network = Network::start(&lab, &["--mtu", "1400"])?;

@@ -30,6 +30,8 @@ const TRANSMIT: u64 = 1 << 20;
 
 pub(crate) struct Guest {
     pub(crate) rig: Rig,
+    /// The place of the queue of commands.
+    pub(crate) control: usize,
 }
 
 /// A packet of so many bytes.
@@ -86,7 +88,7 @@ impl Guest {
     }
 
     pub(crate) fn of(net: Net, events: LoopKind, mask: u64) -> Self {
-        Self { rig: Rig::asleep(net, events, mask) }
+        Self { rig: Rig::asleep(net, events, mask), control: CONTROL }
     }
 
     pub(crate) fn activate(&mut self) {
@@ -140,8 +142,8 @@ impl Guest {
         let readable = if bytes.is_empty() { &[][..] } else { &readable[..] };
         let writable = [(ack, room)];
         let writable = if room == 0 { &[][..] } else { &writable[..] };
-        self.rig.offer(CONTROL, readable, writable, 5);
-        let (_, used) = self.rig.back(CONTROL);
+        self.rig.offer(self.control, readable, writable, 5);
+        let (_, used) = self.rig.back(self.control);
         (used == 1).then(|| self.rig.load(ack, 1)[0])
     }
 }

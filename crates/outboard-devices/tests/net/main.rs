@@ -8,5 +8,6 @@ mod rig;
 mod guest;
 mod hostile;
 mod packets;
+mod pairs;
 mod state;
 mod switch;

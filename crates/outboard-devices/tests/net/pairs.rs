@@ -1,0 +1,101 @@
+//! Several pairs of queues and the offloads that a driver turns on and off (virtio 1.3 §5.1.6.5.5, §5.1.6.5.6), on an
+//! interface of the host with a name of its own, which nobody sets up.
+
+use std::sync::Arc;
+
+use outboard::memory::Tap;
+use outboard_devices::net::{Net, NetOptions, Wire, feature};
+
+use crate::guest::{ALL, BOTH, Guest, HEADER, MAC, packet};
+
+/// A card with so many pairs; None where this process may not make interfaces.
+fn card(pairs: usize) -> Option<Net> {
+    let first = Tap::open("", true).inspect_err(|error| println!("no interface: {error}")).ok()?;
+    let name = first.name().to_owned();
+    let mut taps = vec![Arc::new(first)];
+    for _ in 1..pairs {
+        taps.push(Arc::new(Tap::open(&name, true).expect("one more queue")));
+    }
+    let mut options = NetOptions::new(Wire::Tap(taps));
+    options.mac = Some(MAC);
+    Some(Net::new(&options).expect("a card"))
+}
+
+/// With all of its queues running, commands on the last one.
+fn guest(net: Net, pairs: u16, events: outboard::LoopKind) -> Guest {
+    let mut guest = Guest::of(net, events, u64::MAX);
+    let queues: Vec<u16> = (0..=2 * pairs).collect();
+    guest.rig.activate(&queues, 64);
+    guest.control = usize::from(2 * pairs);
+    guest
+}
+
+/// B65: pairs that there are not, offloads that nobody agreed on.
+#[test]
+fn b65_pairs_and_offloads_that_there_are_not_are_errors_and_change_nothing() {
+    for events in BOTH {
+        let Some(net) = card(2) else { return };
+        let mut guest = guest(net, 2, events);
+        assert_eq!(guest.rig.vmm.read_config(8, 2).expect("read"), [2, 0]);
+        for (command, ack) in [
+            (&[4, 0, 0, 0][..], 1),
+            (&[4, 0, 3, 0], 1),
+            (&[4, 0, 0xff, 0xff], 1),
+            (&[4, 0, 2], 1),
+            (&[4, 1, 1, 0], 1),
+            (&[4, 0, 2, 0], 0),
+            (&[4, 0, 1, 0], 0),
+        ] {
+            assert_eq!(guest.command(command, 1), Some(ack), "{command:?}");
+        }
+        let agreed = guest.rig.vmm.features() & feature::GUEST;
+        assert_ne!(agreed & feature::GUEST_TSO4, 0, "the kernel knows it");
+        for (offloads, ack) in
+            [(agreed, 0), (feature::GUEST_CSUM, 0), (0, 0), (agreed | 1 << 10, 1), (u64::MAX, 1)]
+        {
+            let command = [&[5, 0][..], &offloads.to_le_bytes()].concat();
+            assert_eq!(guest.command(&command, 1), Some(ack), "{offloads:#x}");
+        }
+        assert_eq!(guest.command(&[5, 0, 0, 0], 1), Some(1), "short");
+        guest.rig.end();
+    }
+}
+
+#[test]
+fn a_card_with_fewer_pairs_refuses_the_state_of_one_whose_driver_uses_more() {
+    let [Some(two), Some(same), Some(one)] = [card(2), card(2), card(1)] else { return };
+    let mut source = guest(two, 2, BOTH[0]);
+    assert_eq!(source.command(&[4, 0, 2, 0], 1), Some(0));
+    source.rig.vmm.sleep().expect("stops");
+    let state = source.rig.vmm.connection().save_state().expect("saved");
+    for (net, fits) in [(same, true), (one, false)] {
+        let mut next = Guest::of(net, BOTH[0], u64::MAX);
+        let features = next.rig.vmm.features();
+        next.rig.vmm.connection().set_features(features).expect("taken");
+        assert_eq!(next.rig.vmm.connection().load_state(&state).is_ok(), fits);
+        next.rig.end();
+    }
+    source.rig.end();
+}
+
+/// C27: an interface that is down takes nothing: counted, and the driver's ring goes on.
+#[test]
+fn c27_packets_for_an_interface_that_is_down_are_dropped_and_counted() {
+    for events in BOTH {
+        let Some(net) = card(1) else { return };
+        let counters = net.counters().remove(0);
+        let mut guest = guest(net, 1, events);
+        for sent in 1..=100 {
+            guest.send(&packet(ALL, 1, 60));
+            assert_eq!(counters.link_down.get(), sent);
+        }
+        // A packet to be cut, and one whose checksum lies outside of it.
+        let header = [1, 1, 54, 0, 100, 0, 34, 0, 16, 0, 0, 0];
+        guest.send_raw(&[&header[..], &packet(ALL, 1, 1000)].concat());
+        assert_eq!(counters.link_down.get(), 101);
+        let lies: [u8; HEADER] = [1, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0];
+        guest.send_raw(&[&lies[..], &packet(ALL, 1, 1000)].concat());
+        assert_eq!((counters.link_down.get(), counters.malformed.get()), (101, 1));
+        guest.rig.end();
+    }
+}
