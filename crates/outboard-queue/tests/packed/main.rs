@@ -5,6 +5,7 @@ mod dirty_log;
 mod driver_side;
 mod hostile_chains;
 mod hostile_races;
+mod inflight;
 mod life;
 mod model;
 mod notifications;
