@@ -98,9 +98,10 @@ struct DiskArgs {
 
 #[derive(clap::Args)]
 struct EngineArgs {
-    /// Threads that serve the queues; by default one for each queue, as far as there are processors.
-    #[arg(long, value_name = "COUNT")]
-    threads: Option<u16>,
+    /// Threads that serve the queues, which are dealt out to them in turn; by default one for each queue, as far as there
+    /// are processors.
+    #[arg(long, alias = "threads", value_name = "COUNT")]
+    workers: Option<u16>,
     /// Past the page cache of the host (O_DIRECT).
     #[arg(long)]
     direct: bool,
@@ -186,7 +187,7 @@ impl Args {
             serial: self.disk.serial.clone(),
             num_queues: self.disk.num_queues,
             queue_size: self.disk.queue_size,
-            threads: self.engine.threads.map_or(queues.min(processors), usize::from),
+            threads: self.engine.workers.map_or(queues.min(processors), usize::from),
             cache: match self.disk.cache {
                 Cache::Writeback => CacheMode::Writeback,
                 Cache::Writethrough => CacheMode::Writethrough,
@@ -279,7 +280,8 @@ mod tests {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         assert_eq!(good("a").block_options().threads, 1);
         assert_eq!(good("a --num-queues 256").block_options().threads, processors.min(256));
-        assert_eq!(good("a --num-queues 4 --threads 3").block_options().threads, 3);
+        assert_eq!(good("a --num-queues 4 --workers 3").block_options().threads, 3);
+        assert_eq!(good("a --num-queues 4 --threads 3").block_options().threads, 3, "its old name");
         assert!(parse("a --num-queues 0").is_err());
         assert!(parse("a --num-queues 257").is_err());
     }

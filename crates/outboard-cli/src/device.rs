@@ -90,6 +90,10 @@ pub(crate) struct ThreadArgs {
     /// never does while a ring runs: for processors of their own.
     #[arg(long, value_name = "MICROSECONDS", default_value = "50", value_parser = parse_poll)]
     poll_us: Poll,
+    /// Processors for the threads that serve queues, in turn: the first thread runs on the first one, and so on, round and
+    /// round. Without it they run where the system puts them.
+    #[arg(long, value_name = "CPU,…", value_delimiter = ',')]
+    pin: Vec<usize>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -247,6 +251,7 @@ impl ThreadArgs {
         WorkerOptions {
             event_loop: self.event_loop.into(),
             poll: self.poll_us.0,
+            pin: self.pin.clone(),
             ..WorkerOptions::default()
         }
     }
@@ -364,6 +369,17 @@ mod tests {
         assert_eq!(polled("--poll-us always"), Ok(WorkerOptions::NEVER_SLEEP));
         for wrong in ["1000001", "-1", "ever", "1.5", ""] {
             assert!(polled(&format!("--poll-us={wrong}")).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn threads_are_pinned_to_processors_by_number() {
+        let pinned = |line: &str| parse(line).map(|args| args.threads.options().pin);
+        assert_eq!(pinned(""), Ok(vec![]));
+        assert_eq!(pinned("--pin 1"), Ok(vec![1]));
+        assert_eq!(pinned("--pin 2,0,2"), Ok(vec![2, 0, 2]));
+        for wrong in ["-1", "x", "1,,2"] {
+            assert!(pinned(&format!("--pin={wrong}")).is_err(), "{wrong}");
         }
     }
 

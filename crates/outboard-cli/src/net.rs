@@ -73,7 +73,7 @@ struct NetArgs {
     #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MOST_PAIRS as i64))]
     queue_pairs: u16,
     /// Threads that serve the pairs; one for each by default.
-    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    #[arg(long = "workers", alias = "threads", value_name = "NUMBER", default_value_t = 0)]
     threads: usize,
     /// Largest ring size that a front-end may choose, a power of two.
     #[arg(long, value_name = "ENTRIES", default_value_t = 1024)]

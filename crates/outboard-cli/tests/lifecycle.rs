@@ -24,6 +24,11 @@ struct Program {
 
 impl Program {
     fn start() -> Self {
+        Self::with(&[])
+    }
+
+    /// The same with more options.
+    fn with(more: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let (image, socket) = (directory.path().join("disk"), directory.path().join("disk.sock"));
         std::fs::File::create(&image).unwrap().set_len(8 << 20).unwrap();
@@ -32,6 +37,7 @@ impl Program {
             // Whether that is offered depends on the machine.
             .args(["--without", "VHOST_USER_PROTOCOL_F_PAGEFAULT", "--socket-path"])
             .args([&socket, &image])
+            .args(more)
             .env("OUTBOARD_LOG", "error")
             .stdin(Stdio::null())
             .spawn()
@@ -201,28 +207,118 @@ fn a_hundred_connections_leave_nothing_behind_in_the_process() {
     assert!(after.2 < before.2 + 1024, "RSS: {} KiB before, {} after", before.2, after.2);
 }
 
-/// Context switches of all threads of a process so far.
-fn switches(pid: u32) -> u64 {
+/// The numbers that `read` finds in a file of each thread of a process, added up.
+fn of_threads(pid: u32, file: &str, read: impl Fn(&str) -> u64) -> u64 {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    let statuses = tasks.map(|task| task.unwrap().path().join("status"));
-    let texts: Vec<_> = statuses.map(|path| std::fs::read_to_string(path).unwrap()).collect();
-    let lines = texts.iter().flat_map(|text| text.lines());
-    lines
-        .filter_map(|line| line.split_once("ctxt_switches:"))
-        .map(|(_, count)| count.trim().parse::<u64>().unwrap())
-        .sum()
+    let files = tasks.map(|task| task.unwrap().path().join(file));
+    files.map(|path| read(&std::fs::read_to_string(path).unwrap())).sum()
 }
 
+/// Context switches so far.
+fn switches(pid: u32) -> u64 {
+    of_threads(pid, "status", |text| {
+        let counts = text.lines().filter_map(|line| line.split_once("ctxt_switches:"));
+        counts.map(|(_, count)| count.trim().parse::<u64>().unwrap()).sum()
+    })
+}
+
+/// Nanoseconds on a processor so far.
+fn processor_time(pid: u32) -> u64 {
+    of_threads(pid, "schedstat", |text| {
+        text.split_whitespace().next().unwrap().parse::<u64>().unwrap()
+    })
+}
+
+/// Waits until a count has stayed the same for half a second, and returns it.
+fn settled(count: impl Fn() -> u64) -> u64 {
+    let until = std::time::Instant::now() + PATIENCE;
+    let mut last = count();
+    loop {
+        std::thread::sleep(Duration::from_millis(500));
+        let now = count();
+        if now == last {
+            return now;
+        }
+        assert!(std::time::Instant::now() < until, "it never comes to rest");
+        last = now;
+    }
+}
+
+/// `OUTBOARD_IDLE_SECONDS` makes it longer.
 #[test]
 fn an_idle_device_with_sixteen_queues_does_not_wake_up() {
+    let seconds = std::env::var("OUTBOARD_IDLE_SECONDS").map_or(2, |text| text.parse().unwrap());
     let program = Program::start();
     let options =
         BlockOptions { queues: 16, queue_size: 64, timeout: PATIENCE, ..BlockOptions::default() };
     let mut disk = BlockDevice::open(program.connect(&Transcript::new()), options).unwrap();
     serve(&mut disk, 1);
     // What the last request left behind (a window of polling, freed memory) is over by then.
-    std::thread::sleep(Duration::from_millis(500));
-    let before = switches(program.child.id());
-    std::thread::sleep(Duration::from_secs(2));
-    assert_eq!(switches(program.child.id()), before, "context switches in two idle seconds");
+    let before = settled(|| switches(program.child.id()));
+    std::thread::sleep(Duration::from_secs(seconds));
+    assert_eq!(switches(program.child.id()), before, "context switches in {seconds} idle seconds");
+}
+
+#[test]
+fn polling_after_the_last_request_burns_no_more_than_its_window() {
+    let program = Program::with(&["--poll-us", "300000"]);
+    let options = BlockOptions { queue_size: 64, timeout: PATIENCE, ..BlockOptions::default() };
+    let mut disk = BlockDevice::open(program.connect(&Transcript::new()), options).unwrap();
+    // Enough to have the window open as far as it goes.
+    (0..100).for_each(|seed| serve(&mut disk, seed));
+    let pid = program.child.id();
+    let before = processor_time(pid);
+    let after = settled(|| processor_time(pid));
+    let burnt = Duration::from_nanos(after - before);
+    assert!(burnt < Duration::from_millis(400), "{burnt:?} after the last request");
+}
+
+/// Which processors the threads that serve queues may run on.
+fn processors_of_workers(pid: u32) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let texts =
+        tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).unwrap());
+    let field = |text: &str, name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().to_owned()
+    };
+    let mut found: Vec<_> = texts
+        .map(|text| (field(&text, "Name:"), field(&text, "Cpus_allowed_list:")))
+        .filter(|(name, _)| name.starts_with("worker"))
+        .collect();
+    found.sort();
+    found.into_iter().map(|(_, processors)| processors).collect()
+}
+
+#[test]
+fn workers_are_as_many_as_asked_for_and_run_where_they_are_pinned() {
+    // The first processor this test may run on.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let mine = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();
+    let first = mine.trim().split([',', '-']).next().unwrap().to_owned();
+    let program = Program::with(&["--workers", "3", "--pin", &first]);
+    let options =
+        BlockOptions { queues: 16, queue_size: 64, timeout: PATIENCE, ..BlockOptions::default() };
+    let mut disk = BlockDevice::open(program.connect(&Transcript::new()), options).unwrap();
+    serve(&mut disk, 1);
+    assert_eq!(processors_of_workers(program.child.id()), vec![first; 3]);
+}
+
+#[test]
+fn a_driver_that_waits_for_each_answer_needs_no_kick_for_the_next_request() {
+    // With so wide a bound any machine's driver comes back in time.
+    let program = Program::with(&["--engine", "uring", "--poll-us", "1000000"]);
+    drop(program.connect(&Transcript::new()));
+    let output = Command::new(env!("CARGO_BIN_EXE_outboard"))
+        .arg("bench")
+        .arg(&program.socket)
+        .args(["--rw", "randwrite", "--depth", "1", "--seconds", "1", "--rounds", "1", "--json"])
+        .output()
+        .unwrap();
+    let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let median = &answer["cases"][0]["a"]["median"];
+    let (writes, kicks) = (median["writes"].as_u64(), median["kicks_per_io"].as_f64());
+    // The window opens by steps: some of the first ones are announced.
+    let announced = kicks.unwrap() * writes.unwrap() as f64;
+    assert!(announced < 100.0 + writes.unwrap() as f64 / 2.0, "{median}");
 }

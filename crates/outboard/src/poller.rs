@@ -11,6 +11,11 @@
 //!  gap between requests   0 … 8 µs: looked through at once      beyond the bound: never looked for
 //!                         8 µs … bound: after a few short sleeps, each of which doubles the window
 //! ```
+//! While the kernel works on requests there is nothing to look for: its completion wakes. When it has answered the last
+//! one, a driver that waited for that has its next request ready within some microseconds, so a thread whose window is
+//! open looks then, too. If nothing was found and the sleep that followed was ended by something else than a kick (the
+//! next completion, say, of a driver that offers in its own time), the window is halved.
+//!
 //! A bound of zero never looks, [`ALWAYS`] never sleeps while a ring runs: for a processor of its own.
 
 use std::time::Duration;
@@ -28,12 +33,14 @@ const STRETCH: Duration = Duration::from_micros(20);
 pub(crate) struct Poller {
     window: Duration,
     bound: Duration,
+    /// Nothing came while it was looked for.
+    vain: bool,
 }
 
 impl Poller {
     /// Never looks longer than `bound`; zero: never polls.
     pub(crate) fn new(bound: Duration) -> Self {
-        Self { window: Duration::ZERO, bound }
+        Self { window: Duration::ZERO, bound, vain: false }
     }
 
     /// How long to look before the next sleep, or the next look at everything else.
@@ -46,8 +53,21 @@ impl Poller {
         self.bound == ALWAYS
     }
 
+    /// Nothing came while it was looked for.
+    pub(crate) fn looked_in_vain(&mut self) {
+        self.vain = true;
+    }
+
+    /// A sleep ended without a kick.
+    pub(crate) fn slept_on(&mut self) {
+        if std::mem::take(&mut self.vain) {
+            self.window = if self.window > START { self.window / 2 } else { Duration::ZERO };
+        }
+    }
+
     /// A sleep lasted this long until a kick came.
     pub(crate) fn slept(&mut self, time: Duration) {
+        self.vain = false;
         self.window = if time > self.bound {
             Duration::ZERO
         } else {
@@ -80,6 +100,32 @@ mod tests {
         poller.slept(Duration::from_micros(20));
         poller.slept(Duration::from_micros(51));
         assert_eq!(poller.window(), Duration::ZERO);
+    }
+
+    #[test]
+    fn looks_in_vain_that_no_kick_follows_close_the_window_step_by_step() {
+        let mut poller = Poller::new(BOUND);
+        (0..4).for_each(|_| poller.slept(Duration::from_micros(20)));
+        poller.slept_on();
+        assert_eq!(poller.window(), BOUND, "it had not looked");
+        let windows: Vec<_> = (0..4)
+            .map(|_| {
+                poller.looked_in_vain();
+                poller.slept_on();
+                poller.window().as_micros()
+            })
+            .collect();
+        assert_eq!(windows, [25, 12, 6, 0]);
+    }
+
+    #[test]
+    fn looks_in_vain_that_a_kick_follows_soon_do_not_keep_the_window_from_opening() {
+        let mut poller = Poller::new(BOUND);
+        for _ in 0..4 {
+            poller.slept(Duration::from_micros(20));
+            poller.looked_in_vain();
+        }
+        assert_eq!(poller.window(), BOUND);
     }
 
     #[test]

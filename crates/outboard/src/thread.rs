@@ -13,6 +13,7 @@
 //! any more; a worker that panics costs its rings, not the thread.
 
 mod port;
+mod token;
 
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -31,6 +32,7 @@ use crate::request::Request;
 use crate::worker::{MakeWorker, Worker, WorkerContext};
 
 pub(crate) use port::{Order, Port};
+pub(crate) use token::device_token;
 
 /// Requests that one lane serves before the next one has its turn.
 const BUDGET: u32 = 64;
@@ -75,27 +77,6 @@ impl Lane {
         self.queue.scatter();
         self.queue.in_flight() == 0 && !self.queue.owes()
     }
-}
-
-/// What a token means: the upper half is the kind, the lower one a queue or the device's number.
-mod token {
-    pub(super) const PORT: u64 = 0;
-    pub(super) const KICK: u64 = 1 << 32;
-    pub(super) const CONTROL: u64 = 2 << 32;
-    pub(super) const DEVICE: u64 = 3 << 32;
-
-    pub(super) fn kind(token: u64) -> u64 {
-        token & !u64::from(u32::MAX)
-    }
-
-    pub(super) fn low(token: u64) -> u32 {
-        u32::try_from(token & u64::from(u32::MAX)).unwrap_or(u32::MAX)
-    }
-}
-
-/// The token under which a device's own descriptor is watched.
-pub(crate) fn device_token(number: u32) -> u64 {
-    token::DEVICE | u64::from(number)
 }
 
 /// The thread's state.
@@ -216,6 +197,7 @@ impl<W: Worker> Thread<W> {
                 std::hint::spin_loop();
             }
             if Instant::now() >= until {
+                self.poller.looked_in_vain();
                 return always;
             }
         }
@@ -260,6 +242,8 @@ impl<W: Worker> Thread<W> {
         self.wait(self.timeout());
         if self.lanes.iter().any(|lane| lane.ready) {
             self.poller.slept(before.elapsed());
+        } else {
+            self.poller.slept_on();
         }
     }
 
@@ -285,7 +269,7 @@ impl<W: Worker> Thread<W> {
 
     fn handle_events(&mut self) {
         let mut happened = std::mem::take(&mut self.happened);
-        let mut ordered = false;
+        let (mut ordered, mut answered) = (false, false);
         for event in happened.drain(..) {
             match event {
                 // Afterwards: an operation that has ended is no longer there to be abandoned.
@@ -293,12 +277,16 @@ impl<W: Worker> Thread<W> {
                 Event::Ready(token) => self.ready(token),
                 Event::Done { queue, token, chain, outcome } => {
                     self.completed(queue, token, chain, outcome);
+                    answered = true;
                 }
             }
         }
         self.happened = happened;
         if ordered {
             self.orders();
+        }
+        if answered {
+            self.expect_more();
         }
         for lane in &mut self.lanes {
             if lane.polled {
@@ -310,6 +298,21 @@ impl<W: Worker> Thread<W> {
             lane.queue.publish();
         }
         self.release();
+    }
+
+    /// The kernel has answered the last request: a driver that waited for that has its next one ready soon. With a window
+    /// it is looked for, and needs no kick; said before the driver sees the answer.
+    fn expect_more(&mut self) {
+        let working = self.lanes.iter().any(|lane| lane.queue.in_flight() != 0);
+        if working || self.poller.window().is_zero() {
+            return;
+        }
+        for lane in &mut self.lanes {
+            if lane.armed && !lane.resting && lane.stopping.is_none() {
+                lane.queue.disarm();
+                lane.armed = false;
+            }
+        }
     }
 
     /// Goes on with requests that were set aside; what they waited for has been shown.

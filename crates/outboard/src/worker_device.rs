@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures_channel::oneshot;
 use rustix::process::{Resource, getrlimit};
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::device::{ConfigWrite, VhostUserDevice};
 use crate::error::{Error, HostError};
@@ -32,6 +33,8 @@ pub struct WorkerOptions {
     pub event_loop: LoopKind,
     /// How long one looks at its rings, at most, before it sleeps; zero: it always sleeps.
     pub poll: Duration,
+    /// Processors of the threads, by number, in turn; none: wherever the system puts them.
+    pub pin: Vec<usize>,
     /// Where the model and its workers show themselves.
     pub inspect: Inspect,
 }
@@ -46,6 +49,7 @@ impl Default for WorkerOptions {
         Self {
             event_loop: LoopKind::Auto,
             poll: Duration::from_micros(50),
+            pin: Vec::new(),
             inspect: Inspect::new(),
         }
     }
@@ -210,6 +214,20 @@ fn room_for_a_thread() -> Result<(), Error> {
     Ok(())
 }
 
+/// Has the calling thread, the `number`-th, run on its processor of the list, if there is one.
+fn pin(processors: &[usize], number: usize) -> Result<(), Error> {
+    let Some(&processor) = processors.iter().cycle().nth(number) else { return Ok(()) };
+    let refused = |why: &dyn std::fmt::Display| {
+        Error::refused(format!("no thread can be pinned to processor {processor}: {why}"))
+    };
+    if processor >= CpuSet::MAX_CPU {
+        return Err(refused(&format_args!("there are at most {}", CpuSet::MAX_CPU)));
+    }
+    let mut set = CpuSet::new();
+    set.set(processor);
+    sched_setaffinity(None, &set).map_err(|errno| refused(&errno))
+}
+
 fn spawn<W: Worker + 'static>(
     make: MakeWorker<W>,
     options: WorkerOptions,
@@ -219,13 +237,15 @@ fn spawn<W: Worker + 'static>(
     let port = Arc::new(Port::new()?);
     let theirs = Arc::clone(&port);
     let join = Builder::new().name(format!("worker{number}")).spawn(move || {
-        match event_loop(options.event_loop) {
+        let events = pin(&options.pin, number)
+            .and_then(|()| event_loop(options.event_loop).map_err(Error::from));
+        match events {
             Ok(events) => {
                 let (poll, inspect) = (options.poll, options.inspect);
                 let place = Place { number, inspect };
                 thread::run(theirs, events, &make, place, poll, &built);
             }
-            Err(error) => drop(built.send(Err(error.into()))),
+            Err(error) => drop(built.send(Err(error))),
         }
     });
     let join = join.map_err(HostError::io("cannot start a thread"))?;

@@ -50,8 +50,12 @@ fn bench<D: outboard::VhostUserDevice + 'static>(device: D, deadline: Duration) 
 
 impl<D> Bench<D> {
     fn started(&mut self, index: u16) -> Ring {
-        let ring = Ring::new(&self.memory, index, FEATURES);
-        self.front.set_vring_num(index, common::SIZE).unwrap();
+        self.started_with(index, common::SIZE)
+    }
+
+    fn started_with(&mut self, index: u16, size: u16) -> Ring {
+        let ring = Ring::sized(&self.memory, index, FEATURES, size);
+        self.front.set_vring_num(index, size).unwrap();
         self.front.set_vring_addr(index, &ring.layout).unwrap();
         self.front.set_vring_call(index, &ring.call).unwrap();
         self.front.set_vring_err(index, &ring.err).unwrap();
@@ -326,4 +330,51 @@ fn queues_are_spread_over_threads_and_each_serves_its_own() {
             ring.expect(b"each");
         }
     }
+}
+
+/// Says which queue a request is of, and waits for the test before it answers.
+struct Asked(Sender<u16>, Arc<Mutex<Receiver<()>>>);
+
+impl Worker for Asked {
+    fn serve(&mut self, request: Request<'_>) -> Result<Served, Error> {
+        let _ = self.0.send(request.queue());
+        let _ = self.1.lock().unwrap().recv();
+        Ok(request.done(4))
+    }
+}
+
+#[test]
+fn a_ring_that_is_never_empty_does_not_starve_another_one_of_its_thread() {
+    const FLOOD: u32 = 2_000;
+    let (sender, asked) = channel();
+    let (go, waits) = channel();
+    let (sender, waits) = (Mutex::new(sender), Arc::new(Mutex::new(waits)));
+    let queues = [QueueSpec::new("a", 64), QueueSpec::new("b", 64)];
+    let device = WorkerDevice::plain(&queues, move |_| {
+        Ok(Asked(sender.lock().unwrap().clone(), Arc::clone(&waits)))
+    });
+    let mut bench = bench(device.unwrap(), PATIENCE);
+    let (mut flooded, mut other) = (bench.started_with(0, 64), bench.started(1));
+    let offer = |ring: &mut Ring| {
+        let guest = ring.data.guest();
+        ring.driver.add(&[], &[(guest, 4)], 7).unwrap();
+        ring.driver.publish();
+    };
+    (0..16).for_each(|_| offer(&mut flooded));
+    flooded.kick();
+    // For each one that is taken another one is offered before it is answered.
+    let mut before = 0;
+    while asked.recv_timeout(PATIENCE).expect("a request is served") == 0 {
+        if before == 0 {
+            offer(&mut other);
+            other.kick();
+        }
+        before += 1;
+        assert!(before < FLOOD, "the other ring waits");
+        while flooded.driver.pop_used().unwrap().is_some() {}
+        offer(&mut flooded);
+        go.send(()).unwrap();
+    }
+    drop(go);
+    assert_eq!(other.answered(), 4);
 }

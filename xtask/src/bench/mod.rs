@@ -204,7 +204,7 @@ fn start(peer: &str, scene: &Scene, programs: &Programs, dir: &Path) -> Result<D
         }
         "one-worker" => {
             let mut command = pinned(&programs.outboard);
-            command.args(["block", "--num-queues", "2", "--threads", "1", "--socket-path"]);
+            command.args(["block", "--num-queues", "2", "--workers", "1", "--socket-path"]);
             command.arg(&at).arg("null:1G");
             command
         }

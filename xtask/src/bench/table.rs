@@ -122,7 +122,7 @@ pub(super) const SCENES: &[Scene] = &[
         name: "two workers beside one (null)",
         null: true,
         in_memory: true,
-        ours: &["--num-queues", "2", "--threads", "2"],
+        ours: &["--num-queues", "2", "--workers", "2"],
         peer_direct: "off",
         peers: &["one-worker"],
         rows: &[Row {

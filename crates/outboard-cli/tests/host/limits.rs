@@ -127,7 +127,7 @@ fn c21_with_few_descriptors_a_device_serves_or_says_in_one_line_why_not() {
 // C21, C33: address space, and so room for the stacks of threads.
 #[test]
 fn c21_c33_without_room_for_its_threads_a_device_says_so_in_one_line() {
-    let args = ["--num-queues", "64", "--threads", "64", "--engine", "sync"];
+    let args = ["--num-queues", "64", "--workers", "64", "--engine", "sync"];
     assert!(!starts_or_says_why("-v 1000000", &args), "64 threads do not fit into 1 GB");
     assert!(starts_or_says_why("-v 16000000", &args));
 }

@@ -243,12 +243,17 @@ pub fn rang(fd: impl AsFd, time: Duration) -> bool {
 
 impl Ring {
     pub fn new(memory: &SharedMemory, index: u16, features: u64) -> Self {
+        Self::sized(memory, index, features, SIZE)
+    }
+
+    /// Of `size` entries, at most 64.
+    pub fn sized(memory: &SharedMemory, index: u16, features: u64, size: u16) -> Self {
         let area = memory.allocate(4096, 4096).unwrap();
         area.fill(0).unwrap();
         let data = memory.allocate(8192, 4096).unwrap();
         let packed = features & virtio::RING_PACKED != 0;
         let lay = if packed { QueueLayout::packed_at } else { QueueLayout::split_at };
-        let (layout, _) = lay(area.guest(), SIZE).unwrap();
+        let (layout, _) = lay(area.guest(), size).unwrap();
         let driver = DriverQueue::new(layout, features, memory.view()).unwrap();
         let (kick, call, err) = (doorbell(), doorbell(), doorbell());
         Self { index, layout, driver, kick, call, err, area, data, patience: PATIENCE }
