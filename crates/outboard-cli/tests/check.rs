@@ -71,6 +71,12 @@ fn our_console_holds_every_check_that_it_offers() {
 }
 
 #[test]
+fn our_shared_directory_holds_every_check_that_it_offers() {
+    let folder = tempfile::tempdir().expect("a folder");
+    device_holds(&["fs", "--shared-dir", folder.path().to_str().expect("text")]);
+}
+
+#[test]
 fn our_network_card_holds_every_check_that_it_offers() {
     let folder = tempfile::tempdir().expect("a folder");
     let link = folder.path().join("link");

@@ -47,6 +47,13 @@ fn a_wrong_command_line_is_one_line_and_exit_code_2() {
         (vec!["console", "--port", "socket:/nonexistent/s"], "/nonexistent/s: No such file"),
         (vec!["console", "--size", "80"], "two numbers"),
         (vec!["console"], "no socket"),
+        (vec!["fs", "--socket-path", "s"], "--shared-dir"),
+        (
+            vec!["fs", "--socket-path", "s", "--shared-dir", "/nonexistent/d"],
+            "/nonexistent/d: No such",
+        ),
+        (vec!["fs", "--socket-path", "s", "-o", "cache=some"], "cache=some"),
+        (vec!["fs", "--shared-dir", "/"], "no socket"),
         (vec!["net", "--socket-path", "s"], "no link"),
         (vec!["net", "--tap", "a name too long"], "interface a name too long"),
         (vec!["net", "--tap-fd", "999"], "descriptor 999"),
@@ -75,7 +82,7 @@ fn a_wrong_command_line_is_one_line_and_exit_code_2() {
 #[test]
 fn help_teaches_with_examples_and_exits_with_0() {
     for command in
-        ["", "block", "console", "net", "rng", "switch", "vsock", "demo", "probe", "bench"]
+        ["", "block", "console", "fs", "net", "rng", "switch", "vsock", "demo", "probe", "bench"]
     {
         let args: Vec<_> = [command, "--help"].into_iter().filter(|arg| !arg.is_empty()).collect();
         let output = outboard(&args);
@@ -86,7 +93,7 @@ fn help_teaches_with_examples_and_exits_with_0() {
 
 #[test]
 fn every_device_says_as_json_what_it_is() {
-    for device in ["block", "console", "net", "rng", "vsock"] {
+    for device in ["block", "console", "fs", "net", "rng", "vsock"] {
         let output = outboard(&[device, "--print-capabilities"]);
         assert_eq!(output.status.code(), Some(0), "{device}");
         let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");

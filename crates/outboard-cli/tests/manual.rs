@@ -12,9 +12,10 @@ fn every_command_has_a_man_page_with_its_options() {
     let folder = tempfile::tempdir().unwrap();
     let made = outboard(&["manual", "--pages", folder.path().to_str().unwrap()]);
     assert!(made.status.success());
-    for command in
-        ["block", "console", "net", "rng", "switch", "vsock", "demo", "probe", "bench", "check"]
-    {
+    for command in [
+        "block", "console", "fs", "net", "rng", "switch", "vsock", "demo", "probe", "bench",
+        "check",
+    ] {
         let page = folder.path().join(format!("outboard-{command}.1"));
         let page = std::fs::read_to_string(page).unwrap();
         assert!(page.contains(".SH OPTIONS"), "{command}");
