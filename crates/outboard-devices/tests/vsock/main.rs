@@ -5,6 +5,7 @@
 #[path = "../rig/mod.rs"]
 mod rig;
 
+mod crowd;
 mod guest;
 mod hostile;
 mod neighbours;
