@@ -8,5 +8,6 @@ mod rig;
 mod crowd;
 mod guest;
 mod hostile;
+mod machine;
 mod neighbours;
 mod streams;
