@@ -75,6 +75,13 @@ impl Wanted {
         self
     }
 
+    /// Also requests that are answered in the order in which they were made.
+    #[must_use]
+    pub const fn with_in_order(mut self) -> Self {
+        self.features |= virtio::IN_ORDER;
+        self
+    }
+
     /// Also the back-end channel and what comes over it: config changes, shared-memory regions, shared
     /// objects, host notifiers. In-band notifications stay off: they replace kicks and calls.
     #[must_use]

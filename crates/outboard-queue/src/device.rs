@@ -82,7 +82,8 @@ impl DeviceQueue {
     }
 
     /// Gives a chain back, with the bytes that were written to it, tail included. The driver sees it after the next
-    /// [`publish`](Self::publish). A chain of another queue is not given back.
+    /// [`publish`](Self::publish), and when order was promised not before those that were taken earlier. A chain of
+    /// another queue is not given back.
     #[inline(always)]
     pub fn complete(&mut self, chain: Chain, written: u32) {
         each!(&mut self.ring, ring => ring.complete(chain, written));

@@ -66,6 +66,8 @@ pub struct QueueFeatures {
     pub indirect: bool,
     /// `VIRTIO_F_RING_PACKED`, bit 34.
     pub packed: bool,
+    /// `VIRTIO_F_IN_ORDER`, bit 35.
+    pub in_order: bool,
 }
 
 impl QueueFeatures {
@@ -78,11 +80,15 @@ impl QueueFeatures {
             event_idx: has(features, 29),
             indirect: has(features, 28),
             packed: has(features, 34),
+            in_order: has(features, 35),
         }
     }
 
     /// As bits of SET_FEATURES.
     pub const fn bits(self) -> u64 {
-        (self.event_idx as u64) << 29 | (self.indirect as u64) << 28 | (self.packed as u64) << 34
+        (self.event_idx as u64) << 29
+            | (self.indirect as u64) << 28
+            | (self.packed as u64) << 34
+            | (self.in_order as u64) << 35
     }
 }

@@ -27,6 +27,7 @@ mod error;
 mod event;
 mod inflight;
 mod layout;
+mod order;
 mod packed;
 mod split;
 mod walk;

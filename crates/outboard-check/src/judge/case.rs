@@ -147,6 +147,16 @@ impl Case<'_> {
         Disk::start(self.session_with(PLAIN | features, USUAL | protocol)?, capacity)
     }
 
+    /// A block device with memory shared, no ring set up, and these features.
+    pub(crate) fn unstarted_disk(
+        &mut self,
+        features: u64,
+        protocol: ProtocolFeatures,
+    ) -> Outcome<Disk> {
+        let capacity = self.capacity()?;
+        Disk::prepare(self.session_with(PLAIN | features, USUAL | protocol)?, capacity)
+    }
+
     /// That the back-end does not burn processor time now, with nothing to do.
     pub(crate) fn rests(&mut self, when: &str) -> Outcome {
         if self.traits.never_sleeps {

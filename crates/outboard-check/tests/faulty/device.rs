@@ -7,6 +7,7 @@ mod iommu;
 mod migration;
 mod notify;
 mod optional;
+mod packed;
 mod postcopy;
 mod raw;
 mod requests;
@@ -24,7 +25,7 @@ use outboard_memory::{GuestMemory, MapOptions, Region, RegionSpec, UserFault, Vi
 use outboard_protocol::features::{ProtocolFeatures as P, virtio};
 use outboard_protocol::payload::MemRegion;
 use outboard_protocol::{Backend, Effect, Notifier, Offer, Refusal, RingEvent};
-use outboard_queue::{DeviceQueue, QueueLayout};
+use outboard_queue::{DeviceQueue, QueueFeatures, QueueLayout};
 
 /// A ring has run in this process.
 static RAN: AtomicBool = AtomicBool::new(false);
@@ -94,9 +95,11 @@ pub(crate) struct Device {
 
 fn offer(fault: &str) -> Offer {
     let faults = if UserFault::is_available() { P::PAGEFAULT } else { P::empty() };
+    let packed = if packed::are_offered(fault) { virtio::RING_PACKED } else { 0 };
     let read_only = if fault == "writes-read-only" { READ_ONLY } else { 0 };
     Offer {
         features: read_only
+            | packed
             | virtio::VERSION_1
             | virtio::LOG_ALL
             | virtio::ACCESS_PLATFORM
@@ -391,7 +394,8 @@ impl Device {
     fn layout(&self, index: u16) -> Option<QueueLayout> {
         let state = self.backend.ring(index)?;
         let (size, addr) = (state.size?, state.addresses?);
-        let (desc, avail, used) = QueueLayout::split_sizes(size);
+        let features = QueueFeatures::from_bits(self.backend.acked_features());
+        let (desc, avail, used) = QueueLayout::sizes(size, features);
         let space = self.space();
         Some(QueueLayout {
             size,

@@ -73,6 +73,12 @@ impl PackedChains {
         self.held.get_mut(usize::from(id)).map_or(0, |held| std::mem::take(&mut held.count))
     }
 
+    /// The first descriptor of a chain in flight.
+    pub(super) fn start(&self, id: u16) -> Option<u16> {
+        let held = self.held.get(usize::from(id)).filter(|held| held.count > 0)?;
+        Some(held.start)
+    }
+
     /// Chains in flight.
     pub(super) fn in_flight(&self) -> u16 {
         u16::try_from(self.made - self.idle.len()).unwrap_or(u16::MAX)

@@ -30,6 +30,7 @@ use crate::budget::FEW_PIECES;
 use crate::chain::{Chain, Parts};
 use crate::error::RingError;
 use crate::layout::{QueueFeatures, QueueLayout};
+use crate::order::Early;
 use crate::walk::Health;
 
 #[derive(Debug)]
@@ -41,7 +42,7 @@ pub(crate) struct PackedDevice {
     pub(super) layout: QueueLayout,
     pub(super) features: QueueFeatures,
     pub(super) health: Health,
-    /// Live, and no request is looked at twice.
+    /// Live, no request is looked at twice, and none waits for its turn.
     pub(super) plain: bool,
     /// Where the next available chain is.
     next_avail: Place,
@@ -51,7 +52,7 @@ pub(crate) struct PackedDevice {
     pub(super) next_used: Place,
     /// The state of a descriptor that is used there.
     used: u16,
-    /// Descriptors that were not taken, or were given back.
+    /// Descriptors that were not taken, or were given back and shown.
     pub(super) left: u16,
     /// Descriptors between the first one that was completed and not told, and `next_used`. 0: none.
     pub(super) batch: u16,
@@ -74,6 +75,10 @@ pub(crate) struct PackedDevice {
     pub(super) inflight: Option<Box<Inflight>>,
     /// Nobody had used a descriptor of the ring when the queue was made.
     pub(super) is_anew: bool,
+    /// Where the next chain of an earlier process began.
+    pub(super) owed_at: Place,
+    /// By the place of their first descriptor: chains that came back before their turn, when order was promised.
+    pub(super) early: Option<Box<[Early]>>,
 }
 
 /// The places of a base: available, used. A used half of 0 says nothing (DPDK, and whoever knows one half only): with
@@ -132,7 +137,7 @@ impl PackedDevice {
             layout,
             features,
             health: Health::Live,
-            plain: true,
+            plain: !features.in_order,
             next_avail,
             available: available(next_avail),
             next_used,
@@ -149,6 +154,8 @@ impl PackedDevice {
             log: None,
             inflight: None,
             is_anew,
+            owed_at: next_used,
+            early: features.in_order.then(|| (0..size).map(|_| None).collect()),
         })
     }
 
@@ -281,7 +288,15 @@ impl PackedDevice {
 
     #[inline(always)]
     pub(crate) fn complete(&mut self, chain: Chain, written: u32) {
-        let mut parts = chain.0;
+        if self.plain {
+            self.give_back::<true>(chain.0, written);
+        } else {
+            self.complete_in_turn(chain.0, written);
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn give_back<const PLAIN: bool>(&mut self, mut parts: Box<Parts>, written: u32) {
         let id = parts.head;
         let count = self.chains.release(id);
         if count == 0 {
@@ -298,14 +313,13 @@ impl PackedDevice {
         if self.batch == 0 {
             self.first = (at, flags);
         }
-        if self.plain {
+        if PLAIN {
             let later = if self.batch == 0 { None } else { Some(flags) };
             let _ = self.cells.ring.put_used(at, id, written, later);
         } else {
             self.complete_unusually(id, written, flags);
         }
         self.batch += count;
-        self.left += count;
         if self.next_used.advance(count, self.layout.size) {
             self.used ^= STATE;
         }
@@ -336,6 +350,7 @@ impl PackedDevice {
         let (at, flags) = self.first;
         let _ = self.cells.ring.set_flags(at, flags, Ordering::Release);
         self.batch = 0;
+        self.left += count;
         // The driver arms, then looks at the next descriptor; we write it, then look whether the driver is armed.
         fence(Ordering::SeqCst);
         let event = self.cells.driver_event.load(Ordering::Relaxed);
@@ -430,6 +445,7 @@ impl PackedDevice {
     pub(super) fn go_on_at(&mut self, used: Place, held: u16) {
         let size = self.layout.size;
         (self.next_used, self.used) = (used, self::used(used));
+        self.owed_at = used;
         self.next_avail = used;
         self.next_avail.advance(held, size);
         self.available = available(self.next_avail);

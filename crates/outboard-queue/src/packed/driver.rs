@@ -13,6 +13,7 @@ use super::place::{DESC, DISABLE, ENABLE, Place, event_word, wants};
 use super::{AVAIL, STATE, USED};
 use crate::error::{QueueFull, RingError};
 use crate::layout::{QueueFeatures, QueueLayout};
+use crate::order::Offered;
 
 /// What a buffer id is to the driver.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,6 +45,8 @@ pub(crate) struct PackedDriver {
     /// Guest address and entries of the indirect tables.
     tables: Option<(u64, u16)>,
     armed: bool,
+    /// What is in flight, when the device has to keep to the order.
+    offered: Option<Offered>,
 }
 
 impl PackedDriver {
@@ -82,6 +85,7 @@ impl PackedDriver {
             first: (0, 0),
             tables: None,
             armed: true,
+            offered: features.in_order.then(Offered::default),
         })
     }
 
@@ -99,6 +103,9 @@ impl PackedDriver {
         let full = QueueFull { needed, free: usize::from(self.free) };
         let count = u16::try_from(needed).ok().filter(|&count| count <= self.free).ok_or(full)?;
         let id = self.take_id(count, token).ok_or(full)?;
+        if let Some(offered) = &mut self.offered {
+            offered.push(id, writable);
+        }
         let mut left = count;
         for (addr, len, write) in crate::split::driver::buffers(readable, writable) {
             left -= 1;
@@ -130,6 +137,9 @@ impl PackedDriver {
             self.view.write(table + index * 16, &entry).map_err(|_| full)?;
         }
         let id = self.take_id(1, token).ok_or(full)?;
+        if let Some(offered) = &mut self.offered {
+            offered.push(id, writable);
+        }
         let body = PackedBody { addr: table, len: u32::from(count) * 16, id };
         self.write(body, Descriptor::INDIRECT).ok_or(full)?;
         Ok(id)
@@ -179,6 +189,9 @@ impl PackedDriver {
 
     /// Whether the next descriptor is used, and what it says then.
     fn look(&self, order: Ordering) -> bool {
+        if self.offered.as_ref().is_some_and(Offered::is_open) {
+            return true;
+        }
         let used = if self.next_used.wrap { STATE } else { 0 };
         let flags = self.cells.ring.flags(self.next_used.at, order);
         flags.is_some_and(|flags| flags & STATE == used)
@@ -188,8 +201,7 @@ impl PackedDriver {
         if !self.look(Ordering::Acquire) {
             return Ok(None);
         }
-        let PackedBody { len, id, .. } =
-            self.cells.ring.body(self.next_used.at).unwrap_or_default();
+        let (id, len) = self.next_done()?;
         let slot = self.slots.get_mut(usize::from(id)).filter(|slot| slot.count > 0);
         let slot = slot.ok_or(RingError::UsedHead { id: id.into() })?;
         let (count, token) = (std::mem::take(&mut slot.count), slot.token);
@@ -199,6 +211,19 @@ impl PackedDriver {
         self.in_flight -= 1;
         self.next_used.advance(count, self.layout.size);
         Ok(Some((token, len)))
+    }
+
+    /// Id and bytes written of the chain that is used now.
+    fn next_done(&mut self) -> Result<(u16, u32), RingError> {
+        let used = self.cells.ring.body(self.next_used.at).unwrap_or_default();
+        let Some(offered) = &mut self.offered else {
+            return Ok((used.id, used.len));
+        };
+        let last = u32::from(used.id);
+        if !offered.is_open() {
+            offered.open(last, used.len, self.in_flight)?;
+        }
+        offered.next().ok_or(RingError::UsedHead { id: last })
     }
 
     pub(crate) fn arm(&mut self) -> bool {

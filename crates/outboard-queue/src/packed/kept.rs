@@ -49,10 +49,11 @@ impl PackedDevice {
         let walked = walked.and_then(|walked| {
             self.chains.budget.charge(&mut parts, walked.pieces)?;
             let id = walked.taken.id;
-            self.chains.hold(id, count, self.next_used.at).map(|()| id)
+            self.chains.hold(id, count, self.owed_at.at).map(|()| id)
         });
         match walked {
             Ok(id) => {
+                self.owed_at.advance(count, self.layout.size);
                 parts.head = id;
                 if let Some(log) = &mut self.log {
                     log.taken(id, &parts.buffers);

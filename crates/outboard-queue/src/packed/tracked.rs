@@ -9,7 +9,9 @@ use outboard_memory::{Buffers, GuestMemory, View};
 
 use super::device::PackedDevice;
 use crate::budget::FEW_PIECES;
+use crate::chain::Parts;
 use crate::layout::QueueLayout;
+use crate::order::Early;
 use crate::split::log::{Logging, RingLog};
 use crate::walk::Health;
 
@@ -87,7 +89,7 @@ impl PackedDevice {
     pub(super) fn choose_way(&mut self) {
         let tracked = self.is_tracked();
         self.rules.most = if tracked { 0 } else { self.layout.size.min(FEW_PIECES) };
-        self.plain = self.health == Health::Live && !tracked;
+        self.plain = self.health == Health::Live && !tracked && self.early.is_none();
         self.unusual |= tracked;
     }
 
@@ -136,12 +138,35 @@ impl PackedDevice {
             Some(ahead) => ahead,
             None => size - (self.next_used.at - start),
         };
-        if ahead >= size - self.left {
+        if ahead >= size - self.left - self.batch {
             return None;
         }
         let flags = self.source.ring.flags(start, std::sync::atomic::Ordering::Relaxed)?;
         let walked = self.source.walk_carefully((start, flags), size, to, None).ok()?;
         Some(walked.taken.id)
+    }
+
+    /// A chain comes back to a ring that is not a plain one: it is given back now, or when its turn has come, which is
+    /// when the next used descriptor goes where its first one was.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn complete_in_turn(&mut self, parts: Box<Parts>, written: u32) {
+        let Some(early) = &mut self.early else {
+            return self.give_back::<false>(parts, written);
+        };
+        let start = self.chains.start(parts.head).map(usize::from);
+        match start.and_then(|start| early.get_mut(start)).filter(|early| early.is_none()) {
+            Some(early) => *early = Some((parts, written)),
+            None => debug_assert!(false, "id {} was not taken from this queue", parts.head),
+        }
+        while let Some((parts, written)) = self.next_early() {
+            self.give_back::<false>(parts, written);
+        }
+    }
+
+    /// The chain whose turn it is, when it has come back.
+    fn next_early(&mut self) -> Early {
+        self.early.as_mut()?.get_mut(usize::from(self.next_used.at))?.take()
     }
 
     /// The chain of `id` is given back by a ring that is retired or looked at twice. What goes through an in-flight region is written to the ring when it is shown.

@@ -24,6 +24,7 @@ use crate::chain::{Chain, Parts};
 use crate::error::RingError;
 use crate::event::need_event;
 use crate::layout::{QueueFeatures, QueueLayout};
+use crate::order::Turns;
 use crate::walk::Health;
 
 #[derive(Debug)]
@@ -59,6 +60,8 @@ pub(crate) struct SplitDevice {
     pub(super) log: Option<Box<Logging>>,
     /// What outlives this process, when there is something.
     pub(super) inflight: Option<Box<Inflight>>,
+    /// Whose turn it is, when order was promised.
+    pub(super) turns: Option<Box<Turns>>,
 }
 
 impl SplitDevice {
@@ -71,7 +74,7 @@ impl SplitDevice {
         let next_avail = u16::try_from(base).map_err(|_| RingError::Base { base })?;
         let (desc, cells) = SplitCells::resolve(&layout, features, &view)?;
         let used = cells.used_idx.load(Ordering::Acquire);
-        Ok(Self {
+        let mut this = Self {
             cells,
             source: Source::new(desc, view, layout.size, features.indirect),
             layout,
@@ -92,7 +95,12 @@ impl SplitDevice {
             chains: Chains::new(layout.size),
             log: None,
             inflight: None,
-        })
+            turns: features.in_order.then(|| Box::new(Turns::new(layout.size))),
+        };
+        if features.in_order {
+            this.choose_way();
+        }
+        Ok(this)
     }
 
     /// Whether [`pop`](Self::pop) would find something to say.

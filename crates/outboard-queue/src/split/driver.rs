@@ -12,6 +12,7 @@ use super::{NO_INTERRUPT, NO_NOTIFY};
 use crate::error::{QueueFull, RingError};
 use crate::event::need_event;
 use crate::layout::{QueueFeatures, QueueLayout};
+use crate::order::Offered;
 
 /// What a descriptor is to the driver.
 #[derive(Clone, Copy, Debug, Default)]
@@ -40,6 +41,9 @@ pub(crate) struct SplitDriver {
     /// Guest address and entries of the indirect tables.
     tables: Option<(u64, u16)>,
     armed: bool,
+    /// What is in flight, when the device has to keep to the order. Descriptors are used in the order of the table then:
+    /// the free ones are a ring.
+    offered: Option<Offered>,
 }
 
 impl SplitDriver {
@@ -58,7 +62,9 @@ impl SplitDriver {
         }
         cells.used_idx.store(index, Ordering::Relaxed);
         cells.avail_idx.store(index, Ordering::Release);
-        let slots = (1..=layout.size).map(|next| Slot { next, ..Slot::default() }).collect();
+        let after = |next| if features.in_order && next == layout.size { 0 } else { next };
+        let slots = (1..=layout.size).map(|next| Slot { next: after(next), ..Slot::default() });
+        let slots = slots.collect();
         Ok(Self {
             desc,
             cells,
@@ -74,6 +80,7 @@ impl SplitDriver {
             in_flight: 0,
             tables: None,
             armed: true,
+            offered: features.in_order.then(Offered::default),
         })
     }
 
@@ -101,7 +108,7 @@ impl SplitDriver {
             self.desc.set(at, Descriptor { addr, len, flags: write | more, next }).ok_or(full)?;
             at = next;
         }
-        self.offer(head, count, at, token).ok_or(full)
+        self.offer((head, count), at, writable, token).ok_or(full)
     }
 
     pub(crate) fn add_indirect(
@@ -133,11 +140,20 @@ impl SplitDriver {
             next: 0,
         };
         self.desc.set(head, outer).ok_or(full)?;
-        self.offer(head, 1, next, token).ok_or(full)
+        self.offer((head, 1), next, writable, token).ok_or(full)
     }
 
     /// Takes `count` descriptors from `head` on off the free list, which goes on at `rest`, and offers the head.
-    fn offer(&mut self, head: u16, count: u16, rest: u16, token: u64) -> Option<u16> {
+    fn offer(
+        &mut self,
+        (head, count): (u16, u16),
+        rest: u16,
+        writable: &[(u64, u32)],
+        token: u64,
+    ) -> Option<u16> {
+        if let Some(offered) = &mut self.offered {
+            offered.push(head, writable);
+        }
         let slot = self.slots.get_mut(usize::from(head))?;
         slot.count = count;
         slot.token = token;
@@ -175,7 +191,7 @@ impl SplitDriver {
         if ahead > in_flight {
             return Err(RingError::UsedIndex { used, next, in_flight });
         }
-        let (id, written) = self.cells.used.load(next);
+        let (id, written) = self.next_done(ahead)?;
         let unknown = RingError::UsedHead { id };
         let head = u16::try_from(id).map_err(|_| unknown)?;
         let slot =
@@ -187,8 +203,25 @@ impl SplitDriver {
         Ok(Some((token, written)))
     }
 
+    /// Head and bytes written of the chain that is used now; the used index covers it and `ahead - 1` more.
+    fn next_done(&mut self, ahead: u16) -> Result<(u32, u32), RingError> {
+        let (last, written) = self.cells.used.load(self.next_used);
+        let Some(offered) = &mut self.offered else {
+            return Ok((last, written));
+        };
+        if !offered.is_open() {
+            offered.open(last, written, ahead)?;
+        }
+        let next = offered.next().map(|(head, written)| (head.into(), written));
+        next.ok_or(RingError::UsedHead { id: last })
+    }
+
     /// Puts the descriptors of a chain back on the free list.
     fn release(&mut self, head: u16, count: u16) {
+        if self.offered.is_some() {
+            self.free += count;
+            return;
+        }
         let mut last = head;
         for _ in 1..count {
             last = self.slots.get(usize::from(last)).map_or(last, |slot| slot.next);

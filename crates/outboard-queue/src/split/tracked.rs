@@ -1,5 +1,5 @@
 //! The device side of a split ring whose requests are looked at twice: their writes are noted in a dirty log, or they
-//! themselves in an in-flight region.
+//! themselves in an in-flight region, or they wait for their turn.
 //!
 //! The quick way asks no question about it: it finds that the available index is too far ahead of a limit of 0 and that
 //! there is no place to put a chain back to, and comes here instead. Invariant: `is_tracked()` exactly when the chains
@@ -14,15 +14,16 @@ use crate::chain::{Chain, Parts};
 use crate::error::RingError;
 use crate::inflight::InflightArea;
 use crate::layout::QueueLayout;
+use crate::order::Turns;
 use crate::walk::Health;
 
 impl SplitDevice {
     pub(super) fn is_tracked(&self) -> bool {
-        self.log.is_some() || self.inflight.is_some()
+        self.log.is_some() || self.inflight.is_some() || self.turns.is_some()
     }
 
     /// Takes the quick way, or this one.
-    fn choose_way(&mut self) {
+    pub(super) fn choose_way(&mut self) {
         let tracked = self.is_tracked();
         self.limit = if tracked { 0 } else { self.layout.size };
         self.plain = self.health == Health::Live && !tracked;
@@ -100,7 +101,15 @@ impl SplitDevice {
         if let Some(inflight) = &mut self.inflight {
             inflight.taken(head);
         }
+        self.note_turn(head);
         Ok(parts)
+    }
+
+    #[inline(always)]
+    fn note_turn(&mut self, head: u16) {
+        if let Some(turns) = &mut self.turns {
+            turns.taken(head);
+        }
     }
 
     #[inline(always)]
@@ -145,6 +154,7 @@ impl SplitDevice {
         match self.take_head(head) {
             Ok(parts) => {
                 self.lead = self.lead.wrapping_sub(1);
+                self.note_turn(head);
                 Ok(Some(Chain(parts)))
             }
             Err(error) => {
@@ -161,6 +171,9 @@ impl SplitDevice {
     #[cold]
     #[inline(never)]
     pub(super) fn complete_tracked(&mut self, mut parts: Box<Parts>, written: u32) {
+        if let Some(turns) = self.turns.take() {
+            return self.complete_in_turn(turns, parts, written);
+        }
         let head = parts.head;
         if let Some(slot) = self.chains.discharged_place(&mut parts) {
             *slot = Some(parts);
@@ -178,6 +191,17 @@ impl SplitDevice {
             inflight.completed(head);
         }
         self.push_used(head, written);
+    }
+
+    /// Gives back what has come back, as far as it is its turn. Away from the ring meanwhile, the turns let it through.
+    #[cold]
+    #[inline(never)]
+    fn complete_in_turn(&mut self, mut turns: Box<Turns>, parts: Box<Parts>, written: u32) {
+        turns.completed(parts, written);
+        while let Some((parts, written)) = turns.next() {
+            self.complete_tracked(parts, written);
+        }
+        self.turns = Some(turns);
     }
 
     /// The used index is about to cover what was completed.

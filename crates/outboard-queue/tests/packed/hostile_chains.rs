@@ -1,6 +1,6 @@
 //! Chains that no honest driver makes, and the odd ones that it may (cases B3 to B45 of packed rings).
 
-use outboard_queue::RingError;
+use outboard_queue::{DeviceQueue, RingError};
 
 use crate::rig::*;
 
@@ -62,6 +62,25 @@ fn b5_a_ring_that_the_device_holds_whole_has_nothing_more_to_take() {
     rig.offer(3, &[(DATA, 16, 0)]);
     rig.breaks(|e| e == RingError::ChainLength { head: 0, size: 0 });
     assert_eq!(held.len(), 4);
+}
+
+/// A driver that has not been told of a descriptor cannot offer it again: a batch is never longer than the ring.
+#[test]
+fn b5_what_was_completed_and_not_shown_cannot_be_offered_again() {
+    let mut rig = Rig::new(4, 0);
+    for id in 0..4 {
+        rig.offer(id, &[(DATA, 16, 0)]);
+    }
+    for _ in 0..4 {
+        let chain = rig.take();
+        rig.device.complete(chain, 0);
+    }
+    rig.offer(0, &[(DATA, 16, 0)]);
+    let base = rig.device.base();
+    rig.breaks(|e| e == RingError::ChainLength { head: 0, size: 0 });
+    assert_eq!((rig.device.base(), base), (0x8000_0000, 0x8000_0000));
+    // Where a queue says that it is, another can go on.
+    DeviceQueue::new(rig.layout, PACKED, base, rig.view.clone()).unwrap();
 }
 
 #[test]

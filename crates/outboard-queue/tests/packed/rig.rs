@@ -13,6 +13,7 @@ pub(crate) const AVAIL: u16 = 1 << 7;
 pub(crate) const USED: u16 = 1 << 15;
 
 pub(crate) const PACKED: u64 = 1 << 34;
+pub(crate) const IN_ORDER: u64 = 1 << 35;
 pub(crate) const EVENT_IDX: u64 = 1 << 29;
 pub(crate) const INDIRECT_DESC: u64 = 1 << 28;
 

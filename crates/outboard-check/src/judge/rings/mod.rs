@@ -7,6 +7,7 @@
 pub(super) mod chains;
 pub(super) mod indirect;
 pub(super) mod layouts;
+pub(super) mod packed;
 pub(super) mod requests;
 
 use super::case::Case;

@@ -61,4 +61,15 @@ rows! { Rings
     "discard-bad" "virtio 5.2.6.2 (B54)" "impossible discards are refused" r::requests::bad_discards;
     "zeroes-bad" "virtio 5.2.6.2 (B54)" "impossible write-zeroes are refused" r::requests::bad_zeroes;
     "discard-unmap" "virtio 5.2.6.2 (B55)" "a discard with the unmap flag is UNSUPP" r::requests::discard_unmap;
+    "packed-served" "virtio 2.8 (B42)" "requests go round a packed ring, over its end at every place" r::packed::served;
+    "packed-together" "virtio 2.8.6" "packed: two requests that come together come back, each once" r::packed::together;
+    "packed-indirect" "virtio 2.8.7" "packed: a request through an indirect table is served" r::packed::indirect;
+    "packed-base" "GET_VRING_BASE" "packed: both halves of the base say where the ring stands" r::packed::base;
+    "packed-odd-events" "virtio 2.8.14 (B45)" "packed: events at places that do not exist, and reserved flags, do no harm" r::packed::odd_events;
+    "packed-id-outside" "virtio 2.8.6 (B40)" "packed: a buffer id beyond the ring breaks it, and no more" r::packed::id_outside;
+    "packed-not-available" "virtio 2.8.6 (B39)" "packed: a chain that goes on at what is not available breaks the ring, and no more" r::packed::not_available;
+    "packed-endless" "virtio 2.8.19 (B25)" "packed: a chain without an end breaks the ring, and no more" r::packed::round_and_round;
+    "packed-data-outside" "virtio 2.8.5 (B10)" "packed: data outside of memory is not touched" r::packed::data_outside;
+    "packed-table-next" "virtio 2.8.19 (B43)" "packed: a table with a successor breaks the ring, and no more" r::packed::table_with_next;
+    "packed-table-empty" "virtio 2.8.19 (B43)" "packed: a table of no bytes breaks the ring, and no more" r::packed::table_of_nothing;
 }

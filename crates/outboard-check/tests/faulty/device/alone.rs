@@ -185,6 +185,7 @@ impl Device {
             "base-counts" if to == 5 && ring.kicks == 5 && plain => 6,
             "base-round-trip" if from > 0 && ring.stops > 0 => from,
             "base-wraps" if to < from => to + 1,
+            "packed-base" if to > 0xffff => to & 0xffff,
             "drains" if ring.batch > 1 => to - 1,
             "stop-after-disable" if to == 1 && ring.stops == 0 && !self.is_enabled(index) => 2,
             _ => to,

@@ -158,6 +158,9 @@ impl Device {
 
     /// Waits with many requests for a stop that loses them.
     pub(super) fn puts_off(&self, queue: &DeviceQueue) -> bool {
+        if queue.features().packed {
+            return false;
+        }
         let mut avail = [0; 2];
         let _ = queue.view().read(queue.layout().avail + 2, &mut avail);
         let base = u16::try_from(queue.base()).expect("a split ring's");

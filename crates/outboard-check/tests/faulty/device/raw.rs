@@ -27,7 +27,7 @@ pub(super) fn word(queue: &DeviceQueue, at: u64) -> u16 {
     u16::from_le_bytes(bytes)
 }
 
-fn descriptor(queue: &DeviceQueue, at: u64) -> Option<Raw> {
+pub(super) fn descriptor(queue: &DeviceQueue, at: u64) -> Option<Raw> {
     let mut bytes = [0; 16];
     queue.view().read(at, &mut bytes).ok()?;
     let part = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
@@ -43,6 +43,9 @@ fn descriptor(queue: &DeviceQueue, at: u64) -> Option<Raw> {
 /// when there is none.
 pub(super) fn next(queue: &DeviceQueue) -> Option<(u16, Vec<Raw>)> {
     let layout = *queue.layout();
+    if queue.features().packed {
+        return None;
+    }
     let at = u16::try_from(queue.base()).expect("a split ring's");
     if word(queue, layout.avail + 2) == at {
         return None;
@@ -77,6 +80,9 @@ pub(super) fn flat(queue: &DeviceQueue, parts: &[Raw]) -> Vec<Raw> {
 impl Device {
     /// What a fault does at the sight of the ring; false when the ring is served no more.
     pub(super) fn trips(&mut self, index: usize, queue: &DeviceQueue) -> bool {
+        if queue.features().packed {
+            return self.trips_packed(index, queue);
+        }
         let layout = *queue.layout();
         if self.is("minds-reserved-flags") && word(queue, layout.avail) > 1 {
             return false;
