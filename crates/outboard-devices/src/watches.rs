@@ -10,7 +10,7 @@ use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 
 /// Events that one look brings.
-const BATCH: usize = 32;
+pub(crate) const BATCH: usize = 32;
 
 /// See the module.
 #[derive(Debug)]

@@ -26,7 +26,7 @@ use super::stage::Stage;
 use super::table::{Entry, Greeting, Key, Table, Way};
 use super::{Counters, VsockOptions, feature};
 use crate::timer::Timer;
-use crate::watches::{Edge, Watches};
+use crate::watches::{self, Edge, Watches};
 
 /// Refusals that wait for the guest before its transmit ring does.
 const REFUSALS: usize = 256;
@@ -349,10 +349,11 @@ impl Hub {
 
     // The other ends.
 
-    /// Something has happened to a descriptor. Look until there is nothing.
+    /// Something has happened to descriptors; true: there may be more.
     pub(super) fn look(&mut self) -> Result<bool, Error> {
         let edges = self.watches.look()?;
-        let any = !edges.is_empty();
+        // Fewer than there is room for are all; whatever happens later wakes the worker again.
+        let more = edges.len() >= watches::BATCH;
         for edge in edges {
             match edge.token {
                 STREAMS => self.accept(Kind::Stream),
@@ -363,7 +364,7 @@ impl Hub {
                 token => self.edge(index(token), edge),
             }
         }
-        Ok(any)
+        Ok(more)
     }
 
     fn edge(&mut self, id: usize, edge: Edge) {
