@@ -1,5 +1,5 @@
-//! In-order use (VIRTIO_F_IN_ORDER, virtio 1.3 §2.7.4.1 and §2.8.11 by §6): chains are given back in the order in which
-//! they were made available.
+//! In-order use (VIRTIO_F_IN_ORDER; virtio 1.3, "In-order use of descriptors" of split and of packed rings): chains
+//! are given back in the order in which they were made available.
 //!
 //! ```text
 //!  device   popped 1 2 3 4 ─▶ completed 3 1 4 2 ─▶ used 1 ┆ ┆ 2 3 4       3 and 4 wait for those before them
