@@ -146,10 +146,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         if self.backend.features_set() {
             play.ask(Request::SetFeatures(self.backend.acked_features())).await?;
         }
-        // A region that was given before packed rings were negotiated serves none of them.
-        let packed = self.backend.acked_features() & virtio::RING_PACKED != 0;
-        let region = self.inflight.again().map_err(HostError::io("dup"))?;
-        if let Some(request) = region.filter(|_| !packed) {
+        if let Some(request) = self.inflight.again().map_err(HostError::io("dup"))? {
             play.ask(request).await?;
         }
         for request in self.log.again().map_err(HostError::io("dup"))? {
