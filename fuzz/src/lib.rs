@@ -14,4 +14,5 @@ pub mod frontend;
 pub mod input;
 #[cfg(fuzzing)]
 pub mod letter;
+pub mod packed;
 pub mod state;
