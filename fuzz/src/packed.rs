@@ -106,8 +106,7 @@ impl<'a> Rig<'a> {
         let base = queue.base() as u16;
         let at = (base & 0x7fff, base & 0x8000 != 0);
         let (held, broken, tracked) = (Vec::new(), false, choices & 4 != 0);
-        let mut rig =
-            Self { view, window, layout, features, queue, held, broken, at, tracked };
+        let mut rig = Self { view, window, layout, features, queue, held, broken, at, tracked };
         if tracked {
             let area = rig.area();
             for place in (0..InflightArea::packed_size(MOST) as usize - 8).step_by(8) {
