@@ -37,7 +37,7 @@ const TAIL: &str = "\n## Tried, kept, left\n\
     25 instructions fewer direct, 51 indirect (of 297 and 355); on packed rings 131 and 102 (of 529 and 498).\n\
     - Taken back: packed rings inlined into the worker's loop as split ones are. 13 to 23 instructions fewer there, 4 to 10 more\n\
     on split rings. Pointers in place of offsets in the list of pieces: 7 more.\n\
-    - Why no work at depth 32 is no more than 1.2 of the framework: one queue is limited by the round trip of its 32 requests\n\
+    - Why no work at depth 32 is no more than 1.2 to 1.5 of the framework is not known; perhaps one queue is limited by the round trip of its 32 requests\n\
     between the two processors; with two queues the same one worker serves 9.0M (row \"two workers beside one\").\n\
     - Left: packed rings have no row yet; guest memory as fixed buffers.\n";
 
