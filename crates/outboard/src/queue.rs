@@ -377,7 +377,15 @@ impl Queue {
     pub fn poll_control(&mut self) -> Changed {
         let mut changed = Changed::default();
         self.take_returns();
-        while self.next_memory.is_none() {
+        loop {
+            if self.next_memory.is_some() {
+                self.scatter();
+                self.settle(&mut changed);
+            }
+            // What comes behind a generation that waits has had its wake-up: it is taken right after it.
+            if self.next_memory.is_some() {
+                break;
+            }
             let Some(posted) = self.mailbox.take() else { break };
             match posted.change {
                 Change::Memory { memory, drain } => {
@@ -398,12 +406,7 @@ impl Queue {
                     let _ = posted.done.send(self.state());
                 }
             }
-            self.settle(&mut changed);
         }
-        if self.next_memory.is_some() {
-            self.scatter();
-        }
-        self.settle(&mut changed);
         self.recovered(&mut changed);
         changed
     }

@@ -159,8 +159,13 @@ fn run_dropped_where_it_waits_for_workers_leaves_no_thread_and_nothing_open() {
         at += 1;
     }
     let _ = std::panic::take_hook();
-    assert_eq!(open_descriptors(), before, "descriptors after {at} drops");
+    // Fewer, when the first round's worker was still closing its own while they were counted.
     let until = Instant::now() + PATIENCE;
+    while open_descriptors() > before {
+        let now = open_descriptors();
+        assert!(Instant::now() < until, "descriptors: {before} before, {now} after {at} drops");
+        std::thread::yield_now();
+    }
     while threads() > threads_before {
         assert!(Instant::now() < until, "threads: {threads_before} before, {} after", threads());
         std::thread::yield_now();

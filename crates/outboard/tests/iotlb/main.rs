@@ -98,6 +98,36 @@ fn an_invalidation_waits_for_the_request_that_the_device_holds_back() {
     }
 }
 
+/// The answer has its own way: it may come while the queue waits with an invalidation, and is not forgotten then.
+#[test]
+fn an_answer_that_comes_while_an_invalidation_waits_does_not_stand_in_the_way_of_the_next_question() {
+    for mut rig in [Rig::new(), Rig::packed()] {
+        let mut ring = rig.started(0);
+        let late = rig.round_but_for_the_last_answer(&mut ring, b"all mapped");
+        offer(&mut ring, b"hold this");
+        ring.kick();
+        let request = loop {
+            if let Some(request) = rig.held.lock().unwrap().pop() {
+                break request;
+            }
+            std::thread::yield_now();
+        };
+        let at = ring.data.guest() + IO + PAGE;
+        std::thread::scope(|scope| {
+            let (front, channel) = (&mut rig.front, &mut rig.channel);
+            let invalidated = scope.spawn(move || front.iotlb_invalidate(at, PAGE).unwrap());
+            std::thread::sleep(MOMENT);
+            channel.answer(late.ticket, Ok(())).unwrap();
+            std::thread::sleep(MOMENT);
+            request.done(0);
+            invalidated.join().unwrap();
+        });
+        assert_eq!(ring.driver.pop_used().unwrap(), Some((7, 0)));
+        rig.round(&mut ring, b"asked for anew");
+        rig.leave();
+    }
+}
+
 #[test]
 fn an_invalidation_of_what_is_not_there_waits_for_nothing() {
     for mut rig in [Rig::new(), Rig::packed()] {
