@@ -16,6 +16,7 @@ use outboard_devices::fs::{self, Confined, Fs, FsOptions, IdMap, Sandbox};
 
 use crate::Failure;
 use crate::device::{self, DeviceArgs, Kind, Made, Origin, Prepared};
+use crate::report::parse_size;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -73,6 +74,10 @@ struct ShareArgs {
     /// Largest ring size that a front-end may choose, a power of two.
     #[arg(long, value_name = "ENTRIES", default_value_t = 1024)]
     queue_size: u16,
+    /// A DAX window of this size, in units of 2 MiB (8G), where the VMM maps (SHMEM): files are read and written
+    /// as memory of the guest, with mount -o dax there.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "0", hide_default_value = true)]
+    dax_window: u64,
     /// Options as older programs have them: source=DIR, cache=none|auto|metadata|always, xattr, xattrmap=RULES,
     /// posix_acl, writeback, sandbox=... (comma-separated, repeatable).
     #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',')]
@@ -232,6 +237,7 @@ impl ShareArgs {
         options.request_queues = self.num_request_queues;
         options.pool = self.thread_pool_size;
         options.queue_size = self.queue_size;
+        options.dax_window = self.dax_window;
         semantics.set(&mut options.semantics);
         options
     }

@@ -30,6 +30,30 @@ impl Window {
     /// Empty, wrapping, no regular file, file too short, or a call that the system refused: a writable window of a file
     /// that was opened for reading is one. Nothing stays mapped.
     pub fn map(file: OwnedFd, offset: u64, size: u64, writable: bool) -> Result<Self, MapError> {
+        Self::make(file, (offset, size), offset.saturating_add(size), writable)
+    }
+
+    /// As [`Self::map`], but the file may end before the window does, and grow into it. An access behind the page
+    /// in which the file ends poisons the window: whoever maps so looks at the file's length first.
+    ///
+    /// # Errors
+    /// As [`Self::map`], but for the file's length.
+    pub fn map_beyond(
+        file: OwnedFd,
+        offset: u64,
+        size: u64,
+        writable: bool,
+    ) -> Result<Self, MapError> {
+        Self::make(file, (offset, size), 0, writable)
+    }
+
+    /// The file has at least `length` bytes.
+    fn make(
+        file: OwnedFd,
+        (offset, size): (u64, u64),
+        length: u64,
+        writable: bool,
+    ) -> Result<Self, MapError> {
         let wraps = MapError::Wraps { what: "file offset", start: offset, size };
         if size == 0 {
             return Err(MapError::NoBytes);
@@ -38,7 +62,7 @@ impl Window {
             return Err(wraps);
         }
         region::guard()?;
-        region::check_file(offset, size, &file)?;
+        region::check_file(0, length, &file)?;
         let page = region::page_size(&file)?;
         let (start, len, delta) = rounded(offset, size, page).ok_or(wraps)?;
         let mapping = Mapping::new(file.as_fd(), start, len, page, writable, true)?;
@@ -159,6 +183,20 @@ mod tests {
         let mut back = vec![0; 0x2000];
         wide.read(0x1000, &mut back).expect("inside");
         assert_eq!(back, long);
+    }
+
+    #[test]
+    fn a_file_grows_into_a_window_that_ends_behind_it() {
+        let file = file(0x1000);
+        assert!(Window::map(again(&file), 0, 0x3000, true).is_err());
+        let window = Window::map_beyond(again(&file), 0, 0x3000, true).expect("mapped");
+        ftruncate(&file, 0x3000).expect("room");
+        window.write(0x2fff, &[7]).expect("inside");
+        let mut byte = [0];
+        window.read(0x2fff, &mut byte).expect("inside");
+        assert_eq!(byte, [7]);
+        let (pipe, _) = rustix::pipe::pipe().expect("a pipe");
+        assert!(Window::map_beyond(pipe, 0, 1, false).is_err());
     }
 
     #[test]

@@ -181,6 +181,17 @@ impl BackendChannel {
         self.lock().machine.is_some()
     }
 
+    /// Whether there is a front-end with a socket that has negotiated such a request.
+    #[must_use]
+    pub fn permits(&self, request: BackendCode) -> bool {
+        self.lock().machine.as_ref().is_some_and(|machine| machine.permits(request))
+    }
+
+    /// Whether an answer is late that may still come: whoever waits for the next one waits as long.
+    pub(crate) fn is_overdue(&self) -> bool {
+        self.lock().machine.as_ref().is_some_and(|machine| machine.owed() > machine.outstanding())
+    }
+
     /// Tells the front-end to read the configuration again. Notices that were not sent yet become
     /// one; while the device is suspended the notice waits.
     pub fn config_changed(&self) {

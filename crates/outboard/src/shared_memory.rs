@@ -8,10 +8,12 @@
 
 use std::os::fd::OwnedFd;
 
+use outboard_protocol::BackendCode;
 use outboard_protocol::channel::ChannelRequest;
 use outboard_protocol::payload::{ExternalMap, GpuMap, SHMEM_MAP_RW, ShmemMap};
 
 use crate::channel::{BackendChannel, ChannelError};
+use crate::reactor::block_on;
 
 /// Mappings are made of pages.
 const PAGE: u64 = 4096;
@@ -139,10 +141,55 @@ impl SharedMemoryMapper {
         self.channel.mappings(|all| all.remove(&(self.region.id, offset)));
     }
 
+    /// Whether there is a front-end that maps (SHMEM was negotiated, and a channel is open).
+    #[must_use]
+    pub fn is_available(&self) -> bool {
+        self.channel.permits(BackendCode::ShmemMap)
+    }
+
+    /// Whether just this is mapped: a process that took over finds what the one before it had mapped.
+    #[must_use]
+    pub fn holds(&self, offset: u64, size: u64) -> bool {
+        self.channel.mappings(|all| all.get(&(self.region.id, offset)) == Some(&size))
+    }
+
+    /// As [`Self::add_mapping`], for a thread that may wait: not for the session's own.
+    ///
+    /// # Errors
+    /// As [`Self::add_mapping`].
+    pub fn add_mapping_and_wait(
+        &self,
+        source: MappingSource,
+        offset: u64,
+        access: Access,
+    ) -> Result<(), MappingError> {
+        block_on(self.add_mapping(source, offset, access)).unwrap_or_else(|_| closed())
+    }
+
+    /// As [`Self::remove_mapping`], for a thread that may wait: not for the session's own.
+    ///
+    /// # Errors
+    /// As [`Self::remove_mapping`].
+    pub fn remove_mapping_and_wait(&self, offset: u64) -> Result<(), MappingError> {
+        block_on(self.remove_mapping(offset)).unwrap_or_else(|_| closed())
+    }
+
+    /// Strikes the mapping at `offset` off without asking: for when the front-end has said that it has no such one.
+    pub fn forget_mapping(&self, offset: u64) {
+        self.remove(offset);
+    }
+
+    /// While the front-end owes an answer that is late, it is asked nothing: else a queue of requests would
+    /// wait as often.
+    fn not_overdue(&self) -> Result<(), MappingError> {
+        if self.channel.is_overdue() { Err(ChannelError::Late.into()) } else { Ok(()) }
+    }
+
     /// Maps `source` at byte `offset` of the region; resolves when the front-end has done so.
     ///
     /// # Errors
-    /// The range is not whole pages, outside the region or taken; the front-end declined.
+    /// The range is not whole pages, outside the region or taken; the front-end declined. When it is late
+    /// ([`ChannelError::Late`]) it may have mapped or may yet: the range stays taken until it is removed.
     pub async fn add_mapping(
         &self,
         source: MappingSource,
@@ -150,10 +197,12 @@ impl SharedMemoryMapper {
         access: Access,
     ) -> Result<(), MappingError> {
         let size = source.size();
+        self.not_overdue()?;
         self.claim(offset, size)?;
         let request = self.request(source, offset, access);
         match self.channel.ask(request).await {
             Ok(_) => Ok(()),
+            Err(ChannelError::Late) => Err(ChannelError::Late.into()),
             Err(error) => {
                 self.remove(offset);
                 Err(error.into())
@@ -169,6 +218,7 @@ impl SharedMemoryMapper {
         let id = self.region.id;
         let size = self.channel.mappings(|all| all.get(&(id, offset)).copied());
         let length = size.ok_or(MappingError::Unknown(offset))?;
+        self.not_overdue()?;
         let map = ShmemMap { shmid: id, shm_offset: offset, len: length, ..ShmemMap::default() };
         let request = ChannelRequest::ShmemUnmap(map);
         self.channel.ask(request).await?;
@@ -229,4 +279,9 @@ impl SharedMemoryMapper {
             }
         }
     }
+}
+
+/// A thread that cannot wait has no answer.
+fn closed() -> Result<(), MappingError> {
+    Err(ChannelError::Closed.into())
 }

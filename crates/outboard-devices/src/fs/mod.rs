@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!  hiprio, requests ─▶ worker of the queue ─▶ server (FUSE) ─▶ PassthroughFs ─▶ the shared directory
-//!                          └ pool, if there is one ┘
+//!                          └ pool, if there is one ┘      └ window (DAX), if the front-end maps
 //! ```
 //! What the operations mean is the library of the crate `virtiofsd`'s affair ([`virtiofsd::passthrough`]): nodes,
 //! handles, credentials, maps of attributes and of users, what is migrated. The other crate there is,
-//! fuse-backend-rs, needs 26 packages instead of 105 and has DAX, but knows no POSIX ACLs, attribute maps,
+//! fuse-backend-rs, needs 26 packages instead of 105 and has DAX (of a draft), but knows no POSIX ACLs, attribute maps,
 //! read-only shares, limit of descriptors or migration, and those are what is hard to get right. Of the crate's
 //! FUSE server nothing is used: it is tied to another crate's rings and guest memory, gives up on a reply that does
 //! not fit, and lets names through that are paths. The server here (`server`) goes by the same trait
@@ -32,11 +32,14 @@ mod pool;
 mod sandbox;
 mod server;
 mod state;
+mod window;
 mod worker;
 
 use std::sync::Arc;
 
-use outboard::{Error, MakeWorker, Model, QueueSpec, Saved, Snapshot};
+use outboard::{
+    BackendChannel, Error, Hooks, MakeWorker, Model, QueueSpec, Saved, SharedMemoryRegion, Snapshot,
+};
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
 use virtiofsd::passthrough::{PassthroughFs, read_only::PassthroughFsRo};
@@ -48,6 +51,7 @@ use server::{Serve, Server};
 pub use state::STATE_VERSION;
 pub use virtiofsd::passthrough as semantics;
 pub use virtiofsd::soft_idmap::cmdline::IdMap;
+use window::Window;
 pub use worker::FsWorker;
 
 /// Descriptors that are never the guest's.
@@ -70,6 +74,8 @@ pub struct FsOptions {
     pub pool: usize,
     /// Largest ring size: a power of two up to 32768.
     pub queue_size: u16,
+    /// Bytes of the DAX window, whole units of 2 MiB; 0: none.
+    pub dax_window: u64,
 }
 
 impl FsOptions {
@@ -90,7 +96,15 @@ impl FsOptions {
             ..semantics::Config::default()
         };
         let tag = tag.into();
-        Self { tag, semantics, readonly: false, request_queues: 1, pool: 0, queue_size: 1024 }
+        Self {
+            tag,
+            semantics,
+            readonly: false,
+            request_queues: 1,
+            pool: 0,
+            queue_size: 1024,
+            dax_window: 0,
+        }
     }
 }
 
@@ -116,6 +130,7 @@ pub struct Fs {
     tag: String,
     request_queues: u16,
     queue_size: u16,
+    window: Option<Arc<Window>>,
 }
 
 impl std::fmt::Debug for Fs {
@@ -130,7 +145,8 @@ impl Fs {
     /// # Errors
     /// The directory cannot be opened, or an option makes no sense.
     pub fn new(options: FsOptions) -> Result<Self, Error> {
-        let FsOptions { tag, mut semantics, readonly, request_queues, pool, queue_size } = options;
+        let FsOptions { tag, mut semantics, readonly, request_queues, pool, .. } = options;
+        let queue_size = options.queue_size;
         if tag.is_empty() || tag.len() > MOST_TAG || tag.contains('\0') {
             return Err(Error::refused(format!("tag {tag:?}: it must have 1 to 36 bytes")));
         }
@@ -143,24 +159,43 @@ impl Fs {
             return Err(Error::refused("there are 1 to 64 request queues and up to 256 threads"));
         }
         semantics.guest_fd_limit = semantics.guest_fd_limit.saturating_sub(pool as u64);
+        let window = match options.dax_window {
+            0 => None,
+            size => Some(Self::window(size, &mut semantics)?),
+        };
         // The library clears it; the threads that need that have one of their own.
         let umask = umask(Mode::empty());
-        let server = Self::server(semantics, readonly);
+        let server = Self::server(semantics, readonly, window.clone());
         rustix::process::umask(umask);
         let server = server?;
         let pool = match pool {
             0 => None,
             threads => Some(Arc::new(Pool::new(threads, &server)?)),
         };
-        Ok(Self { server, pool, tag, request_queues, queue_size })
+        Ok(Self { server, pool, tag, request_queues, queue_size, window })
     }
 
-    fn server(semantics: semantics::Config, readonly: bool) -> Result<Arc<dyn Serve>, Error> {
+    fn server(
+        semantics: semantics::Config,
+        readonly: bool,
+        window: Option<Arc<Window>>,
+    ) -> Result<Arc<dyn Serve>, Error> {
         Ok(if readonly {
-            Arc::new(Server::new(PassthroughFsRo::new(semantics)?))
+            Arc::new(Server::new(PassthroughFsRo::new(semantics)?, window))
         } else {
-            Arc::new(Server::new(PassthroughFs::new(semantics)?))
+            Arc::new(Server::new(PassthroughFs::new(semantics)?, window))
         })
+    }
+
+    /// A window, whose descriptors are taken off what the guest may open.
+    fn window(size: u64, semantics: &mut semantics::Config) -> Result<Arc<Window>, Error> {
+        let window = Window::new(size)?;
+        let left = semantics.guest_fd_limit.checked_sub(Window::most(size));
+        semantics.guest_fd_limit = left.filter(|left| *left >= RESERVE).ok_or_else(|| {
+            let many = Window::most(size) + 3 * RESERVE;
+            Error::refused(format!("a window of {size} bytes needs a limit of {many} open files"))
+        })?;
+        Ok(Arc::new(window))
     }
 }
 
@@ -191,7 +226,20 @@ impl Model for Fs {
         Ok(())
     }
 
+    fn ring_starts(&mut self, _queue: u16, _base: u32) {
+        if let Some(window) = &self.window {
+            window.ring_starts();
+        }
+    }
+
+    fn front_end_left(&mut self) {
+        if let Some(window) = &self.window {
+            window.is_gone();
+        }
+    }
+
     fn reset(&mut self) -> Result<(), Error> {
+        self.front_end_left();
         self.server.destroy();
         Ok(())
     }
@@ -201,10 +249,24 @@ impl Model for Fs {
     }
 
     fn snapshot(&mut self) -> Result<Snapshot, Error> {
-        Ok(state::save(&self.server))
+        Ok(state::save(&self.server, self.window.as_deref()))
     }
 
     fn restore(&mut self, saved: Saved<'_>) -> Result<(), Error> {
-        state::load(&*self.server, saved)
+        state::load(&*self.server, self.window.as_deref(), saved)
+    }
+
+    fn hooks(&mut self) -> Option<&mut dyn Hooks> {
+        self.window.is_some().then_some(self as &mut dyn Hooks)
+    }
+}
+
+impl Hooks for Fs {
+    fn back_end_channel(&self) -> Option<BackendChannel> {
+        self.window.as_ref().map(|window| window.channel.clone())
+    }
+
+    fn shared_memory(&self) -> Vec<SharedMemoryRegion> {
+        self.window.iter().map(|window| window.region()).collect()
     }
 }

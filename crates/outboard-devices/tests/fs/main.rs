@@ -6,6 +6,7 @@ mod driver;
 mod files;
 mod hostile;
 mod state;
+mod window;
 
 #[path = "../rig/mod.rs"]
 mod rig;

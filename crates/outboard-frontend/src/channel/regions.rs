@@ -3,7 +3,8 @@
 //!
 //! Invariants: the back-end is not trusted: a mapping lies page-aligned and whole inside its region and
 //! overlaps no other; only a whole mapping is taken away; what is mapped for reading cannot be written,
-//! and bytes are copied, never borrowed, since the back-end changes them at any time.
+//! and bytes are copied, never borrowed, since the back-end changes them at any time. A mapping may end behind its file,
+//! which may grow into it (a file system maps so); what lies behind the file's last page is not there.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -119,12 +120,14 @@ struct Region {
 /// What is behind a part of a region.
 #[derive(Debug)]
 enum Mapping {
-    File(Window),
-    /// Memory of this very process (EXTERNAL_MAP).
-    Own {
-        ptr: u64,
-        size: u64,
+    File {
+        window: Window,
+        file: OwnedFd,
+        /// Where the window begins in the file.
+        at: u64,
     },
+    /// Memory of this very process (EXTERNAL_MAP).
+    Own { ptr: u64, size: u64 },
 }
 
 /// One mapping as a caller sees it.
@@ -184,7 +187,7 @@ impl SharedRegions {
         aligned("file offset", request.fd_offset)?;
         self.insert(request.shmid, request.shm_offset, request.len, || {
             let writable = request.flags & SHMEM_MAP_RW != 0;
-            Ok(Mapping::File(Window::map(file, request.fd_offset, request.len, writable)?))
+            Mapping::file(file, request.fd_offset, request.len, writable)
         })
     }
 
@@ -199,7 +202,7 @@ impl SharedRegions {
             return Err(RegionError::GpuHandle { handle_type });
         }
         self.insert(request.shmid, request.shm_offset, request.len, || {
-            Ok(Mapping::File(Window::map(file, 0, request.len, true)?))
+            Mapping::file(file, 0, request.len, true)
         })
     }
 
@@ -251,7 +254,7 @@ impl SharedRegions {
             let (mapping, at, part) = find(&regions, region, offset, rest.len())?;
             let (now, later) = rest.split_at_mut(part);
             match mapping {
-                Mapping::File(window) => window.read(at, now)?,
+                Mapping::File { window, .. } => window.read(at, now)?,
                 Mapping::Own { ptr, .. } => read_own(ptr.saturating_add(at), now)?,
             }
             (rest, offset) = (later, offset.saturating_add(crate::memory::wide(part)));
@@ -272,7 +275,7 @@ impl SharedRegions {
             let (mapping, at, part) = find(&regions, region, offset, rest.len())?;
             let (now, later) = rest.split_at(part);
             match mapping {
-                Mapping::File(window) => window.write(at, now)?,
+                Mapping::File { window, .. } => window.write(at, now)?,
                 Mapping::Own { ptr, .. } => return Err(RegionError::Host { ptr: *ptr }),
             }
             (rest, offset) = (later, offset.saturating_add(crate::memory::wide(part)));
@@ -310,15 +313,34 @@ impl SharedRegions {
 }
 
 impl Mapping {
+    fn file(file: OwnedFd, at: u64, size: u64, writable: bool) -> Result<Self, RegionError> {
+        let errno = |error: std::io::Error| error.raw_os_error().unwrap_or_default();
+        let failed = |error| MapError::Host { call: "dup", errno: errno(error) };
+        let other = file.try_clone().map_err(failed)?;
+        Ok(Self::File { window: Window::map_beyond(other, at, size, writable)?, file, at })
+    }
+
+    /// Bytes of it that have a file behind them, to the end of the page in which that ends.
+    fn present(&self) -> u64 {
+        match self {
+            Self::File { window, file, at } => {
+                let length = rustix::fs::fstat(file).map_or(0, |stat| stat.st_size);
+                let length = u64::try_from(length).unwrap_or(0).next_multiple_of(page_size());
+                length.saturating_sub(*at).min(window.size())
+            }
+            Self::Own { size, .. } => *size,
+        }
+    }
+
     const fn size(&self) -> u64 {
         match self {
-            Self::File(window) => window.size(),
+            Self::File { window, .. } => window.size(),
             Self::Own { size, .. } => *size,
         }
     }
 
     const fn is_writable(&self) -> bool {
-        matches!(self, Self::File(window) if window.is_writable())
+        matches!(self, Self::File { window, .. } if window.is_writable())
     }
 }
 
@@ -334,7 +356,7 @@ fn find(
     let hole = RegionError::NotMapped { region: id, offset, len: wanted };
     let (start, mapping) = region.mappings.range(..=offset).next_back().ok_or(hole.clone())?;
     let at = offset - start;
-    let left = mapping.size().checked_sub(at).filter(|left| *left > 0).ok_or(hole)?;
+    let left = mapping.present().checked_sub(at).filter(|left| *left > 0).ok_or(hole)?;
     Ok((mapping, at, usize::try_from(left).map_or(len, |left| left.min(len))))
 }
 

@@ -119,6 +119,12 @@ impl<Fd> ChannelBackend<Fd> {
         Ok(Sent { id, answer })
     }
 
+    /// Whether what was negotiated lets such a request be sent.
+    #[must_use]
+    pub fn permits(&self, code: BackendCode) -> bool {
+        self.decoder.closed().is_none() && row(code).is_ok_and(|row| row.needs.is_open(&self.now))
+    }
+
     /// Queues any bytes at all, with no answer expected: for judges and hostile tests.
     pub fn send_raw(&mut self, frame: Frame<Fd>) {
         self.out.push_back((RequestId(0), frame));

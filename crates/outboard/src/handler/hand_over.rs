@@ -259,13 +259,19 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         }
     }
 
+    /// The new process, before anything is played to it: what the front-end has mapped for the old one.
+    pub(crate) fn inherit_mappings(&self, mappings: Vec<(u8, u64, u64)>) {
+        self.channel.mappings(|all| {
+            all.extend(mappings.into_iter().map(|(id, offset, size)| ((id, offset), size)));
+        });
+    }
+
     /// The new process: everything was played to us; waits for the word, then for the front-end
     /// itself.
     pub(crate) async fn inherit(
         &mut self,
         heir: &Heir<R>,
         socket: OwnedFd,
-        mappings: Vec<(u8, u64, u64)>,
         stopped: u64,
     ) -> Result<(), HostError> {
         let word = match race(heir.receive(), self.reactor.sleep(PATIENCE)).await {
@@ -279,9 +285,6 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             Letter::Refused(why) => return Err(HostError::TakeOver(why)),
             _ => return Err(HostError::TakeOver("a letter out of turn".to_owned())),
         }
-        self.channel.mappings(|all| {
-            all.extend(mappings.into_iter().map(|(id, offset, size)| ((id, offset), size)));
-        });
         self.connection = Connection::new(self.reactor.clone(), socket)?;
         let pause = Duration::from_nanos(now().saturating_sub(stopped));
         info!("taken over; the rings stood still for {} us", pause.as_micros());

@@ -212,9 +212,10 @@ impl<D: VhostUserDevice> DeviceRequestHandler<D> {
         let offer = self.offer();
         let mut session = Session::new(&mut self.device, &self.options, offer, reactor, play)?;
         session.state = StateDesk::new(Arc::clone(&self.transfers));
+        session.inherit_mappings(mappings);
         let mut ended = session.serve(&attention.stop_only()).await;
         if matches!(ended, Ok(Ended::Left)) {
-            ended = match session.inherit(&heir, socket, mappings, stopped).await {
+            ended = match session.inherit(&heir, socket, stopped).await {
                 Ok(()) => session.serve(&attention).await,
                 Err(error) => Err(error),
             };

@@ -11,11 +11,13 @@
 mod extensions;
 mod files;
 mod folders;
+mod mappings;
 mod names;
 mod nodes;
 
 use std::ffi::CStr;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
@@ -27,6 +29,7 @@ use virtiofsd::fuse::{
 use vm_memory::ByteValued;
 
 use super::exchange::Exchange;
+use super::window::Window;
 
 /// Most data of one READ or WRITE, in bytes.
 pub(super) const MOST_DATA: u32 = 1 << 20;
@@ -36,6 +39,9 @@ const MOST_WORDS: u64 = 72 << 10;
 const REPLY: u64 = size_of::<OutHeader>() as u64;
 /// Set in [`Server::options`] once there was an INIT; no option of FUSE.
 const INITIALISED: u64 = 1 << 63;
+
+/// FUSE_MAP_ALIGNMENT: there is a window, and the reply to INIT says how mappings are aligned.
+const MAP_ALIGNMENT: u64 = 1 << 26;
 
 /// What an operation has to say.
 enum Answer {
@@ -131,6 +137,8 @@ pub(super) trait Serve: Send + Sync {
     fn save(&self) -> io::Result<(u64, Vec<u8>)>;
     /// Takes what [`Serve::save`] made; on failure nothing is open.
     fn load(&self, options: u64, state: &[u8]) -> io::Result<()>;
+    /// The file of a node, open to be mapped.
+    fn file(&self, node: u64, writable: bool) -> io::Result<std::fs::File>;
 }
 
 /// See the module.
@@ -138,11 +146,12 @@ pub(super) struct Server<F> {
     fs: F,
     /// Negotiated by INIT, and [`INITIALISED`].
     options: AtomicU64,
+    window: Option<Arc<Window>>,
 }
 
 impl<F: FileSystem> Server<F> {
-    pub(super) fn new(fs: F) -> Self {
-        Self { fs, options: AtomicU64::new(0) }
+    pub(super) fn new(fs: F, window: Option<Arc<Window>>) -> Self {
+        Self { fs, options: AtomicU64::new(0), window }
     }
 
     fn options(&self) -> FsOptions {
@@ -162,6 +171,7 @@ impl<F: FileSystem> Server<F> {
         }
         match opcode {
             Opcode::Destroy => {
+                self.give_window_back();
                 self.shut();
                 Ok(Answer::Nothing)
             }
@@ -187,6 +197,8 @@ impl<F: FileSystem> Server<F> {
             Opcode::Lseek => self.lseek(call),
             Opcode::CopyFileRange => self.copy_file_range(call),
             Opcode::Syncfs => self.syncfs(call),
+            Opcode::SetupMapping => self.setup_mapping(call),
+            Opcode::RemoveMapping => self.remove_mapping(call),
             _ => self.call_by_name(call, opcode),
         }
     }
@@ -226,11 +238,16 @@ impl<F: FileSystem> Server<F> {
         if major < KERNEL_VERSION || minor < MIN_KERNEL_MINOR_VERSION {
             return Err(Errno::PROTO.into());
         }
-        let capable = FsOptions::from_bits_truncate(u64::from(flags2) << 32 | u64::from(flags));
+        let said = u64::from(flags2) << 32 | u64::from(flags);
+        let capable = FsOptions::from_bits_truncate(said);
+        self.give_window_back();
         let wanted = self.fs.init(capable)?;
-        let enabled = (capable & (wanted | ours())).bits();
+        let enabled = (capable & (wanted | ours())).bits() | said & self.of_window();
         self.options.store(enabled | INITIALISED, Ordering::Relaxed);
-        let pages = u64::from(MOST_DATA).div_ceil(rustix::param::page_size() as u64);
+        let page = rustix::param::page_size();
+        let pages = u64::from(MOST_DATA).div_ceil(page as u64);
+        let maps = enabled & MAP_ALIGNMENT != 0;
+        let map_alignment = if maps { u16::try_from(page.ilog2()).unwrap_or(0) } else { 0 };
         Ok(Answer::of(&InitOut {
             major: KERNEL_VERSION,
             minor: KERNEL_MINOR_VERSION,
@@ -242,8 +259,23 @@ impl<F: FileSystem> Server<F> {
             time_gran: 1,
             max_pages: u16::try_from(pages).unwrap_or(u16::MAX),
             flags2: low(enabled >> 32),
+            map_alignment,
             ..InitOut::default()
         }))
+    }
+
+    /// Options of a window, where there is one and the front-end maps.
+    fn of_window(&self) -> u64 {
+        match &self.window {
+            Some(window) if window.is_available() => MAP_ALIGNMENT,
+            _ => 0,
+        }
+    }
+
+    fn give_window_back(&self) {
+        if let Some(window) = &self.window {
+            window.clear_all();
+        }
     }
 
     fn shut(&self) {
@@ -368,6 +400,12 @@ where
         }
         self.options.store(options, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn file(&self, node: u64, writable: bool) -> io::Result<std::fs::File> {
+        let nobody = Context::from(InHeader::default());
+        let (file, can_be) = self.file_to_map(nobody, node, mappings::NONE, writable)?;
+        if can_be >= writable { Ok(file) } else { Err(Errno::ACCESS.into()) }
     }
 }
 
