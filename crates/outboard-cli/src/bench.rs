@@ -76,18 +76,41 @@ pub(crate) struct Args {
     /// Write the span first, check every read, read it all back at the end.
     #[arg(long)]
     verify: bool,
-    /// Put requests into indirect tables.
-    #[arg(long)]
-    indirect: bool,
-    /// Use packed rings; the device must offer them.
-    #[arg(long)]
-    packed: bool,
+    /// Put requests into indirect tables, of both devices or of one.
+    #[arg(long, value_name = "OF", num_args = 0..=1, require_equals = true, default_missing_value = "both")]
+    indirect: Option<Side>,
+    /// Use packed rings, with both devices or with one; it must offer them.
+    #[arg(long, value_name = "OF", num_args = 0..=1, require_equals = true, default_missing_value = "both")]
+    packed: Option<Side>,
     /// Longest wait for one answer, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
     /// Answer as one JSON object.
     #[arg(long)]
     json: bool,
+}
+
+/// For which device an option holds.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Side {
+    /// Both.
+    Both,
+    /// SOCKET.
+    A,
+    /// The one given with --vs.
+    B,
+}
+
+impl Side {
+    /// Whether the device at this place is meant.
+    fn has(wanted: Option<Self>, at: usize) -> bool {
+        match wanted {
+            None => false,
+            Some(Self::Both) => true,
+            Some(Self::A) => at == 0,
+            Some(Self::B) => at == 1,
+        }
+    }
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -126,8 +149,8 @@ struct Case {
 /// Runs the command.
 pub(crate) fn run(args: Args) -> Result<(), Failure> {
     let mut targets = Vec::new();
-    for socket in std::iter::once(&args.socket).chain(&args.vs) {
-        targets.push(Target::open(socket, setup(&args)).map_err(failure)?);
+    for (at, socket) in std::iter::once(&args.socket).chain(&args.vs).enumerate() {
+        targets.push(Target::open(socket, setup(&args, at)).map_err(failure)?);
     }
     let progress = spinner();
     let mut cases = Vec::new();
@@ -162,13 +185,13 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     Ok(())
 }
 
-fn setup(args: &Args) -> Setup {
+fn setup(args: &Args, at: usize) -> Setup {
     Setup {
         queues: args.queues,
         depth: args.depth.iter().copied().max().unwrap_or(1),
         block_size: args.bs,
-        indirect: args.indirect,
-        packed: args.packed,
+        indirect: Side::has(args.indirect, at),
+        packed: Side::has(args.packed, at),
         timeout: Duration::from_secs(args.timeout),
     }
 }

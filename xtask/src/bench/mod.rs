@@ -208,6 +208,11 @@ fn start(peer: &str, scene: &Scene, programs: &Programs, dir: &Path) -> Result<D
             command.arg(&at).arg("null:1G");
             command
         }
+        "split" => {
+            let mut command = pinned(&programs.outboard);
+            command.args(["block", "--socket-path"]).arg(&at).arg("null:1G");
+            command
+        }
         other => bail!("no peer {other}"),
     };
     Device::start(&mut command, dir, peer)
@@ -225,6 +230,7 @@ fn compare(
     command.args(["--rw", row.load, "--bs", row.block, "--cpu", "0", "--json"]);
     command.args(["--depth", &row.depth.to_string(), "--queues", &row.queues.to_string()]);
     command.args(["--driver", if row.sleeps { "sleep" } else { "poll" }]);
+    command.args(row.how);
     command.args(["--seconds", &options.seconds.to_string()]);
     command.args(["--rounds", &options.rounds.to_string()]);
     Ok(serde_json::from_str(&process::output(&mut command)?)?)

@@ -15,6 +15,11 @@ pub(super) struct Scene {
     pub(super) rows: &'static [Row],
 }
 
+const fn packed(depth: u16, how: &'static [&'static str]) -> Row {
+    let floors: &[_] = &[("split", 0.0)];
+    Row { load: "randread", block: "4k", depth, queues: 1, sleeps: false, how, floors }
+}
+
 /// One load.
 pub(super) struct Row {
     pub(super) load: &'static str,
@@ -22,6 +27,8 @@ pub(super) struct Row {
     pub(super) depth: u16,
     pub(super) queues: u16,
     pub(super) sleeps: bool,
+    /// Further options of `outboard bench`.
+    pub(super) how: &'static [&'static str],
     /// The floor beside each peer; 0 is none, it is shown only.
     floors: &'static [(&'static str, f64)],
 }
@@ -36,7 +43,11 @@ impl Row {
     pub(super) fn title(&self) -> String {
         let driver = if self.sleeps { ", driver sleeps" } else { "" };
         let queues = if self.queues == 1 { "" } else { ", two queues" };
-        format!("{} {}, depth {}{queues}{driver}", self.load, self.block, self.depth)
+        let how = match self.how {
+            ["--packed=a", "--indirect"] => ", indirect",
+            _ => "",
+        };
+        format!("{} {}, depth {}{queues}{how}{driver}", self.load, self.block, self.depth)
     }
 }
 
@@ -46,7 +57,7 @@ const fn row(
     sleeps: bool,
     floors: &'static [(&'static str, f64)],
 ) -> Row {
-    Row { load, block: "4k", depth, queues: 1, sleeps, floors }
+    Row { load, block: "4k", depth, queues: 1, sleeps, how: &[], floors }
 }
 
 pub(super) const SCENES: &[Scene] = &[
@@ -85,6 +96,7 @@ pub(super) const SCENES: &[Scene] = &[
                 depth: 8,
                 queues: 1,
                 sleeps: false,
+                how: &[],
                 floors: &[("storage-daemon", 3.0), ("framework-spin", 0.0)],
             },
             row("randread", 1, true, &[("storage-daemon", 2.5), ("framework-spin", 0.0)]),
@@ -131,7 +143,21 @@ pub(super) const SCENES: &[Scene] = &[
             depth: 32,
             queues: 2,
             sleeps: false,
+            how: &[],
             floors: &[("one-worker", 0.0)],
         }],
+    },
+    Scene {
+        name: "our packed rings beside our split ones (null)",
+        null: true,
+        in_memory: true,
+        ours: &[],
+        peer_direct: "off",
+        peers: &["split"],
+        rows: &[
+            packed(1, &["--packed=a"]),
+            packed(32, &["--packed=a"]),
+            packed(32, &["--packed=a", "--indirect"]),
+        ],
     },
 ];

@@ -100,7 +100,8 @@ fn an_invalidation_waits_for_the_request_that_the_device_holds_back() {
 
 /// The answer has its own way: it may come while the queue waits with an invalidation, and is not forgotten then.
 #[test]
-fn an_answer_that_comes_while_an_invalidation_waits_does_not_stand_in_the_way_of_the_next_question() {
+fn an_answer_that_comes_while_an_invalidation_waits_does_not_stand_in_the_way_of_the_next_question()
+{
     for mut rig in [Rig::new(), Rig::packed()] {
         let mut ring = rig.started(0);
         let late = rig.round_but_for_the_last_answer(&mut ring, b"all mapped");
