@@ -195,6 +195,14 @@ pub fn growing_example() -> Result<PathBuf> {
     built("OUTBOARD_GROWING", "examples/growing")
 }
 
+/// `examples/files` of the crate `xtask`, a program for guests: `$OUTBOARD_FILES`, else the newest build.
+///
+/// # Errors
+/// When there is none.
+pub fn files_example() -> Result<PathBuf> {
+    built("OUTBOARD_FILES", "examples/files")
+}
+
 fn built(variable: &str, name: &str) -> Result<PathBuf> {
     if let Some(file) = std::env::var_os(variable) {
         return Ok(PathBuf::from(file));

@@ -94,7 +94,7 @@ fn one(step: Step, skipped: &Path) -> Result<Tally> {
 
 /// Without packages the suite goes on: each test that needs them is skipped and says so.
 fn packages() -> Tally {
-    if let Err(error) = Root::prepare(false) {
+    if let Err(error) = Root::prepare(false).and_then(|_| Root::prepare_tools(false)) {
         println!("test: no packages: {error:#}");
     }
     Tally::default()
@@ -128,6 +128,7 @@ fn environment(command: &mut std::process::Command, skipped: &Path) -> Result<()
         ("OUTBOARD_BIN", "outboard"),
         ("OUTBOARD_RNG", "examples/rng"),
         ("OUTBOARD_GROWING", "examples/growing"),
+        ("OUTBOARD_FILES", "examples/files"),
     ];
     for (variable, file) in programs.map(|(variable, name)| (variable, built.join(name))) {
         if file.exists() {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 const INIT: &str = include_str!("init.sh");
 
 /// The archive for a guest whose modules lie in `modules_dir` (`lib/modules/RELEASE`), with further
-/// `programs` of the root in `/bin`.
+/// `programs` of the root, and programs of `ours`, in `/bin`.
 ///
 /// # Errors
 /// When a module or a program is missing from the root.
@@ -21,6 +21,7 @@ pub fn build(
     modules_dir: &Path,
     wanted: &[&str],
     programs: &[&str],
+    ours: &[PathBuf],
 ) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for dir in ["bin", "sbin", "etc", "lib", "lib64", "lib/x86_64-linux-gnu", "modules", "dev"] {
@@ -33,6 +34,12 @@ pub fn build(
         let place = program.strip_prefix("usr/").unwrap_or(program);
         archive.file(place, true, &read(&root.path(program))?);
         needed.extend(libraries(root, program)?);
+    }
+    for program in ours {
+        let name = program.file_name().context("a program without a name")?.to_string_lossy();
+        archive.file(&format!("bin/{name}"), true, &read(program)?);
+        // A whole path stays what it is below the root.
+        needed.extend(libraries(root, program.to_str().context("a path that is text")?)?);
     }
     for library in needed {
         let name = library.file_name().context("a library without a name")?.to_string_lossy();

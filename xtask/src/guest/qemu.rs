@@ -26,6 +26,8 @@ pub struct Machine {
     pub modules: Vec<&'static str>,
     /// Programs of the packages besides those of every guest, as in `usr/bin/socat`.
     pub programs: Vec<&'static str>,
+    /// Programs of ours, where they lie on this machine.
+    pub ours: Vec<PathBuf>,
     /// SeaBIOS instead of qboot: it drives a disk itself before Linux does.
     pub seabios: bool,
     /// Further arguments for the kernel.
@@ -49,6 +51,7 @@ impl Default for Machine {
             arguments: Vec::new(),
             modules: Vec::new(),
             programs: Vec::new(),
+            ours: Vec::new(),
             seabios: false,
             kernel: Vec::new(),
         }
@@ -98,7 +101,7 @@ impl Machine {
         let release = root.kernel_release()?;
         let modules: Vec<_> = BASE_MODULES.iter().chain(&self.modules).copied().collect();
         let folder = root.path(&format!("lib/modules/{release}"));
-        let archive = initramfs::build(root, &folder, &modules, &self.programs)?;
+        let archive = initramfs::build(root, &folder, &modules, &self.programs, &self.ours)?;
         let (initrd, console) = (dir.join("initramfs"), dir.join("console"));
         std::fs::write(&initrd, archive)?;
         let mut command = self.hardware(root);

@@ -19,7 +19,7 @@ const MODULES: &[&str] = &["virtio_blk", "virtio_console", "crc32c_generic", "ex
 pub fn boot(root: &Root, dir: &Path, devices: &[(&Path, u32)]) -> Result<Guest> {
     let modules = root.path(&format!("usr/lib/uml/modules/{}", root.uml_release()?));
     let initrd = dir.join("initramfs");
-    std::fs::write(&initrd, initramfs::build(root, &modules, MODULES, &[])?)?;
+    std::fs::write(&initrd, initramfs::build(root, &modules, MODULES, &[], &[])?)?;
     let mut command = Command::new(root.path("usr/bin/linux.uml"));
     command.arg("mem=128M").arg(format!("initrd={}", initrd.display()));
     command.args(["root=/dev/ram0", "con=null", "con0=null,fd:2", "console=tty0", "panic=-1"]);

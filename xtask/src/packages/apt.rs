@@ -24,11 +24,12 @@ pub struct Apt {
 }
 
 impl Apt {
-    /// Writes the configuration below `dir`; package files are kept in `archives`.
+    /// Writes the configuration below `dir`; package files are kept in `archives`. With `sources` the lists of
+    /// source packages are read as well.
     ///
     /// # Errors
     /// When this machine has no apt or no Debian archive among its sources.
-    pub fn set_up(dir: &Path, archives: &Path) -> Result<Self> {
+    pub fn set_up(dir: &Path, archives: &Path, sources: bool) -> Result<Self> {
         for sub in [
             "etc/parts",
             "etc/sources.d",
@@ -41,7 +42,7 @@ impl Apt {
         }
         std::fs::create_dir_all(archives.join("partial"))?;
         std::fs::write(dir.join("state/status"), "")?;
-        std::fs::write(dir.join("etc/sources.list"), sources(&addresses()?)?)?;
+        std::fs::write(dir.join("etc/sources.list"), source_list(&addresses()?, sources)?)?;
         let (dir, archives) = (dir.canonicalize()?, archives.canonicalize()?);
         let root = dir.display();
         let text = format!(
@@ -106,6 +107,19 @@ impl Apt {
         self.files(names)
     }
 
+    /// Downloads the source of `package` into the new folder `into`, as its authors packed it.
+    ///
+    /// # Errors
+    /// When there is no such source or it does not arrive.
+    pub fn fetch_source(&self, package: &str, into: &Path) -> Result<()> {
+        println!("packages: fetching the source of {package}");
+        std::fs::create_dir_all(into)?;
+        let mut source = self.command("apt-get");
+        source.args(["-o", &format!("APT::Default-Release={SUITE}")]);
+        source.args(["source", "--download-only", "-qq", package]).current_dir(into);
+        process::output(&mut source).map(drop)
+    }
+
     /// The package that the metapackage `kernel` depends on.
     fn newest_image(&self, kernel: &str) -> Result<String> {
         let shown = process::output(self.command("apt-cache").args(["show", kernel]))?;
@@ -168,7 +182,7 @@ fn release_file(line: &str) -> Option<(String, String)> {
 
 /// Our list of sources: the suite, its updates and backports from the archive that has the
 /// suite, security updates from where this machine gets its own.
-fn sources(addresses: &[(String, String)]) -> Result<String> {
+fn source_list(addresses: &[(String, String)], sources: bool) -> Result<String> {
     let main = addresses.iter().find(|(_, suite)| suite == SUITE);
     let main = &main.with_context(|| format!("this machine's apt has no archive of {SUITE}"))?.0;
     let security = addresses.iter().find(|(_, suite)| *suite == format!("{SUITE}-security"));
@@ -180,6 +194,9 @@ fn sources(addresses: &[(String, String)]) -> Result<String> {
         .collect();
     if let Some((at, suite)) = security {
         text.push_str(&line(at, suite));
+    }
+    if sources {
+        text.push_str(&format!("deb-src [signed-by={KEYS}] {main} {SUITE} main\n"));
     }
     Ok(text)
 }
@@ -199,11 +216,14 @@ mod tests {
     #[test]
     fn our_sources_have_the_backports_and_the_security_updates() {
         let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
-        let text = sources(&[
-            pair("http://other.test/", "stable"),
-            pair("http://archive.test/debian/", "bookworm"),
-            pair("http://archive.test/security/", "bookworm-security"),
-        ]);
+        let text = source_list(
+            &[
+                pair("http://other.test/", "stable"),
+                pair("http://archive.test/debian/", "bookworm"),
+                pair("http://archive.test/security/", "bookworm-security"),
+            ],
+            false,
+        );
         let text = text.unwrap();
         assert_eq!(text.lines().count(), 4);
         assert!(text.contains("http://archive.test/debian/ bookworm-backports main"));
@@ -213,7 +233,7 @@ mod tests {
 
     #[test]
     fn a_machine_without_the_release_is_told_so() {
-        let error = sources(&[("http://x.test/".into(), "trixie".into())]).unwrap_err();
+        let error = source_list(&[("http://x.test/".into(), "trixie".into())], false).unwrap_err();
         assert_eq!(error.to_string(), "this machine's apt has no archive of bookworm");
     }
 }

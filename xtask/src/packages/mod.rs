@@ -38,6 +38,8 @@ struct Recipe {
     folder: &'static str,
     wanted: &'static [&'static str],
     kernel: Option<&'static str>,
+    /// A package whose source is put beside them, packed as its authors did.
+    source: Option<&'static str>,
     wrappers: fn(&Root) -> Result<()>,
 }
 
@@ -46,7 +48,17 @@ const GUESTS: Recipe = Recipe {
     folder: "root",
     wanted: WITH_DEPENDENCIES,
     kernel: Some(KERNEL),
+    source: None,
     wrappers: programs::wrappers,
+};
+
+/// What a guest builds programs with, on a root of its own, and a program to build.
+const TOOLS: Recipe = Recipe {
+    folder: "tools",
+    wanted: &["busybox-static", "git", "libc6-dev", "make", "tcc"],
+    kernel: None,
+    source: Some("lua5.4"),
+    wrappers: programs::tools,
 };
 
 /// Other people's back-ends that the judge judges, and what one of them is linked with.
@@ -60,6 +72,7 @@ const PEERS: Recipe = Recipe {
         "libseccomp-dev",
     ],
     kernel: None,
+    source: None,
     wrappers: programs::peers,
 };
 
@@ -92,6 +105,23 @@ impl Root {
         Self::made(&GUESTS, refresh)
     }
 
+    /// The root of a compiler, git and what else a guest needs to build a program, made by an earlier
+    /// `cargo xtask packages`.
+    ///
+    /// # Errors
+    /// When there is none: the text says what to do.
+    pub fn tools() -> Result<Self> {
+        Self::found(&TOOLS)
+    }
+
+    /// The same, made first when it is not there: 25 MB, 130 MB unpacked.
+    ///
+    /// # Errors
+    /// When the archive cannot be reached or a package does not unpack.
+    pub fn prepare_tools(refresh: bool) -> Result<Self> {
+        Self::made(&TOOLS, refresh)
+    }
+
     /// The same for other people's back-ends: 75 MB, 380 MB unpacked.
     ///
     /// # Errors
@@ -115,10 +145,14 @@ impl Root {
         if dir.exists() {
             std::fs::remove_dir_all(&dir).context("cannot remove the old root")?;
         }
-        let apt = apt::Apt::set_up(&xtask.join("apt"), &paths::cache()?.join("packages"))?;
+        let archives = paths::cache()?.join("packages");
+        let apt = apt::Apt::set_up(&xtask.join("apt"), &archives, recipe.source.is_some())?;
         apt.update()?;
         let files = apt.fetch(recipe.wanted, recipe.kernel)?;
         unpack::packages(&files, &dir)?;
+        if let Some(source) = recipe.source {
+            apt.fetch_source(source, &dir.join("source"))?;
+        }
         let root = Self(dir);
         (recipe.wrappers)(&root)?;
         let names = files.iter().filter_map(|file| file.file_name()?.to_str());
@@ -188,8 +222,9 @@ fn stamp(root: &Path) -> PathBuf {
 }
 
 fn format_line(recipe: &Recipe) -> String {
-    let kernel = recipe.kernel.map(|kernel| format!(" {kernel}")).unwrap_or_default();
-    format!("format {FORMAT} {}{kernel}", recipe.wanted.join(" "))
+    let more = [recipe.kernel, recipe.source].into_iter().flatten();
+    let words: Vec<_> = recipe.wanted.iter().copied().chain(more).collect();
+    format!("format {FORMAT} {}", words.join(" "))
 }
 
 fn only_entry(dir: &Path) -> Result<String> {

@@ -67,6 +67,29 @@ pub fn peers(root: &Root) -> Result<()> {
     write(&dir, program, &format!("exec {}{plugins} \"$@\"", words.join(" ")))
 }
 
+/// What a shell and make of a root of its own call, and busybox has.
+const APPLETS: &[&str] = &[
+    "ar", "cat", "cp", "env", "ls", "mkdir", "mv", "rm", "sed", "sh", "sort", "tar", "test",
+    "true", "uname",
+];
+
+/// Makes a root that a guest can change into: programs by their plain names, and places for what lies outside.
+///
+/// # Errors
+/// When they cannot be made.
+pub fn tools(root: &Root) -> Result<()> {
+    for applet in APPLETS {
+        let at = root.path("bin").join(applet);
+        if at.symlink_metadata().is_err() {
+            std::os::unix::fs::symlink("/bin/busybox", at)?;
+        }
+    }
+    for place in ["dev", "mnt", "proc", "tmp"] {
+        std::fs::create_dir_all(root.path(place))?;
+    }
+    Ok(())
+}
+
 fn write(dir: &Path, program: &str, line: &str) -> Result<()> {
     let file = dir.join(program.rsplit('/').next().unwrap_or(program));
     std::fs::write(&file, format!("#!/bin/sh\n{line}\n"))?;

@@ -15,5 +15,8 @@ mod net;
 mod notices;
 mod rng;
 mod share;
+mod share_moves;
+mod share_rules;
+mod share_tools;
 mod uml;
 mod vsock;

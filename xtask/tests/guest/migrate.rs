@@ -155,7 +155,7 @@ fn machine(device: &Device) -> Machine {
     machine.with_device("vhost-user-blk-pci,num-queues=2", &device.socket)
 }
 
-fn folder(lab: &Lab, number: usize) -> Result<PathBuf> {
+pub(crate) fn folder(lab: &Lab, number: usize) -> Result<PathBuf> {
     let dir = lab.path().join(format!("qemu{number}"));
     std::fs::create_dir(&dir)?;
     Ok(dir)
@@ -176,7 +176,7 @@ fn under_way(monitor: &mut Monitor) -> Result<()> {
 }
 
 /// How a migration ends.
-fn outcome(monitor: &mut Monitor) -> Result<Value> {
+pub(crate) fn outcome(monitor: &mut Monitor) -> Result<Value> {
     let end = Instant::now() + LONG;
     loop {
         let now = monitor.execute("query-migrate", &json!({}))?;
@@ -189,7 +189,7 @@ fn outcome(monitor: &mut Monitor) -> Result<Value> {
     }
 }
 
-fn rounds() -> usize {
+pub(crate) fn rounds() -> usize {
     std::env::var("OUTBOARD_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
 }
 

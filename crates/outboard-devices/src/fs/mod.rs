@@ -28,6 +28,8 @@
 
 mod config;
 mod exchange;
+mod image;
+mod nameless;
 mod pool;
 mod sandbox;
 mod server;
@@ -35,6 +37,7 @@ mod state;
 mod window;
 mod worker;
 
+use std::fs::File;
 use std::sync::Arc;
 
 use outboard::{
@@ -45,9 +48,10 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
 use virtiofsd::passthrough::{PassthroughFs, read_only::PassthroughFsRo};
 
 pub use config::{CONFIG_SIZE, MOST_TAG};
+use nameless::Places;
 use pool::Pool;
 pub use sandbox::{Confined, Prepared, Sandbox};
-use server::{Serve, Server};
+use server::{Serve, Server, Setting};
 pub use state::STATE_VERSION;
 pub use virtiofsd::passthrough as semantics;
 pub use virtiofsd::soft_idmap::cmdline::IdMap;
@@ -176,14 +180,20 @@ impl Fs {
     }
 
     fn server(
-        semantics: semantics::Config,
+        mut semantics: semantics::Config,
         readonly: bool,
         window: Option<Arc<Window>>,
     ) -> Result<Arc<dyn Serve>, Error> {
+        // What is offered to the guest is one thing; a write that says so clears those bits whatever was offered.
+        let killpriv_v2 = std::mem::replace(&mut semantics.killpriv_v2, true);
+        let descriptors = semantics.proc_sfd_rawfd.as_ref().map(File::try_clone).transpose()?;
+        let root = semantics.root_dir.clone();
+        let places = descriptors.map(|descriptors| Places { descriptors, root });
+        let setting = Setting { killpriv_v2, places, window };
         Ok(if readonly {
-            Arc::new(Server::new(PassthroughFsRo::new(semantics)?, window))
+            Arc::new(Server::new(PassthroughFsRo::new(semantics)?, setting))
         } else {
-            Arc::new(Server::new(PassthroughFs::new(semantics)?, window))
+            Arc::new(Server::new(PassthroughFs::new(semantics)?, setting))
         })
     }
 
@@ -236,6 +246,7 @@ impl Model for Fs {
         if let Some(window) = &self.window {
             window.is_gone();
         }
+        self.server.leave();
     }
 
     fn reset(&mut self) -> Result<(), Error> {

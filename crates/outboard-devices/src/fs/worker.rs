@@ -18,6 +18,8 @@ const HIPRIO: u16 = 0;
 pub struct FsWorker {
     server: Arc<dyn Serve>,
     pool: Option<Arc<Pool>>,
+    /// What the server was told last.
+    returns: Option<bool>,
 }
 
 impl std::fmt::Debug for FsWorker {
@@ -29,7 +31,7 @@ impl std::fmt::Debug for FsWorker {
 impl FsWorker {
     pub(super) fn new(server: Arc<dyn Serve>, pool: Option<Arc<Pool>>) -> Result<Self, Error> {
         own_directory()?;
-        Ok(Self { server, pool })
+        Ok(Self { server, pool, returns: None })
     }
 }
 
@@ -44,6 +46,10 @@ pub(super) fn own_directory() -> Result<(), Error> {
 
 impl Worker for FsWorker {
     fn serve(&mut self, mut request: Request<'_>) -> Result<Served, Error> {
+        if self.returns != Some(request.is_tracked()) {
+            self.returns = Some(request.is_tracked());
+            self.server.will_return(request.is_tracked());
+        }
         match &self.pool {
             Some(pool) if request.queue() != HIPRIO => {
                 pool.take(request.defer());

@@ -18,9 +18,10 @@ mod nodes;
 use std::ffi::CStr;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::io::Errno;
+use tracing::warn;
 use virtiofsd::filesystem::{Context, FileSystem, SerializableFileSystem};
 use virtiofsd::fuse::{
     FsOptions, InHeader, InitInCompat, InitInExt, InitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION,
@@ -29,6 +30,8 @@ use virtiofsd::fuse::{
 use vm_memory::ByteValued;
 
 use super::exchange::Exchange;
+use super::image::Image;
+use super::nameless::Places;
 use super::window::Window;
 
 /// Most data of one READ or WRITE, in bytes.
@@ -133,6 +136,10 @@ pub(super) trait Serve: Send + Sync {
     fn serve(&self, exchange: &mut dyn Exchange) -> u32;
     /// Lets go of all that the guest has open.
     fn destroy(&self);
+    /// The front-end has gone: lets go of all that the guest has open, unless it will come back for it.
+    fn leave(&self);
+    /// Requests of this front-end outlive this process: it comes back when one of us is gone.
+    fn will_return(&self, returns: bool);
     /// What was negotiated with the guest, and the file system's own state.
     fn save(&self) -> io::Result<(u64, Vec<u8>)>;
     /// Takes what [`Serve::save`] made; on failure nothing is open.
@@ -144,14 +151,32 @@ pub(super) trait Serve: Send + Sync {
 /// See the module.
 pub(super) struct Server<F> {
     fs: F,
+    /// What the file system can do and is not offered.
+    hidden: FsOptions,
+    places: Option<Places>,
     /// Negotiated by INIT, and [`INITIALISED`].
     options: AtomicU64,
+    /// See [`Serve::will_return`].
+    returns: AtomicBool,
     window: Option<Arc<Window>>,
 }
 
+/// What a server is told beside its file system.
+#[derive(Debug)]
+pub(super) struct Setting {
+    /// The guest may leave the clearing of set-user-ID bits to us altogether.
+    pub(super) killpriv_v2: bool,
+    /// Where files without a name are looked for, when the state is saved.
+    pub(super) places: Option<Places>,
+    pub(super) window: Option<Arc<Window>>,
+}
+
 impl<F: FileSystem> Server<F> {
-    pub(super) fn new(fs: F, window: Option<Arc<Window>>) -> Self {
-        Self { fs, options: AtomicU64::new(0), window }
+    pub(super) fn new(fs: F, setting: Setting) -> Self {
+        let Setting { killpriv_v2, places, window } = setting;
+        let hidden = if killpriv_v2 { FsOptions::empty() } else { FsOptions::HANDLE_KILLPRIV_V2 };
+        let (options, returns) = (AtomicU64::new(0), AtomicBool::new(false));
+        Self { fs, hidden, places, options, returns, window }
     }
 
     fn options(&self) -> FsOptions {
@@ -242,7 +267,8 @@ impl<F: FileSystem> Server<F> {
         let capable = FsOptions::from_bits_truncate(said);
         self.give_window_back();
         let wanted = self.fs.init(capable)?;
-        let enabled = (capable & (wanted | ours())).bits() | said & self.of_window();
+        let enabled =
+            (capable & ((wanted | ours()) - self.hidden)).bits() | said & self.of_window();
         self.options.store(enabled | INITIALISED, Ordering::Relaxed);
         let page = rustix::param::page_size();
         let pages = u64::from(MOST_DATA).div_ceil(page as u64);
@@ -372,6 +398,16 @@ where
         self.shut();
     }
 
+    fn leave(&self) {
+        if !self.returns.load(Ordering::Relaxed) {
+            self.shut();
+        }
+    }
+
+    fn will_return(&self, returns: bool) {
+        self.returns.store(returns, Ordering::Relaxed);
+    }
+
     fn save(&self) -> io::Result<(u64, Vec<u8>)> {
         let options = self.options.load(Ordering::Relaxed);
         if options & INITIALISED == 0 {
@@ -383,7 +419,12 @@ where
         let mut bytes = Vec::new();
         io::Seek::rewind(&mut &file)?;
         io::Read::read_to_end(&mut &file, &mut bytes)?;
-        Ok((options, bytes))
+        let Some(places) = &self.places else { return Ok((options, bytes)) };
+        let mut image = Image::read(&bytes)?;
+        if let Err(error) = places.find(&self.fs, &mut image) {
+            warn!("files without a name are not looked for: {error}");
+        }
+        Ok((options, image.write()?))
     }
 
     fn load(&self, options: u64, state: &[u8]) -> io::Result<()> {
