@@ -24,6 +24,8 @@ const WITH_DEPENDENCIES: &[&str] = &[
     "user-mode-linux",
     "valgrind",
     "socat",
+    "iperf3",
+    "ethtool",
 ];
 
 /// Names the newest kernel; only that one package is fetched, not the initramfs tools it asks for.

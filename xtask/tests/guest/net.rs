@@ -110,6 +110,39 @@ impl<'a> Network<'a> {
     }
 }
 
+/// What the guest's ethtool is to say of offloads that QEMU has passed on.
+const OFFLOADS: &[&str] = &[
+    "tx-checksumming: on",
+    "rx-checksumming: on",
+    "scatter-gather: on",
+    "tx-tcp-segmentation: on",
+    "tx-tcp6-segmentation: on",
+];
+
+/// iperf3, from the guest to the host and back, over as many connections as there are pairs of queues.
+fn iperf3(network: &Network<'_>, guest: &mut Guest, pairs: u16) -> Result<()> {
+    let program = network.lab.root.command("usr/bin/iperf3");
+    let words = std::iter::once(program.get_program()).chain(program.get_args());
+    let words: Vec<_> = words.map(|word| word.to_string_lossy().into_owned()).collect();
+    let words: Vec<_> = words.iter().map(String::as_str).chain(["-s"]).collect();
+    let mut server = network.command(&[]);
+    server.arg("env").args(words).stdout(Stdio::null());
+    let _server = Running(server.spawn()?);
+    let seconds = std::env::var("OUTBOARD_IPERF_SECONDS").unwrap_or_else(|_| "1".into());
+    for (way, option) in [("guest to host", ""), ("host to guest", "-R")] {
+        let script = format!(
+            "for at in $(seq 50); do nc -z 10.7.0.1 5201 && break; sleep 0.1; done
+             iperf3 -c 10.7.0.1 -t {seconds} -P {pairs} {option} -f m"
+        );
+        let said = sound(guest.run(&script, LONG), &network.device)?;
+        let sums: Vec<_> = said.lines().filter(|line| line.contains("receiver")).collect();
+        let sum = sums.last().with_context(|| format!("no sum: {said}"))?;
+        println!("{pairs} pairs, {way}: {sum}");
+        assert!(!sum.contains(" 0.00 "), "{said}");
+    }
+    Ok(())
+}
+
 /// Waits for a program that ends by itself.
 fn ended(mut child: Running) -> Result<()> {
     let end = Instant::now() + LONG;
@@ -143,7 +176,9 @@ fn guest(lab: &Lab, socket: &Path, pairs: u16, more: &str) -> Result<Guest> {
     let netdev = format!("vhost-user,id=n,chardev=net,queues={pairs}");
     let vectors = 2 * pairs + 2;
     let device = format!("virtio-net-pci,netdev=n,romfile=,mq=on,vectors={vectors}{more}");
-    let machine = Machine { cpus: pairs, modules: vec!["virtio_net"], ..Machine::default() };
+    let programs = vec!["usr/bin/iperf3", "sbin/ethtool"];
+    let modules = vec!["virtio_net"];
+    let machine = Machine { cpus: pairs, modules, programs, ..Machine::default() };
     let machine = machine.with(&["-chardev", &chardev, "-netdev", &netdev, "-device", &device]);
     machine.boot(&lab.root, lab.path())
 }
@@ -172,7 +207,12 @@ fn a_guest_talks_over_an_interface_with_offloads_also_when_the_card_was_replaced
     for bit in [0, 1, 3, 7, 8, 11, 12, 15] {
         assert_eq!(taken.as_bytes().get(bit), Some(&b'1'), "feature {bit} of {taken}");
     }
+    let offloads = sound(guest.run("ethtool -k eth0", LONG), device)?;
+    for offload in OFFLOADS {
+        assert!(offloads.contains(offload), "{offload}: {offloads}");
+    }
     network.bulk(&mut guest)?;
+    iperf3(&network, &mut guest, 1)?;
     sound(guest.reboot(), device)?;
     sound(guest.run(UP, LONG), device)?;
     network.bulk(&mut guest)?;
@@ -213,6 +253,10 @@ fn a_guest_uses_two_and_four_pairs_of_queues() -> Result<()> {
         let queues = "ls /sys/class/net/eth0/queues | grep -c rx";
         let said = sound(guest.run(queues, LONG), device)?;
         assert_eq!(said.trim(), pairs.to_string());
+        let channels = sound(guest.run("ethtool -l eth0", LONG), device)?;
+        let combined = format!("Combined:\t{pairs}");
+        assert_eq!(channels.matches(&combined).count(), 2, "most and current: {channels}");
+        iperf3(&network, &mut guest, pairs)?;
         network.bulk(&mut guest)?;
         // Every one of them: the kernel chooses by the connection.
         let many = "
