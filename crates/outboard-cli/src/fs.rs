@@ -3,6 +3,8 @@
 //! Invariant: a directory that cannot be shared is found before the socket exists; nothing is read from the
 //! socket before the process is locked in.
 
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -35,8 +37,10 @@ spells them, the -o form too.
 Several tags: one process for each, they are small. Two guests may share one directory, with --cache auto or
 never. The host's changes reach a guest when what it has cached is old (--cache), never through inotify.
 The process is locked in with the directory: as root in namespaces of its own, otherwise with Landlock.
-When the VMM is gone the next one is served. After a crash of this program the guest has to mount again:
-until then it is told ENOTCONN. Open files move with a guest that migrates (--migration-mode).
+When the VMM is gone the next one is served. Open files move with a guest that migrates (--migration-mode) and
+to a newer program (--take-over). After a crash of this program a VMM that connects again (QEMU does not, for
+this device) finds them as well, with --recovery-file; without it the guest has to mount again, and is told
+ENOTCONN until then.
 SIGTERM and SIGINT end the device and remove the socket.";
 
 /// Share a directory of the host with a guest.
@@ -78,6 +82,10 @@ struct ShareArgs {
     /// as memory of the guest, with mount -o dax there.
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "0", hide_default_value = true)]
     dax_window: u64,
+    /// Note in this file what the guest has open: after a crash of this program the next one goes on with it, for
+    /// a VMM that connects again (its in-flight requests included). Not in the directory itself.
+    #[arg(long, value_name = "FILE")]
+    recovery_file: Option<PathBuf>,
     /// Options as older programs have them: source=DIR, cache=none|auto|metadata|always, xattr, xattrmap=RULES,
     /// posix_acl, writeback, sandbox=... (comma-separated, repeatable).
     #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',')]
@@ -203,8 +211,21 @@ impl Args {
     }
 }
 
+/// What has to be open before the process is locked in.
+struct Opened {
+    prepared: fs::Prepared,
+    notes: Option<File>,
+}
+
+/// The file for notes, which only its owner reads.
+fn opened(path: &Path) -> Result<File, String> {
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    options.open(path).map_err(|error| format!("{}: {error}", path.display()))
+}
+
 impl ShareArgs {
-    fn prepare(&self, socket: Option<&Path>) -> Result<fs::Prepared, Failure> {
+    fn prepare(&self, socket: Option<&Path>) -> Result<Opened, Failure> {
         let missing = || Failure::Usage("no directory: say --shared-dir DIR".to_owned());
         let folder = self.shared_dir.as_ref().ok_or_else(missing)?;
         let sandbox = match self.sandbox {
@@ -217,12 +238,15 @@ impl ShareArgs {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         });
-        Ok(prepared.and_remove_in(beside))
+        let notes =
+            self.recovery_file.as_deref().map(opened).transpose().map_err(Failure::Usage)?;
+        Ok(Opened { prepared: prepared.and_remove_in(beside), notes })
     }
 
-    fn make(&self, prepared: fs::Prepared, semantics: &SemanticsArgs) -> Result<Made<Fs>, Failure> {
-        let inside = prepared.enter().map_err(Failure::failed)?;
-        let model = Fs::new(self.options(inside, semantics)).map_err(Failure::usage)?;
+    fn make(&self, opened: Opened, semantics: &SemanticsArgs) -> Result<Made<Fs>, Failure> {
+        let inside = opened.prepared.enter().map_err(Failure::failed)?;
+        let options = FsOptions { notes: opened.notes, ..self.options(inside, semantics) };
+        let model = Fs::new(options).map_err(Failure::usage)?;
         let folder = self.shared_dir.clone().unwrap_or_default();
         let mut described = format!("{} as {:?}", folder.display(), self.tag);
         if self.readonly {

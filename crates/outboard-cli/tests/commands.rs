@@ -20,6 +20,21 @@ fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).expect("text")
 }
 
+/// What the library of file systems says through the crate `log` is in our log: /proc has no handles.
+#[test]
+fn a_library_that_logs_is_heard() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let socket = folder.path().join("s");
+    let socket = socket.to_str().expect("text");
+    let options = ["--sandbox", "none", "--inode-file-handles=mandatory"];
+    let output = outboard(
+        &[&["fs", "--socket-path", socket, "--shared-dir", "/proc"], &options[..]].concat(),
+    );
+    let said = text(&output.stderr);
+    assert!(said.contains("ERROR") && said.contains("does not support file handles"), "{said}");
+    assert_eq!(output.status.code(), Some(2));
+}
+
 #[test]
 fn a_wrong_command_line_is_one_line_and_exit_code_2() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -91,6 +91,7 @@ fn take_over(lab: &Lab, device: &mut Device, share: &Path) -> Result<()> {
     let mut command = Command::new(backend::outboard()?);
     command.arg("fs").args(arguments(share)?).arg("--shared-dir").arg(share);
     command.arg("--take-over").arg(&control);
+    command.arg("--recovery-file").arg(lab.path().join("notes"));
     let next = Device::start(&mut command, lab.path(), "fs")?;
     let mut old = std::mem::replace(device, next);
     let end = Instant::now() + MINUTE;
@@ -107,7 +108,11 @@ fn a_newer_program_takes_a_share_over_with_a_thousand_open_files() -> Result<()>
     let share = share::shared(&lab)?;
     let control = lab.path().join("control");
     let control = control.to_str().context("a path that is text")?;
-    let more = [&arguments(&share)?[..], &["--control", control]].concat();
+    // Both note what is open in one file: the one that takes over begins anew there.
+    let notes = lab.path().join("notes");
+    let notes = notes.to_str().context("a path that is text")?;
+    let more = ["--control", control, "--recovery-file", notes];
+    let more = [&arguments(&share)?[..], &more].concat();
     let mut device = share::start(&lab, &share, &more)?;
     let mut guest = sound(machine(&device)?.boot(&lab.root, lab.path()), &device)?;
     begin(&mut guest, &device, &share)?;

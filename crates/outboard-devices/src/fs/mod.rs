@@ -29,6 +29,7 @@
 mod config;
 mod exchange;
 mod image;
+mod ledger;
 mod nameless;
 mod pool;
 mod sandbox;
@@ -48,6 +49,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
 use virtiofsd::passthrough::{PassthroughFs, read_only::PassthroughFsRo};
 
 pub use config::{CONFIG_SIZE, MOST_TAG};
+use ledger::Ledger;
 use nameless::Places;
 use pool::Pool;
 pub use sandbox::{Confined, Prepared, Sandbox};
@@ -78,6 +80,9 @@ pub struct FsOptions {
     pub pool: usize,
     /// Largest ring size: a power of two up to 32768.
     pub queue_size: u16,
+    /// A file of ours in which it is noted what the guest has open, for the process that follows this one if it is
+    /// killed; what a killed one has left there is taken up.
+    pub notes: Option<File>,
     /// Bytes of the DAX window, whole units of 2 MiB; 0: none.
     pub dax_window: u64,
 }
@@ -108,6 +113,7 @@ impl FsOptions {
             pool: 0,
             queue_size: 1024,
             dax_window: 0,
+            notes: None,
         }
     }
 }
@@ -169,7 +175,7 @@ impl Fs {
         };
         // The library clears it; the threads that need that have one of their own.
         let umask = umask(Mode::empty());
-        let server = Self::server(semantics, readonly, window.clone());
+        let server = Self::server(semantics, readonly, window.clone(), options.notes);
         rustix::process::umask(umask);
         let server = server?;
         let pool = match pool {
@@ -183,17 +189,20 @@ impl Fs {
         mut semantics: semantics::Config,
         readonly: bool,
         window: Option<Arc<Window>>,
+        notes: Option<File>,
     ) -> Result<Arc<dyn Serve>, Error> {
         // What is offered to the guest is one thing; a write that says so clears those bits whatever was offered.
         let killpriv_v2 = std::mem::replace(&mut semantics.killpriv_v2, true);
         let descriptors = semantics.proc_sfd_rawfd.as_ref().map(File::try_clone).transpose()?;
         let root = semantics.root_dir.clone();
         let places = descriptors.map(|descriptors| Places { descriptors, root });
-        let setting = Setting { killpriv_v2, places, window };
+        let (ledger, table) = notes.map(Ledger::open).transpose()?.unzip();
+        let setting = Setting { killpriv_v2, places, window, ledger };
+        let table = table.unwrap_or_default();
         Ok(if readonly {
-            Arc::new(Server::new(PassthroughFsRo::new(semantics)?, setting))
+            Arc::new(Server::new(PassthroughFsRo::new(semantics)?, setting).taking_up(&table))
         } else {
-            Arc::new(Server::new(PassthroughFs::new(semantics)?, setting))
+            Arc::new(Server::new(PassthroughFs::new(semantics)?, setting).taking_up(&table))
         })
     }
 

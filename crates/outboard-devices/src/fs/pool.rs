@@ -14,7 +14,7 @@ use super::worker::own_directory;
 
 #[derive(Default)]
 struct Waiting {
-    requests: VecDeque<Deferred>,
+    requests: VecDeque<(Deferred, bool)>,
     over: bool,
 }
 
@@ -30,7 +30,7 @@ impl Desk {
     }
 
     /// The next request; None: there will be none.
-    fn next(&self) -> Option<Deferred> {
+    fn next(&self) -> Option<(Deferred, bool)> {
         let mut waiting = self.lock();
         loop {
             match waiting.requests.pop_front() {
@@ -59,8 +59,8 @@ impl Pool {
                 if let Err(error) = own_directory() {
                     warn!("a thread of the pool: {error}");
                 }
-                while let Some(mut request) = desk.next() {
-                    let written = server.serve(&mut request);
+                while let Some((mut request, repeated)) = desk.next() {
+                    let written = server.serve(&mut request, repeated);
                     request.done(written);
                 }
             })?;
@@ -69,8 +69,8 @@ impl Pool {
         Ok(pool)
     }
 
-    pub(super) fn take(&self, request: Deferred) {
-        self.desk.lock().requests.push_back(request);
+    pub(super) fn take(&self, request: Deferred, repeated: bool) {
+        self.desk.lock().requests.push_back((request, repeated));
         self.desk.more.notify_one();
     }
 }

@@ -52,11 +52,13 @@ impl Worker for FsWorker {
         }
         match &self.pool {
             Some(pool) if request.queue() != HIPRIO => {
-                pool.take(request.defer());
+                let repeated = request.is_repeated();
+                pool.take(request.defer(), repeated);
                 Ok(Served::later())
             }
             _ => {
-                let written = self.server.serve(&mut request);
+                let repeated = request.is_repeated();
+                let written = self.server.serve(&mut request, repeated);
                 Ok(request.done(written))
             }
         }

@@ -5,6 +5,7 @@
 
 use std::io;
 
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use virtiofsd::filesystem::FileSystem;
 use virtiofsd::fuse::{
@@ -14,12 +15,14 @@ use virtiofsd::fuse::{
     WriteOut,
 };
 
+use super::super::ledger::Note;
+use super::again::Bytes;
 use super::{Answer, Call, MOST_DATA, REPLY, Server, Words, component, extensions, word};
 use crate::fs::exchange::{Data, Room};
 
 /// The reply to OPEN and its kind.
-pub(super) fn opened<H: Into<u64>>(handle: Option<H>, options: OpenOptions) -> OpenOut {
-    OpenOut { fh: handle.map_or(0, Into::into), open_flags: options.bits(), ..OpenOut::default() }
+pub(super) fn opened(handle: Option<u64>, options: OpenOptions) -> OpenOut {
+    OpenOut { fh: handle.unwrap_or(0), open_flags: options.bits(), ..OpenOut::default() }
 }
 
 /// The reply to what moves bytes.
@@ -28,16 +31,68 @@ fn written(count: usize) -> WriteOut {
 }
 
 impl<F: FileSystem> Server<F> {
+    /// The reply to RELEASE and RELEASEDIR.
+    pub(super) fn closed(
+        &self,
+        call: &Call<'_>,
+        handle: u64,
+        done: io::Result<()>,
+    ) -> io::Result<Answer> {
+        match done {
+            Err(error) if !call.did(&error, Errno::BADF) => return Err(error),
+            _ => {}
+        }
+        self.note(&[Note::Closed { handle }]);
+        Ok(Answer::done())
+    }
+
+    /// Appends what does not stand there yet.
+    fn append_again(
+        &self,
+        call: &mut Call<'_>,
+        handle: u64,
+        offset: u64,
+        size: u32,
+    ) -> io::Result<Answer> {
+        let mut bytes = vec![0; size as usize];
+        call.exchange.take(&mut bytes)?;
+        if self.has(call, offset, &bytes) {
+            return Ok(Answer::of(&written(bytes.len())));
+        }
+        let (context, node) = (call.context(), call.header.nodeid.into());
+        let flags = OFlags::APPEND.bits();
+        let data = Bytes(&bytes);
+        let taken = self.fs.write(
+            context,
+            node,
+            handle.into(),
+            data,
+            size,
+            offset,
+            None,
+            false,
+            false,
+            flags,
+        )?;
+        Ok(Answer::of(&written(taken)))
+    }
+
     pub(super) fn open(&self, call: &mut Call<'_>) -> io::Result<Answer> {
         let OpenIn { flags, open_flags, .. } = call.take()?;
         let kill = open_flags & OPEN_KILL_SUIDGID != 0;
         let node = call.header.nodeid.into();
         let (handle, options) = self.fs.open(call.context(), node, kill, flags)?;
+        let handle = handle.map(Into::into);
+        self.note_opened(handle, call.header.nodeid, flags);
         Ok(Answer::of(&opened(handle, options)))
     }
 
     pub(super) fn create(&self, call: &mut Call<'_>) -> io::Result<Answer> {
-        let CreateIn { flags, mode, umask, open_flags, .. } = call.take()?;
+        let CreateIn { mut flags, mode, umask, open_flags, .. } = call.take()?;
+        if call.repeated {
+            // If it is there, it was made for this request.
+            flags &= !OFlags::EXCL.bits();
+        }
         let rest = call.rest()?;
         let (name, rest) = word(&rest)?;
         let extensions = extensions::read(self.options(), rest)?;
@@ -52,6 +107,9 @@ impl<F: FileSystem> Server<F> {
             umask,
             extensions,
         )?;
+        let handle = handle.map(Into::into);
+        self.note_found(call.header.nodeid, name, &entry);
+        self.note_opened(handle, entry.inode, flags);
         let words = Words::of(&EntryOut::from(entry)).and(&opened(handle, options));
         Ok(Answer::Words(words))
     }
@@ -86,6 +144,9 @@ impl<F: FileSystem> Server<F> {
         let delayed = write_flags & WRITE_CACHE != 0;
         let kill = write_flags & WRITE_KILL_PRIV != 0;
         let (context, node) = (call.context(), call.header.nodeid.into());
+        if call.repeated && !delayed && flags & OFlags::APPEND.bits() != 0 {
+            return self.append_again(call, fh, offset, size);
+        }
         let data = Data(call.exchange);
         let taken = self.fs.write(
             context,
@@ -108,8 +169,8 @@ impl<F: FileSystem> Server<F> {
         let unlock = release_flags & RELEASE_FLOCK_UNLOCK != 0;
         let owner = (flush || unlock).then_some(lock_owner);
         let node = call.header.nodeid.into();
-        self.fs.release(call.context(), node, flags, fh.into(), flush, unlock, owner)?;
-        Ok(Answer::done())
+        let done = self.fs.release(call.context(), node, flags, fh.into(), flush, unlock, owner);
+        self.closed(call, fh, done)
     }
 
     pub(super) fn flush(&self, call: &mut Call<'_>) -> io::Result<Answer> {

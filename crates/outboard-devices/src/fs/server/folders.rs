@@ -7,6 +7,7 @@ use std::ffi::CStr;
 use std::io;
 use std::time::Duration;
 
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use virtiofsd::filesystem::{DirEntry, DirectoryIterator, Entry, FileSystem};
 use virtiofsd::fuse::{Attr, Dirent, EntryOut, FsyncIn, OpenIn, ReadIn, ReleaseIn};
@@ -46,13 +47,16 @@ impl<F: FileSystem> Server<F> {
         let OpenIn { flags, .. } = call.take()?;
         let node = call.header.nodeid.into();
         let (handle, options) = self.fs.opendir(call.context(), node, flags)?;
+        let handle = handle.map(Into::into);
+        self.note_opened(handle, call.header.nodeid, flags | OFlags::DIRECTORY.bits());
         Ok(Answer::of(&opened(handle, options)))
     }
 
     pub(super) fn releasedir(&self, call: &mut Call<'_>) -> io::Result<Answer> {
         let ReleaseIn { fh, flags, .. } = call.take()?;
-        self.fs.releasedir(call.context(), call.header.nodeid.into(), flags, fh.into())?;
-        Ok(Answer::done())
+        let node = call.header.nodeid.into();
+        let done = self.fs.releasedir(call.context(), node, flags, fh.into());
+        self.closed(call, fh, done)
     }
 
     pub(super) fn fsyncdir(&self, call: &mut Call<'_>) -> io::Result<Answer> {
@@ -89,7 +93,10 @@ impl<F: FileSystem> Server<F> {
     /// The node of a directory entry; none for the directory itself and the one above it.
     fn look_up(&self, call: &Call<'_>, entry: &DirEntry<'_>) -> io::Result<Entry> {
         if !matches!(entry.name.to_bytes(), b"." | b"..") {
-            return self.fs.lookup(call.context(), call.header.nodeid.into(), entry.name);
+            let parent = call.header.nodeid;
+            let found = self.fs.lookup(call.context(), parent.into(), entry.name)?;
+            self.note_found(parent, entry.name, &found);
+            return Ok(found);
         }
         Ok(Entry {
             inode: 0,

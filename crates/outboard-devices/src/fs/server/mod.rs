@@ -8,17 +8,20 @@
 //! done; a name is one component, never "." or ".."; nothing that a request says makes more than a MiB be
 //! allocated; a request that makes no sense gets an errno, one that cannot be told so is dropped.
 
+mod again;
 mod extensions;
 mod files;
 mod folders;
 mod mappings;
 mod names;
 mod nodes;
+mod notes;
 
+use std::collections::BTreeSet;
 use std::ffi::CStr;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
 use tracing::warn;
@@ -30,7 +33,7 @@ use virtiofsd::fuse::{
 use vm_memory::ByteValued;
 
 use super::exchange::Exchange;
-use super::image::Image;
+use super::ledger::{Ledger, Note};
 use super::nameless::Places;
 use super::window::Window;
 
@@ -98,6 +101,8 @@ impl Answer {
 struct Call<'a> {
     header: InHeader,
     exchange: &'a mut dyn Exchange,
+    /// A process that was killed may have carried it out.
+    repeated: bool,
 }
 
 impl Call<'_> {
@@ -132,8 +137,8 @@ impl Call<'_> {
 
 /// A file system, as the queues see it.
 pub(super) trait Serve: Send + Sync {
-    /// Carries a request out. Returns the bytes of the reply; 0: none.
-    fn serve(&self, exchange: &mut dyn Exchange) -> u32;
+    /// Carries a request out, which a killed process may have done before. Returns the bytes of the reply; 0: none.
+    fn serve(&self, exchange: &mut dyn Exchange, repeated: bool) -> u32;
     /// Lets go of all that the guest has open.
     fn destroy(&self);
     /// The front-end has gone: lets go of all that the guest has open, unless it will come back for it.
@@ -159,6 +164,9 @@ pub(super) struct Server<F> {
     /// See [`Serve::will_return`].
     returns: AtomicBool,
     window: Option<Arc<Window>>,
+    ledger: Option<Ledger>,
+    /// Nodes that a killed process had and that were not found again.
+    lost: Mutex<BTreeSet<u64>>,
 }
 
 /// What a server is told beside its file system.
@@ -169,14 +177,16 @@ pub(super) struct Setting {
     /// Where files without a name are looked for, when the state is saved.
     pub(super) places: Option<Places>,
     pub(super) window: Option<Arc<Window>>,
+    /// Where it is noted what the guest has open.
+    pub(super) ledger: Option<Ledger>,
 }
 
 impl<F: FileSystem> Server<F> {
     pub(super) fn new(fs: F, setting: Setting) -> Self {
-        let Setting { killpriv_v2, places, window } = setting;
+        let Setting { killpriv_v2, places, window, ledger } = setting;
         let hidden = if killpriv_v2 { FsOptions::empty() } else { FsOptions::HANDLE_KILLPRIV_V2 };
         let (options, returns) = (AtomicU64::new(0), AtomicBool::new(false));
-        Self { fs, hidden, places, options, returns, window }
+        Self { fs, hidden, places, options, returns, window, ledger, lost: Mutex::default() }
     }
 
     fn options(&self) -> FsOptions {
@@ -270,6 +280,7 @@ impl<F: FileSystem> Server<F> {
         let enabled =
             (capable & ((wanted | ours()) - self.hidden)).bits() | said & self.of_window();
         self.options.store(enabled | INITIALISED, Ordering::Relaxed);
+        self.note_mounted(enabled | INITIALISED);
         let page = rustix::param::page_size();
         let pages = u64::from(MOST_DATA).div_ceil(page as u64);
         let maps = enabled & MAP_ALIGNMENT != 0;
@@ -306,7 +317,9 @@ impl<F: FileSystem> Server<F> {
 
     fn shut(&self) {
         self.fs.destroy();
-        self.options.store(0, Ordering::Relaxed);
+        if self.options.swap(0, Ordering::Relaxed) != 0 {
+            self.note(&[Note::Unmounted]);
+        }
     }
 }
 
@@ -374,7 +387,7 @@ impl<F> Serve for Server<F>
 where
     F: FileSystem + SerializableFileSystem + Send + Sync,
 {
-    fn serve(&self, exchange: &mut dyn Exchange) -> u32 {
+    fn serve(&self, exchange: &mut dyn Exchange, repeated: bool) -> u32 {
         let mut header = InHeader::default();
         if exchange.take(header.as_mut_slice()).is_err() {
             return 0;
@@ -385,7 +398,10 @@ where
             return 0;
         }
         let outcome = match opcode {
-            Ok(opcode) => self.call(&mut Call { header, exchange }, opcode),
+            Ok(opcode) => {
+                let done = self.call(&mut Call { header, exchange, repeated }, opcode);
+                done.map_err(|error| self.told(header.nodeid, error))
+            }
             Err(()) => Err(Errno::NOSYS.into()),
         };
         if needed.is_none() {
@@ -413,15 +429,8 @@ where
         if options & INITIALISED == 0 {
             return Ok((0, Vec::new()));
         }
-        self.fs.prepare_serialization(std::sync::Arc::default());
-        let file = memory_file()?;
-        self.fs.serialize(file.try_clone()?)?;
-        let mut bytes = Vec::new();
-        io::Seek::rewind(&mut &file)?;
-        io::Read::read_to_end(&mut &file, &mut bytes)?;
-        let Some(places) = &self.places else { return Ok((options, bytes)) };
-        let mut image = Image::read(&bytes)?;
-        if let Err(error) = places.find(&self.fs, &mut image) {
+        let mut image = self.image()?;
+        if let Some(Err(error)) = self.places.as_ref().map(|at| at.find(&self.fs, &mut image)) {
             warn!("files without a name are not looked for: {error}");
         }
         Ok((options, image.write()?))
@@ -432,14 +441,12 @@ where
         if options & INITIALISED == 0 {
             return Ok(());
         }
-        let file = memory_file()?;
-        io::Write::write_all(&mut &file, state)?;
-        io::Seek::rewind(&mut &file)?;
-        if let Err(error) = self.fs.deserialize_and_apply(file) {
+        if let Err(error) = self.apply(state) {
             self.shut();
             return Err(error);
         }
         self.options.store(options, Ordering::Relaxed);
+        self.note_all(options, state);
         Ok(())
     }
 
@@ -448,11 +455,6 @@ where
         let (file, can_be) = self.file_to_map(nobody, node, mappings::NONE, writable)?;
         if can_be >= writable { Ok(file) } else { Err(Errno::ACCESS.into()) }
     }
-}
-
-/// A file without a name, for a state on its way.
-fn memory_file() -> io::Result<std::fs::File> {
-    Ok(rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?.into())
 }
 
 /// The name of an entry: one component, neither "." nor "..", that no file system takes for more.

@@ -12,6 +12,7 @@ use virtiofsd::fuse::{
     SetxattrIn, SetxattrInCompat,
 };
 
+use super::super::ledger::Note;
 use super::{Answer, Call, Server, only_word, word};
 
 /// Longest value of an extended attribute, and longest list of their names (xattr(7)), in bytes.
@@ -53,7 +54,11 @@ impl<F: FileSystem> Server<F> {
     pub(super) fn forget(&self, call: &mut Call<'_>, opcode: Opcode) -> io::Result<Answer> {
         if let Opcode::Forget = opcode {
             let ForgetIn { nlookup } = call.take()?;
-            self.fs.forget(call.context(), call.header.nodeid.into(), nlookup);
+            if !call.repeated {
+                let node = call.header.nodeid;
+                self.note(&[Note::Forgotten { node, count: nlookup }]);
+                self.fs.forget(call.context(), node.into(), nlookup);
+            }
             return Ok(Answer::Nothing);
         }
         let BatchForgetIn { count, .. } = call.take()?;
@@ -61,10 +66,19 @@ impl<F: FileSystem> Server<F> {
         if u64::from(count) > there.min(MOST_FORGOTTEN) {
             return Err(Errno::INVAL.into());
         }
-        let nodes = (0..count)
-            .map(|_| call.take::<ForgetOne>().map(|one| (one.nodeid.into(), one.nlookup)));
+        let nodes = (0..count).map(|_| call.take::<ForgetOne>());
         let nodes = nodes.collect::<io::Result<Vec<_>>>()?;
-        self.fs.batch_forget(call.context(), nodes);
+        // What may have been forgotten already would be forgotten twice: then it is rather kept.
+        if call.repeated {
+            return Ok(Answer::Nothing);
+        }
+        if self.ledger.is_some() {
+            let notes = nodes.iter().map(|one| (one.nodeid, one.nlookup));
+            let notes = notes.map(|(node, count)| Note::Forgotten { node, count });
+            self.note(&notes.collect::<Vec<_>>());
+        }
+        let nodes = nodes.into_iter().map(|one| (one.nodeid.into(), one.nlookup));
+        self.fs.batch_forget(call.context(), nodes.collect());
         Ok(Answer::Nothing)
     }
 
