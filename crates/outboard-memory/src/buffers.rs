@@ -10,6 +10,7 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::slice;
 use std::sync::Arc;
 
 use crate::cursor::Cursor;
@@ -109,41 +110,45 @@ impl Span {
     }
 }
 
-/// The room of a list for pieces, filled from the front. What is in it is of no use before [`Buffers::set`].
+/// The room of a list for pieces, by their places in bytes. What is in it is of no use before [`Buffers::set`].
+#[derive(Clone, Copy)]
 pub(crate) struct Room<'a> {
     first: *mut Segment,
-    /// Bytes that are filled. Invariant: whole pieces, inside the allocation.
-    used: usize,
-    /// Bytes that may be filled, inside the allocation.
+    /// Bytes that may be filled: whole pieces, inside the allocation.
     limit: usize,
     list: PhantomData<&'a mut Vec<Segment>>,
 }
 
 impl Room<'_> {
-    /// One more piece. `None`: there is no room for it.
+    /// Bytes that may be filled.
     #[inline(always)]
-    pub(crate) fn push(&mut self, piece: Segment) -> Option<()> {
-        if self.used >= self.limit {
-            return None;
-        }
-        let place = self.first.wrapping_byte_add(self.used);
-        // SAFETY: `used < limit`, both whole pieces of the allocation of the list, which is borrowed.
-        unsafe { place.write(piece) };
-        self.used += PIECE;
-        Some(())
+    pub(crate) fn limit(&self) -> usize {
+        self.limit
     }
 
-    /// Bytes of the list that are filled.
+    /// The same room up to `limit`, a multiple of 16, at most.
     #[inline(always)]
-    pub(crate) fn used(&self) -> usize {
-        self.used
+    pub(crate) fn up_to(self, limit: usize) -> Self {
+        Self { limit: self.limit.min(limit), ..self }
+    }
+
+    /// The piece at `at`.
+    ///
+    /// # Safety
+    /// `at` is a multiple of 16, below [`limit`](Self::limit).
+    #[inline(always)]
+    pub(crate) unsafe fn put(&self, at: usize, piece: Segment) {
+        let place = self.first.wrapping_byte_add(at);
+        // SAFETY: a whole piece of the allocation of the list, which is borrowed, by the caller's promise.
+        unsafe { place.write(piece) };
     }
 }
 
 /// What one request reads, what it writes, and the tail of what it writes. Filled by
 /// [`View::gather`](crate::View::gather), used again for request after request.
 pub struct Buffers {
-    /// Invariant: the pieces of a span lie in regions of `memory`.
+    /// Invariant: the pieces of a span lie in regions of `memory`. A request that was gathered quickly leaves the vector's
+    /// length as it was: what counts is what the spans name, all of it written and inside the allocation.
     pub(crate) list: Vec<Segment>,
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) readable: Span,
@@ -151,13 +156,22 @@ pub struct Buffers {
     pub(crate) tail: Span,
     /// Writable bytes at first, without the tail.
     pub(crate) room: u64,
+    /// Bytes of the list that a quick gathering may fill: whole pieces, inside the allocation, at most `most`.
+    limit: u32,
+    /// The most pieces of a quick gathering.
+    most: u16,
     /// The copy of an indirect table that lies across regions.
     pub(crate) scratch: Vec<u8>,
 }
 
 impl Buffers {
-    /// No buffers, in the memory of this view.
+    /// No buffers, in the memory of this view, for requests of any number of pieces.
     pub fn new(view: &View) -> Self {
+        Self::for_requests(view, u16::MAX)
+    }
+
+    /// No buffers, in the memory of this view. Requests of more than `most` pieces are not gathered quickly.
+    pub fn for_requests(view: &View, most: u16) -> Self {
         Self {
             list: Vec::new(),
             memory: Arc::clone(view.memory()),
@@ -165,15 +179,23 @@ impl Buffers {
             writable: Span::default(),
             tail: Span::default(),
             room: 0,
+            limit: 0,
+            most,
             scratch: Vec::new(),
         }
     }
 
-    /// Room for at most `most` pieces, as far as the list has it.
+    /// The list may have grown.
+    pub(crate) fn measure(&mut self) {
+        let pieces = u16::try_from(self.list.capacity()).unwrap_or(u16::MAX).min(self.most);
+        self.limit = u32::from(pieces) * SPAN_STEP;
+    }
+
+    /// Room for as many pieces as the list has place for, and as may be gathered quickly.
     #[inline(always)]
-    pub(crate) fn room_for_pieces(&mut self, most: u16) -> Room<'_> {
-        let limit = self.list.capacity().min(usize::from(most)) * PIECE;
-        Room { first: self.list.as_mut_ptr(), used: 0, limit, list: PhantomData }
+    pub(crate) fn room_for_pieces(&mut self) -> Room<'_> {
+        let limit = self.limit as usize;
+        Room { first: self.list.as_mut_ptr(), limit, list: PhantomData }
     }
 
     /// The first `used` bytes of the list are the request: `readable` of them, then the writable pieces, which have `room`
@@ -183,8 +205,6 @@ impl Buffers {
     /// The places were written through [`Room`], both are whole pieces, and `readable <= used`.
     #[inline(always)]
     pub(crate) unsafe fn set(&mut self, readable: usize, used: usize, room: u64) {
-        // SAFETY: the caller's promise.
-        unsafe { self.list.set_len(used / PIECE) };
         self.readable = Span::of_bytes(0, readable);
         self.writable = Span::of_bytes(readable, used);
         self.tail = Span::default();
@@ -225,18 +245,30 @@ impl Buffers {
     /// Appends the guest-physical ranges of the room that is left to `to`, a range for each piece. A piece that is in
     /// no region, which cannot be, is left out.
     pub fn writable_ranges(&self, to: &mut Vec<(u64, u64)>) {
-        let pieces = self.list.get(self.writable.next()..self.writable.end()).unwrap_or_default();
         to.extend(
-            pieces.iter().filter_map(|piece| {
+            self.pieces_of(self.writable).iter().filter_map(|piece| {
                 Some((self.memory.host_to_guest(piece.base)?, wide(piece.len)))
             }),
         );
     }
 
     /// Pieces in all.
-    #[inline(always)]
+    #[inline]
     pub fn pieces(&self) -> usize {
-        self.list.len()
+        self.readable.end().max(self.writable.end()).max(self.tail.end())
+    }
+
+    /// Whether the list has grown beyond this many pieces, be they of use or not.
+    #[inline]
+    pub fn has_more_than(&self, pieces: usize) -> bool {
+        self.list.capacity() > pieces
+    }
+
+    fn pieces_of(&self, span: Span) -> &[Segment] {
+        let Span { next, end } = span;
+        let first = self.list.as_ptr().wrapping_byte_add(next as usize);
+        // SAFETY: the invariant of spans; the pieces are borrowed with `self`.
+        unsafe { slice::from_raw_parts(first, (end - next) as usize / PIECE) }
     }
 
     /// Bytes of room at first, without the tail.
@@ -269,6 +301,9 @@ impl Buffers {
         if self.writable().len() < count {
             return None;
         }
+        let filled = self.pieces();
+        // SAFETY: the spans name pieces of the list, and no piece in front of one of these was left unwritten.
+        unsafe { self.list.set_len(filled) };
         let end = self.writable.end();
         let mut first = end;
         let mut over = count;
@@ -304,6 +339,7 @@ impl Buffers {
         (self.readable, self.writable, self.tail) = Default::default();
         (self.list, self.scratch) = Default::default();
         self.room = 0;
+        self.measure();
     }
 
     /// Lets go of guest memory that is not the one of `view`, and of the buffers with it.
@@ -316,13 +352,13 @@ impl Buffers {
 
     #[cold]
     fn replace(&mut self, view: &View) {
-        *self = Self::new(view);
+        *self = Self::for_requests(view, self.most);
     }
 }
 
 impl fmt::Debug for Buffers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let pieces = |span: Span| self.list.get(span.next()..span.end()).unwrap_or_default();
+        let pieces = |span| self.pieces_of(span);
         f.debug_struct("Buffers")
             .field("readable", &pieces(self.readable))
             .field("writable", &pieces(self.writable))

@@ -16,15 +16,15 @@ mod real;
 pub mod twin;
 
 #[cfg(not(outboard_loom))]
-pub(crate) use real::packed::PackedEntry;
+pub(crate) use real::packed::PackedRun;
 #[cfg(not(outboard_loom))]
-pub use real::packed::{Cell32, PackedRing};
+pub use real::packed::{Cell32, Lap, PackedRing, UsedLap};
 #[cfg(not(outboard_loom))]
 pub use real::{Cell16, Descriptors, Pairs, Ring16, fence};
 #[cfg(outboard_loom)]
-pub(crate) use twin::packed::PackedEntry;
+pub(crate) use twin::packed::PackedRun;
 #[cfg(outboard_loom)]
-pub use twin::packed::{Cell32, PackedRing};
+pub use twin::packed::{Cell32, Lap, PackedRing, UsedLap};
 #[cfg(outboard_loom)]
 pub use twin::{Cell16, Descriptors, Pairs, Ring16, fence};
 

@@ -68,15 +68,11 @@ impl<'a> Cursor<'a> {
         }
         // SAFETY: `next < end`: a piece of the span, which this cursor borrows.
         let first = unsafe { &mut *self.list.wrapping_byte_add(next as usize) };
-        let base = first.base;
-        if first.len == len {
-            self.span.next = next + SPAN_STEP;
-        } else if first.len > len {
-            first.advance(len);
-        } else {
-            return None;
+        if first.len != len {
+            return spend_part(first, len);
         }
-        Some(base)
+        self.span.next = next + SPAN_STEP;
+        Some(first.base)
     }
 
     /// Copies a value out and drops its bytes; `None`, and nothing dropped, when there are too few.
@@ -177,6 +173,18 @@ impl<'a> Cursor<'a> {
         }
         Some(())
     }
+}
+
+/// Where the first `len` bytes of a piece of another length lie, when it has them. They are dropped. (Out of line, so
+/// that the usual case is one comparison.)
+#[cold]
+#[inline(never)]
+fn spend_part(piece: &mut Segment, len: usize) -> Option<*mut u8> {
+    let base = piece.base;
+    (piece.len > len).then(|| {
+        piece.advance(len);
+        base
+    })
 }
 
 /// A write across pieces. (The parts of the cursor go one by one, so that the caller's stays in registers.)

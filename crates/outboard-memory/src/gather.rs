@@ -84,6 +84,7 @@ impl<'a> Gather<'a> {
         let used = self.to.list.len();
         self.to.writable = Span::new(self.to.readable.end(), used);
         self.to.room = self.bytes - self.to.room;
+        self.to.measure();
         (self.bytes, used)
     }
 }

@@ -47,7 +47,8 @@ pub use buffers::{Buffers, Segment};
 #[cfg(outboard_loom)]
 pub use cells::twin;
 pub use cells::{
-    Cell16, Cell32, Cells, Descriptor, Descriptors, PackedBody, PackedRing, Pairs, Ring16, fence,
+    Cell16, Cell32, Cells, Descriptor, Descriptors, Lap, PackedBody, PackedRing, Pairs, Ring16,
+    UsedLap, fence,
 };
 pub use cursor::Cursor;
 pub use error::{AccessError, IotlbError, LayoutError, MapError, WindowError};

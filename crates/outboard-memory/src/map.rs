@@ -84,6 +84,21 @@ impl Entry {
     }
 }
 
+impl Entry {
+    /// As [`translate`](Self::translate), for the buffer of a descriptor and with one question fewer. `None` also for
+    /// what lies 2^63 bytes or more behind the start of a region. `len` has at most 32 bits.
+    #[inline(always)]
+    pub(crate) fn translate_buffer(&self, guest: u64, len: u64) -> Option<*mut u8> {
+        debug_assert!(len >> 32 == 0, "a descriptor says no more");
+        let offset = guest.wrapping_sub(self.start);
+        // Below 2^63, so that the sum does not wrap. (Asked as a sign, which the subtraction leaves in a flag.)
+        if offset.cast_signed() < 0 || offset.wrapping_add(len) > self.size {
+            return None;
+        }
+        Some(self.host.wrapping_add(index(offset)))
+    }
+}
+
 /// All regions of one guest at one moment.
 pub struct GuestMemory {
     generation: u64,

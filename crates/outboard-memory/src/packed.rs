@@ -3,12 +3,14 @@
 //! Usual is a chain of the ring's own descriptors that does not go round its end, or one indirect table in one region, of buffers in one region each,
 //! for which the list has room. Anything else, good or bad, is left to the careful way; a test holds that both agree.
 
-use std::sync::atomic::Ordering;
+#![expect(unsafe_code, reason = "walks whose bounds were asked for all at once")]
 
-use crate::buffers::Buffers;
-use crate::cells::{Descriptor, PackedEntry, PackedRing};
+use crate::buffers::{Buffers, Room};
+use crate::cells::{Descriptor, Lap, PackedRun};
+use crate::map::Slots;
+use crate::num::index;
 use crate::table::Run;
-use crate::usual::{INDIRECT, Rules, Steps, WRITE, fill, usual_table};
+use crate::usual::{INDIRECT, Steps, WRITE, fill};
 use crate::view::View;
 
 const NEXT: u16 = Descriptor::NEXT;
@@ -22,14 +24,14 @@ const USED: u16 = 1 << 15;
 pub struct PackedTaken {
     /// Its buffer id, whatever the driver wrote.
     pub id: u16,
-    /// Descriptors of the ring that it takes.
-    pub count: u16,
+    /// Bytes of the ring that it takes, 16 a descriptor.
+    pub bytes: u32,
 }
 
 /// A walk along the ring, up to its end; beyond it the careful way goes. The flags it gives are those of the descriptor, but
 /// turned round where they have to be set: what is not available has AVAIL or USED, and WRITE is wrong in either phase.
 struct Chain<'a> {
-    entry: PackedEntry<'a>,
+    run: PackedRun<'a>,
     wanted: u16,
 }
 
@@ -37,25 +39,27 @@ impl Steps for Chain<'_> {
     const WRONG: u16 = INDIRECT | AVAIL | USED;
 
     #[inline(always)]
-    fn addr(&self) -> u64 {
-        self.entry.addr()
+    unsafe fn addr(&self, at: usize) -> u64 {
+        // SAFETY: the caller's promise; the room ends where the run does.
+        unsafe { self.run.addr(at) }
     }
 
     #[inline(always)]
-    fn len(&self) -> u32 {
-        self.entry.len()
+    unsafe fn len(&self, at: usize) -> u32 {
+        // SAFETY: likewise.
+        unsafe { self.run.len(at) }
     }
 
     #[inline(always)]
-    fn goes_on(&self, flags: u16) -> bool {
+    fn goes_on(&self, flags: u16, _: usize) -> bool {
         flags & NEXT != 0
     }
 
     #[inline(always)]
-    fn step(&mut self) -> Option<u16> {
-        self.entry = self.entry.after()?;
+    unsafe fn step(&mut self, at: usize) -> Option<u16> {
         // The head was loaded with Acquire; what follows it was there before (§2.8.21.1).
-        Some(self.entry.flags(Ordering::Relaxed) ^ self.wanted)
+        // SAFETY: likewise.
+        Some(unsafe { self.run.flags(at) } ^ self.wanted)
     }
 
     #[inline(always)]
@@ -63,73 +67,103 @@ impl Steps for Chain<'_> {
         self.wanted ^= WRITE;
         flags ^ WRITE
     }
-
-    #[inline(always)]
-    fn may_write(flags: u16) -> bool {
-        flags & (Self::WRONG | WRITE) == 0
-    }
 }
 
 /// A walk along an indirect table. Of its flags only WRITE counts, and the careful way has a word on INDIRECT (§2.8.7).
-struct Listed<'a>(Run<'a>);
+struct Listed<'a> {
+    run: Run<'a>,
+    wanted: u16,
+}
 
 impl Steps for Listed<'_> {
     const WRONG: u16 = INDIRECT;
 
     #[inline(always)]
-    fn addr(&self) -> u64 {
-        self.0.entry().addr()
+    unsafe fn addr(&self, at: usize) -> u64 {
+        // SAFETY: the caller's promise; the room ends where the table does.
+        unsafe { self.run.addr(at) }
     }
 
     #[inline(always)]
-    fn len(&self) -> u32 {
-        self.0.entry().len()
+    unsafe fn len(&self, at: usize) -> u32 {
+        // SAFETY: likewise.
+        unsafe { self.run.len(at) }
     }
 
     #[inline(always)]
-    fn goes_on(&self, _: u16) -> bool {
-        self.0.left() > 1
+    fn goes_on(&self, _: u16, next: usize) -> bool {
+        next < self.run.bytes()
     }
 
     #[inline(always)]
-    fn step(&mut self) -> Option<u16> {
-        self.0 = self.0.after()?;
+    unsafe fn step(&mut self, at: usize) -> Option<u16> {
         // A packed descriptor has its flags where a split one has `next` (§2.8.13).
-        Some(self.0.entry().next())
+        // SAFETY: likewise.
+        Some(unsafe { self.run.packed_flags(at) } ^ self.wanted)
+    }
+
+    #[inline(always)]
+    fn turn(&mut self, flags: u16) -> u16 {
+        self.wanted = WRITE;
+        flags ^ WRITE
     }
 }
 
 impl View {
-    /// Fills `to` with the buffers of the chain in `ring` that starts at `head`, which is available and has `flags`.
-    /// [`Rules::most`] bounds its pieces. `None`: not a usual request; what `to` holds is of no use.
+    /// Fills `to` with the buffers of the chain that starts at `lap`, where a [look](Lap::look) found `flags`; it may take
+    /// `left` bytes of the ring. Only if `indirect` it may be a table. `None`: not a usual request; what `to` holds is of no
+    /// use.
     #[inline(always)]
     pub fn gather_packed(
         &self,
-        ring: &PackedRing,
-        (head, flags): (u16, u16),
-        rules: &Rules,
+        lap: &Lap,
+        flags: u16,
+        left: u32,
+        indirect: &bool,
         to: &mut Buffers,
     ) -> Option<PackedTaken> {
         to.recycle(self);
         let slots = self.memory().slots();
-        let entry = ring.entry(head)?;
+        let run = lap.run();
+        let room = to.room_for_pieces();
         if flags & INDIRECT == 0 {
-            let room = to.room_for_pieces(rules.most);
-            let available = flags & (AVAIL | USED);
-            let mut chain = Chain { entry, wanted: available };
-            let filled = fill(slots, &mut chain, flags ^ available, room)?;
-            let taken = PackedTaken { id: chain.entry.id(), count: filled.pieces() };
+            let room = room.up_to(run.bytes()).up_to(left as usize);
+            let chain = Chain { run, wanted: lap.state() };
+            // SAFETY: the room was cut to the length of the run.
+            let filled = unsafe { fill(slots, chain, flags, room) }?;
+            // SAFETY: what was filled last was its last descriptor.
+            let id = unsafe { run.id(filled.last()) };
+            let bytes = filled.bytes();
             filled.tell(to);
-            return Some(taken);
+            return Some(PackedTaken { id, bytes });
         }
-        if flags & NEXT != 0 {
+        if flags & NEXT != 0 || left == 0 || !*indirect {
             return None;
         }
-        let table = usual_table(rules, slots, entry.addr(), entry.len())?;
-        let run = table.run()?;
-        let flags = run.entry().next();
-        let filled = fill(slots, &mut Listed(run), flags, to.room_for_pieces(rules.most))?;
+        // SAFETY: a run is never empty.
+        let addr = unsafe { run.addr(0) };
+        // SAFETY: likewise.
+        let len = unsafe { run.len(0) };
+        let table = usual_run(slots, addr, u64::from(len), &room)?;
+        // SAFETY: not empty.
+        let flags = unsafe { table.packed_flags(0) };
+        let room = room.up_to(table.bytes());
+        // SAFETY: the room was cut to the length of the table.
+        let filled = unsafe { fill(slots, Listed { run: table, wanted: 0 }, flags, room) }?;
         filled.tell(to);
-        Some(PackedTaken { id: entry.id(), count: 1 })
+        // SAFETY: a run is never empty.
+        Some(PackedTaken { id: unsafe { run.id(0) }, bytes: 16 })
     }
+}
+
+/// The indirect table of a descriptor, when it lies in one region, is not empty and the list has room for it.
+#[inline(always)]
+fn usual_run<'a>(slots: Slots<'a>, addr: u64, len: u64, room: &Room<'_>) -> Option<Run<'a>> {
+    let bytes = index(len);
+    // Less than nothing is more than the room, too.
+    if bytes.wrapping_sub(1) >= room.limit() || !bytes.is_multiple_of(16) {
+        return None;
+    }
+    let host = slots.find(addr).translate_buffer(addr, len)?;
+    Some(Run::new(host, bytes))
 }

@@ -6,11 +6,14 @@ use std::marker::PhantomData;
 use crate::cells::{Descriptor, Descriptors};
 use crate::copy;
 
+/// Bytes of an entry.
+const ENTRY: usize = 16;
+
 /// A table of descriptors. Invariant: `host` is readable for `count * 16` bytes while a gathering that holds it lasts.
 #[derive(Clone, Copy)]
 pub(crate) struct Table<'a> {
     host: *const u8,
-    count: u16,
+    count: usize,
     /// The ring's own table of the loom twin, which is no memory.
     #[cfg(outboard_loom)]
     twin: Option<&'a Descriptors>,
@@ -23,17 +26,11 @@ impl<'a> Table<'a> {
     pub(crate) fn new(host: *const u8, count: u16) -> Self {
         Self {
             host,
-            count,
+            count: usize::from(count),
             #[cfg(outboard_loom)]
             twin: None,
             ring: PhantomData,
         }
-    }
-
-    /// All entries in their order, of a table that is memory; `None` when there are none.
-    #[inline(always)]
-    pub(crate) fn run(&self) -> Option<Run<'a>> {
-        Some(Run { entry: self.entry(0)?, left: self.count })
     }
 
     /// Entry `at`, each of its bytes read once; `None` past the end.
@@ -57,10 +54,10 @@ impl<'a> Table<'a> {
             return Some(Entry { host: std::ptr::null(), twin, table: PhantomData });
         }
         let at = usize::from(at);
-        if at >= usize::from(self.count) {
+        if at >= self.count {
             return None;
         }
-        let host = self.host.wrapping_add(at * 16);
+        let host = self.host.wrapping_add(at * ENTRY);
         Some(Entry {
             host,
             #[cfg(outboard_loom)]
@@ -70,37 +67,56 @@ impl<'a> Table<'a> {
     }
 }
 
-/// Entries one behind the other, a pointer and a bound, which stay in registers. Invariant: `left` entries of the table begin
-/// with this one, at least one.
+/// Entries one behind the other, by their distance from the first one in bytes. Invariant: `bytes`, whole entries, are
+/// those of a table. Each read reads guest memory: do each once, so that what was checked is what is used.
 #[derive(Clone, Copy)]
 pub(crate) struct Run<'a> {
-    entry: Entry<'a>,
-    left: u16,
+    host: *const u8,
+    bytes: usize,
+    table: PhantomData<&'a Descriptors>,
 }
 
-impl<'a> Run<'a> {
-    /// Entries from the present one on.
+impl Run<'_> {
+    /// `host` is readable for `bytes`, whole entries, as long as the gathering lasts.
     #[inline(always)]
-    pub(crate) fn left(&self) -> u16 {
-        self.left
+    pub(crate) fn new(host: *const u8, bytes: usize) -> Self {
+        Self { host, bytes, table: PhantomData }
     }
 
-    /// The present one, not read yet.
+    /// Bytes of all entries.
     #[inline(always)]
-    pub(crate) fn entry(&self) -> Entry<'a> {
-        self.entry
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 
-    /// From the next one on; `None` when there is none.
+    /// The guest address of the buffer of the entry at `at`.
+    ///
+    /// # Safety
+    /// `at` is the place of an entry: a multiple of 16, below [`bytes`](Self::bytes).
     #[inline(always)]
-    pub(crate) fn after(self) -> Option<Self> {
-        match self.left - 1 {
-            0 => None,
-            left => {
-                let host = self.entry.host.wrapping_add(16);
-                Some(Self { entry: Entry { host, ..self.entry }, left })
-            }
-        }
+    pub(crate) unsafe fn addr(&self, at: usize) -> u64 {
+        // SAFETY: inside the table, by the caller's promise.
+        unsafe { copy::read(self.host.wrapping_add(at).cast()) }
+    }
+
+    /// The bytes of the buffer.
+    ///
+    /// # Safety
+    /// As for [`addr`](Self::addr).
+    #[inline(always)]
+    pub(crate) unsafe fn len(&self, at: usize) -> u32 {
+        // SAFETY: inside the table, by the caller's promise.
+        unsafe { copy::read(self.host.wrapping_add(at + 8).cast()) }
+    }
+
+    /// What stands where a packed descriptor has its flags.
+    ///
+    /// # Safety
+    /// As for [`addr`](Self::addr).
+    #[inline(always)]
+    pub(crate) unsafe fn packed_flags(&self, at: usize) -> u16 {
+        // SAFETY: inside the table, by the caller's promise.
+        unsafe { copy::read(self.host.wrapping_add(at + 14).cast()) }
     }
 }
 

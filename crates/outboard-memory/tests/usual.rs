@@ -19,13 +19,19 @@ fn rig(chain: &[(u64, u32, u16)]) -> (View, Descriptors, Buffers) {
         ring.set(at, Descriptor { addr, len, flags: flags | more, next: at + 1 }).unwrap();
     }
     // An earlier request left room for sixteen pieces.
-    let mut buffers = Buffers::new(&view);
-    let mut gather = view.gather(&ring, &mut buffers);
+    let buffers = room(&view, 16);
+    (view, ring, buffers)
+}
+
+fn room(view: &View, most: u16) -> Buffers {
+    let mut buffers = Buffers::for_requests(view, most);
+    let start = view.memory().regions()[0].spec().guest_addr;
+    let mut gather = view.gather_pieces(&mut buffers);
     for _ in 0..16 {
-        gather.push(0, 1).unwrap();
+        gather.push(start, 1).unwrap();
     }
     gather.finish(false);
-    (view, ring, buffers)
+    buffers
 }
 
 fn rules(most: u16) -> Rules {
@@ -35,8 +41,9 @@ fn rules(most: u16) -> Rules {
 #[test]
 fn a_request_of_more_pieces_than_allowed_is_not_usual() {
     let (view, ring, mut buffers) = rig(&[(0x1000, 1, 0); 5]);
-    assert_eq!(view.gather_usual(&ring, 0, &rules(4), &mut buffers), None);
-    assert_eq!(view.gather_usual(&ring, 0, &rules(5), &mut buffers), Some(5));
+    let mut few = room(&view, 4);
+    assert_eq!(view.gather_usual(&ring, 0, &rules(16), &mut few), None);
+    assert_eq!(view.gather_usual(&ring, 0, &rules(16), &mut buffers), Some(5));
     assert_eq!(buffers.readable().len(), 5);
 }
 
@@ -45,10 +52,41 @@ fn a_request_of_more_than_four_gigabytes_is_not_usual() {
     let part = u32::try_from(2 * GIB).unwrap();
     let (view, ring, mut buffers) = rig(&[(0, part, 0), (GIB, part, 0), (0, 1, Descriptor::WRITE)]);
     assert_eq!(view.gather_usual(&ring, 0, &rules(8), &mut buffers), None);
+    // As many is left to the careful way, which takes it.
     let (view, ring, mut buffers) = rig(&[(0, part, 0), (GIB, part, Descriptor::WRITE)]);
+    assert_eq!(view.gather_usual(&ring, 0, &rules(8), &mut buffers), None);
+    let (view, ring, mut buffers) = rig(&[(0, part, 0), (GIB, part - 1, Descriptor::WRITE)]);
     assert_eq!(view.gather_usual(&ring, 0, &rules(8), &mut buffers), Some(2));
-    assert_eq!((buffers.readable().len(), buffers.writable().len()), (2 * GIB, 2 * GIB));
-    assert_eq!(buffers.room(), 2 * GIB);
+    assert_eq!((buffers.readable().len(), buffers.writable().len()), (2 * GIB, 2 * GIB - 1));
+    assert_eq!(buffers.room(), 2 * GIB - 1);
+}
+
+#[test]
+fn a_buffer_that_begins_before_a_region_or_ends_behind_it_is_not_usual() {
+    // So large that both sides of its first and last address have one slot of the table.
+    let (start, size) = (GIB + 0x10_0000, 3 * GIB + 0x10_0000);
+    let region = Arc::new(Region::memfd(start, size).unwrap().0);
+    let view = View::new(Arc::new(GuestMemory::new(1, vec![region]).unwrap()));
+    let ring = view.cells(start, 16).unwrap().descriptors(0, 1).unwrap();
+    let mut buffers = room(&view, 16);
+    let mut is_usual = |addr: u64, len: u32| {
+        ring.set(0, Descriptor { addr, len, flags: 0, next: 0 }).unwrap();
+        view.gather_usual(&ring, 0, &rules(8), &mut buffers).is_some()
+    };
+    let end = start + size;
+    assert!(is_usual(start, 0x20) && is_usual(end - 0x20, 0x20));
+    for (addr, len) in [
+        (start - 0x10, 0x20),
+        (start - 1, 1),
+        (start - 1, u32::MAX),
+        (end - 0x10, 0x20),
+        (end, 1),
+        (end - 1, u32::MAX),
+        (u64::MAX, 2),
+        (u64::MAX, u32::MAX),
+    ] {
+        assert!(!is_usual(addr, len), "{addr:#x} {len:#x}");
+    }
 }
 
 #[test]

@@ -191,7 +191,8 @@ const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
 
 impl Offers {
-    #[inline(always)]
+    /// (Out of line, so that it is the same without a device, whatever registers that takes.)
+    #[inline(never)]
     fn offer(&mut self) {
         let (at, order) = (self.at, Ordering::Release);
         if self.indirect {

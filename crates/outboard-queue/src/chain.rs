@@ -23,14 +23,29 @@ const STAGING: usize = 4096;
 #[derive(Debug)]
 pub(crate) struct Parts {
     pub(crate) buffers: Buffers,
+    /// Split: the head. Packed: the buffer id of a chain that is charged.
     pub(crate) head: u16,
-    /// Where it is put when it is idle: at its head, or, while it is charged, nowhere, so that what is quick does not
-    /// have to ask.
+    /// Split: where it is put when it is idle. Packed: the buffer id. Of a chain that is charged `u16::MAX`, which is
+    /// nowhere and no id, so that what is quick does not have to ask.
     pub(crate) place: u16,
     /// Whether it is one of those that may keep a long list while idle.
     pub(crate) grown: bool,
     /// Pieces charged to the queue's budget while in flight; 0 for a chain of few.
     pub(crate) charged: usize,
+}
+
+impl Parts {
+    /// The buffer id became known, of a chain that was charged or not.
+    pub(crate) fn is_named(&mut self, id: u16) {
+        self.head = id;
+        self.place = if self.charged == 0 { id } else { u16::MAX };
+    }
+
+    /// What names the chain to the driver.
+    #[inline]
+    pub(crate) fn name(&self) -> u16 {
+        if self.place == u16::MAX { self.head } else { self.place }
+    }
 }
 
 /// A request taken from a queue. Give it back with [`DeviceQueue::complete`](crate::DeviceQueue::complete): a chain
@@ -39,10 +54,10 @@ pub(crate) struct Parts {
 pub struct Chain(pub(crate) Box<Parts>);
 
 impl Chain {
-    /// The descriptor the chain starts with, which names it to the driver.
+    /// What names the chain to the driver: the descriptor it starts with, or on a packed ring its buffer id.
     #[inline]
     pub fn head(&self) -> u16 {
-        self.0.head
+        self.0.name()
     }
 
     /// The bytes for the device to read that are left.
@@ -113,7 +128,7 @@ fn short(pieces: &[Segment], needed: usize) -> ShortBuffer {
 impl fmt::Debug for Chain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Chain")
-            .field("head", &self.0.head)
+            .field("head", &self.head())
             .field("buffers", &self.0.buffers)
             .finish()
     }

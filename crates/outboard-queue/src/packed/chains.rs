@@ -5,22 +5,27 @@
 
 use outboard_memory::{Buffers, View};
 
-use crate::budget::Budget;
+use super::place::descriptors;
+use crate::budget::{Budget, FEW_PIECES};
 use crate::chain::Parts;
 use crate::error::RingError;
 
-/// Descriptors of the ring that a chain in flight takes.
+/// Descriptors of the ring that a chain in flight takes, in bytes.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Held {
     /// 0: no chain of this id is in flight.
-    count: u16,
-    /// The index of the first one.
-    start: u16,
+    bytes: u32,
+    /// From the first one to the end of the ring.
+    left: u32,
 }
 
 pub(super) struct PackedChains {
     #[expect(clippy::vec_box, reason = "a chain in flight is its box, handed out and back")]
     idle: Vec<Box<Parts>>,
+    /// The idle ones while every request is looked at twice (see `tracked`): what is quick finds none.
+    #[expect(clippy::vec_box, reason = "likewise")]
+    aside: Vec<Box<Parts>>,
+    is_aside: bool,
     made: usize,
     /// By buffer id.
     held: Box<[Held]>,
@@ -30,69 +35,95 @@ pub(super) struct PackedChains {
 impl PackedChains {
     pub(super) fn new(size: u16) -> Self {
         let held = vec![Held::default(); usize::from(size)].into();
-        Self { idle: Vec::new(), made: 0, held, budget: Budget::default() }
-    }
-
-    /// An idle chain.
-    #[inline(always)]
-    pub(super) fn take(&mut self, view: &View) -> Box<Parts> {
-        match self.idle.pop() {
-            Some(parts) => parts,
-            None => self.make(view),
+        Self {
+            idle: Vec::new(),
+            aside: Vec::new(),
+            is_aside: false,
+            made: 0,
+            held,
+            budget: Budget::default(),
         }
     }
 
-    #[cold]
-    #[inline(never)]
-    fn make(&mut self, view: &View) -> Box<Parts> {
-        self.made += 1;
-        Box::new(Parts { buffers: Buffers::new(view), head: 0, place: 0, grown: false, charged: 0 })
+    /// An idle chain that is not set aside.
+    #[inline(always)]
+    pub(super) fn take(&mut self) -> Option<Box<Parts>> {
+        self.idle.pop()
     }
 
-    /// A chain is idle again, or was not taken after all.
+    /// An idle chain, wherever it is, or a new one.
+    pub(super) fn take_any(&mut self, view: &View) -> Box<Parts> {
+        if let Some(parts) = self.idle.pop().or_else(|| self.aside.pop()) {
+            return parts;
+        }
+        self.made += 1;
+        let size = u16::try_from(self.held.len()).unwrap_or(u16::MAX);
+        let buffers = Buffers::for_requests(view, size.min(FEW_PIECES));
+        Box::new(Parts { buffers, head: 0, place: 0, grown: false, charged: 0 })
+    }
+
+    /// A chain is idle again, while none are set aside.
     #[inline(always)]
     pub(super) fn put(&mut self, parts: Box<Parts>) {
+        debug_assert!(!self.is_aside, "it would be found");
         self.idle.push(parts);
     }
 
-    /// A chain of `count` descriptors, the first at `start`, is in flight under this id.
+    /// A chain is idle again, or was not taken after all.
+    pub(super) fn put_any(&mut self, parts: Box<Parts>) {
+        if self.is_aside { self.aside.push(parts) } else { self.idle.push(parts) }
+    }
+
+    /// Sets the chains aside, or puts them where the quick way finds them.
+    pub(super) fn set_aside(&mut self, aside: bool) {
+        if aside != self.is_aside {
+            std::mem::swap(&mut self.idle, &mut self.aside);
+            self.is_aside = aside;
+        }
+    }
+
+    /// A chain that takes `bytes` of the ring, `left` before its end, is in flight under this id.
     #[inline(always)]
-    pub(super) fn hold(&mut self, id: u16, count: u16, start: u16) -> Result<(), RingError> {
+    pub(super) fn hold(&mut self, id: u16, bytes: u32, left: u32) -> Result<(), RingError> {
         match self.held.get_mut(usize::from(id)) {
-            Some(held) if held.count == 0 => {
-                *held = Held { count, start };
+            Some(held) if held.bytes == 0 => {
+                *held = Held { bytes, left };
                 Ok(())
             }
             held => Err(wrong_id(id, held.is_some(), self.held.len())),
         }
     }
 
-    /// The chain of this id is given back: the descriptors it took. 0: none is in flight.
+    /// The chain of this id is given back: the bytes of the ring that it took. 0: none is in flight.
     #[inline(always)]
-    pub(super) fn release(&mut self, id: u16) -> u16 {
-        self.held.get_mut(usize::from(id)).map_or(0, |held| std::mem::take(&mut held.count))
+    pub(super) fn release(&mut self, id: u16) -> u32 {
+        self.held.get_mut(usize::from(id)).map_or(0, |held| std::mem::take(&mut held.bytes))
     }
 
     /// The first descriptor of a chain in flight.
     pub(super) fn start(&self, id: u16) -> Option<u16> {
-        let held = self.held.get(usize::from(id)).filter(|held| held.count > 0)?;
-        Some(held.start)
+        let held = self.held.get(usize::from(id)).filter(|held| held.bytes > 0)?;
+        Some(self.index(held))
+    }
+
+    fn index(&self, held: &Held) -> u16 {
+        u16::try_from(self.held.len()).unwrap_or(u16::MAX).wrapping_sub(descriptors(held.left))
     }
 
     /// Chains in flight.
     pub(super) fn in_flight(&self) -> u16 {
-        u16::try_from(self.made - self.idle.len()).unwrap_or(u16::MAX)
+        u16::try_from(self.made - self.idle.len() - self.aside.len()).unwrap_or(u16::MAX)
     }
 
     /// Id and first descriptor of each chain in flight.
     pub(super) fn each_in_flight(&self) -> impl Iterator<Item = (u16, u16)> {
         let held = (0_u16..).zip(&self.held);
-        held.filter(|(_, held)| held.count > 0).map(|(id, held)| (id, held.start))
+        held.filter(|(_, held)| held.bytes > 0).map(|(id, held)| (id, self.index(held)))
     }
 
     /// Lets go of guest memory that is not the one of `view`.
     pub(super) fn recycle(&mut self, view: &View) {
-        for parts in &mut self.idle {
+        for parts in self.idle.iter_mut().chain(&mut self.aside) {
             parts.buffers.recycle(view);
         }
     }

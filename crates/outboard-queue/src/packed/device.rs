@@ -17,12 +17,12 @@
 
 use std::sync::atomic::Ordering;
 
-use outboard_memory::{Descriptor, PackedRing, PackedTaken, Rules, View, fence};
+use outboard_memory::{Descriptor, Lap, PackedRing, PackedTaken, UsedLap, View, fence};
 
 use super::cells::PackedCells;
 use super::chains::PackedChains;
 use super::inflight::Inflight;
-use super::place::{DESC, DISABLE, ENABLE, Place, event_word, wants};
+use super::place::{DESC, DISABLE, ENABLE, Place, descriptors, event_word, is_enabled, wants};
 use super::tracked::PackedLog;
 use super::walk::Source;
 use super::{AVAIL, STATE, USED};
@@ -36,28 +36,22 @@ use crate::walk::Health;
 #[derive(Debug)]
 pub(crate) struct PackedDevice {
     pub(super) source: Source,
-    /// For the quick walk: no long chains, which are accounted for; none at all while requests are looked at twice.
-    pub(super) rules: Rules,
     pub(super) cells: PackedCells,
     pub(super) layout: QueueLayout,
     pub(super) features: QueueFeatures,
     pub(super) health: Health,
     /// Live, no request is looked at twice, and none waits for its turn.
     pub(super) plain: bool,
-    /// Where the next available chain is.
-    next_avail: Place,
-    /// The state of a descriptor that is available there.
-    available: u16,
-    /// Where the next used descriptor goes.
-    pub(super) next_used: Place,
-    /// The state of a descriptor that is used there.
-    used: u16,
-    /// Descriptors that were not taken, or were given back and shown.
-    pub(super) left: u16,
-    /// Descriptors between the first one that was completed and not told, and `next_used`. 0: none.
-    pub(super) batch: u16,
-    /// That first one, and the flags it gets.
-    first: (u16, u16),
+    /// Where the next available chain is. Nowhere when the ring takes nothing any more.
+    next_avail: Lap,
+    /// Where the next used descriptor goes; the first one of the batch is marked.
+    next_used: UsedLap,
+    /// Descriptors that were not taken, or were given back and shown; in bytes of the ring, as lengths of a [`Lap`] are.
+    pub(super) left: u32,
+    /// Descriptors between the first one that was completed and not told, and `next_used`, in bytes. 0: none.
+    pub(super) batch: u32,
+    /// The flags that the first one gets.
+    first: u16,
     /// Whether the driver may believe that kicks are wanted.
     armed: bool,
     /// Whether the next `publish` has more to do than usual.
@@ -130,21 +124,20 @@ impl PackedDevice {
         let (next_avail, next_used) = places(base, size).ok_or(wrong)?;
         let held = next_avail.since(next_used, size).ok_or(wrong)?;
         let indirect = features.indirect;
+        let avail_lap = Lap::new(&ring, next_avail.at, available(next_avail)).ok_or(wrong)?;
+        let used_lap = UsedLap::new(&ring, next_used.at, used(next_used)).ok_or(wrong)?;
         Ok(Self {
             source: Source { ring, view, size, indirect },
-            rules: Rules { most: size.min(FEW_PIECES), indirect },
             cells,
             layout,
             features,
             health: Health::Live,
             plain: !features.in_order,
-            next_avail,
-            available: available(next_avail),
-            next_used,
-            used: used(next_used),
-            left: size - held,
+            next_avail: avail_lap,
+            next_used: used_lap,
+            left: 16 * u32::from(size - held),
             batch: 0,
-            first: (0, 0),
+            first: 0,
             armed: true,
             unusual: true,
             call_is_due: true,
@@ -159,32 +152,31 @@ impl PackedDevice {
         })
     }
 
-    /// The flags of the next descriptor, when it is available. `Some(None)`: there is no ring any more.
-    #[inline(always)]
-    fn look(&self, order: Ordering) -> Option<Option<u16>> {
-        let Some(flags) = self.source.ring.flags(self.next_avail.at, order) else {
-            return Some(None);
-        };
-        (flags & STATE == self.available).then_some(Some(flags))
+    /// Where the next available chain is.
+    fn avail_place(&self) -> Place {
+        let lap = &self.next_avail;
+        Place { at: descriptors(lap.size() - lap.left()), wrap: lap.state() == AVAIL }
+    }
+
+    /// Where the next used descriptor goes.
+    pub(super) fn used_place(&self) -> Place {
+        let lap = self.next_used.lap();
+        Place { at: descriptors(lap.size() - lap.left()), wrap: lap.state() == STATE }
     }
 
     /// Whether [`pop`](Self::pop) would find something to say.
     #[inline]
     pub(crate) fn has_available(&self) -> bool {
-        match self.look(Ordering::Acquire) {
-            None => false,
-            Some(None) => self.fault.is_some(),
-            Some(Some(_)) => true,
-        }
+        let found = self.next_avail.look(Ordering::Acquire).is_some();
+        found && (self.health == Health::Live || self.fault.is_some())
     }
 
-    /// The next chain. None: there is none, or something to [`tell`](Self::tell). (A pointer, so that nothing of it goes
-    /// through memory on the way to the caller.)
+    /// The next chain.
     #[inline(always)]
-    pub(crate) fn pop(&mut self) -> Option<Chain> {
-        match self.look(Ordering::Acquire)? {
+    pub(crate) fn pop(&mut self) -> Result<Option<Chain>, RingError> {
+        match self.next_avail.look(Ordering::Acquire) {
             Some(flags) => self.take(flags),
-            None => None,
+            None => Ok(None),
         }
     }
 
@@ -200,54 +192,83 @@ impl PackedDevice {
         self.fault.take().map_or(Ok(otherwise), Err)
     }
 
-    /// Takes the next chain, whose first descriptor has these flags. None: the driver broke a rule. (Out of line, so that
-    /// the walk has the registers for itself.)
-    #[inline(never)]
-    fn take(&mut self, flags: u16) -> Option<Chain> {
-        let Source { ring, view, .. } = &self.source;
-        let mut parts = self.chains.take(view);
-        let head = self.next_avail.at;
-        let taken = view.gather_packed(ring, (head, flags), &self.rules, &mut parts.buffers);
-        match taken {
-            Some(taken) if taken.count <= self.left => self.keep(taken, parts),
-            _ => self.take_carefully(flags, parts),
+    /// Takes the next chain, whose first descriptor has these flags beside its state.
+    #[inline(always)]
+    fn take(&mut self, flags: u16) -> Result<Option<Chain>, RingError> {
+        let Some(mut parts) = self.chains.take() else { return self.take_rarely(flags) };
+        let Source { view, indirect, .. } = &self.source;
+        let (lap, left) = (&self.next_avail, self.left);
+        let Some(taken) = view.gather_packed(lap, flags, left, indirect, &mut parts.buffers) else {
+            return self.take_or_tell(flags, parts);
+        };
+        parts.place = taken.id;
+        match self.keep(taken) {
+            Ok(()) => Ok(Some(Chain(parts))),
+            Err(error) => self.refuse_and_tell(parts, error),
         }
     }
 
-    /// The chain was walked and is in flight now, unless its id cannot be.
+    /// A chain was walked and is in flight now, unless its id cannot be.
     #[inline(always)]
-    fn keep(&mut self, taken: PackedTaken, mut parts: Box<Parts>) -> Option<Chain> {
-        let PackedTaken { id, count } = taken;
-        if let Err(error) = self.chains.hold(id, count, self.next_avail.at) {
-            return self.refuse(parts, error);
+    fn keep(&mut self, PackedTaken { id, bytes }: PackedTaken) -> Result<(), RingError> {
+        self.chains.hold(id, bytes, self.next_avail.left())?;
+        self.left -= bytes;
+        self.next_avail.advance(bytes);
+        Ok(())
+    }
+
+    /// There is no idle chain for the quick way, or no ring any more.
+    #[cold]
+    #[inline(never)]
+    fn take_rarely(&mut self, flags: u16) -> Result<Option<Chain>, RingError> {
+        let parts = self.chains.take_any(&self.source.view);
+        self.take_or_tell(flags, parts)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn take_or_tell(&mut self, flags: u16, parts: Box<Parts>) -> Result<Option<Chain>, RingError> {
+        match self.take_carefully(flags, parts) {
+            Some(chain) => Ok(Some(chain)),
+            None => self.tell(None),
         }
-        parts.head = id;
-        self.left -= count;
-        if self.next_avail.advance(count, self.layout.size) {
-            self.available ^= STATE;
-        }
-        Some(Chain(parts))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn refuse_and_tell(
+        &mut self,
+        parts: Box<Parts>,
+        error: RingError,
+    ) -> Result<Option<Chain>, RingError> {
+        let _ = self.refuse(parts, error);
+        self.tell(None)
     }
 
     /// Something rare or something wrong, or a request that is looked at twice: from the start, with care. A chain that
-    /// the IOTLB cannot translate yet stays in the ring.
-    #[cold]
-    #[inline(never)]
+    /// the IOTLB cannot translate yet stays in the ring. Nothing is taken from a ring that is none any more.
     fn take_carefully(&mut self, flags: u16, mut parts: Box<Parts>) -> Option<Chain> {
-        let head = (self.next_avail.at, flags);
+        if self.health != Health::Live {
+            self.chains.put_any(parts);
+            return None;
+        }
+        let head = (self.avail_place().at, flags | self.next_avail.state());
         let mut seen = self.inflight.is_some().then(Vec::new);
-        let (left, buffers) = (self.left, &mut parts.buffers);
+        let (left, buffers) = (descriptors(self.left), &mut parts.buffers);
         let walked = self.source.walk_carefully(head, left, buffers, seen.as_mut());
         let walked = walked.and_then(|walked| {
             self.chains.budget.charge(&mut parts, walked.pieces).map(|()| walked)
         });
         match walked {
             Ok(walked) => {
-                let chain = self.keep(walked.taken, parts)?;
-                if let Some(log) = &mut self.log {
-                    log.taken(walked.taken.id, &chain.0.buffers);
+                parts.is_named(walked.taken.id);
+                if let Err(error) = self.keep(walked.taken) {
+                    return self.refuse(parts, error);
                 }
-                self.note_taken(chain, &seen.unwrap_or_default())
+                if let Some(log) = &mut self.log {
+                    log.taken(walked.taken.id, &parts.buffers);
+                }
+                self.note_taken(Chain(parts), &seen.unwrap_or_default())
             }
             Err(error) => self.refuse(parts, error),
         }
@@ -259,10 +280,10 @@ impl PackedDevice {
     pub(super) fn refuse(&mut self, mut parts: Box<Parts>, error: RingError) -> Option<Chain> {
         if parts.charged != 0 {
             self.chains.budget.discharge(&mut parts);
-        } else if parts.buffers.pieces() > usize::from(FEW_PIECES) {
+        } else if parts.buffers.has_more_than(FEW_PIECES.into()) {
             parts.buffers.shrink();
         }
-        self.chains.put(parts);
+        self.chains.put_any(parts);
         self.retire(error);
         None
     }
@@ -283,7 +304,7 @@ impl PackedDevice {
         self.health = if lost { Health::Lost } else { Health::Retired };
         self.unusual |= lost;
         self.fault = Some(if lost { RingError::MemoryLost } else { error });
-        self.source.ring = self.source.ring.emptied();
+        self.next_avail = self.next_avail.nowhere();
     }
 
     #[inline(always)]
@@ -296,65 +317,104 @@ impl PackedDevice {
     }
 
     #[inline(always)]
-    pub(super) fn give_back<const PLAIN: bool>(&mut self, mut parts: Box<Parts>, written: u32) {
-        let id = parts.head;
-        let count = self.chains.release(id);
-        if count == 0 {
-            debug_assert!(false, "id {id} was not taken from this queue");
-            return;
-        }
-        if parts.charged != 0 {
-            self.chains.budget.discharge(&mut parts);
-        }
-        self.chains.put(parts);
-        let flags = if written > 0 { self.used | Descriptor::WRITE } else { self.used };
-        let at = self.next_used.at;
-        // The flags of the first one of a batch come last.
-        if self.batch == 0 {
-            self.first = (at, flags);
+    pub(super) fn give_back<const PLAIN: bool>(&mut self, parts: Box<Parts>, written: u32) {
+        let id = parts.place;
+        let bytes = self.chains.release(id);
+        if bytes == 0 {
+            return self.give_back_charged(parts, written);
         }
         if PLAIN {
-            let later = if self.batch == 0 { None } else { Some(flags) };
-            let _ = self.cells.ring.put_used(at, id, written, later);
+            self.chains.put(parts);
         } else {
+            self.chains.put_any(parts);
+        }
+        let used = self.next_used.lap().state();
+        let flags = if written > 0 { used | Descriptor::WRITE } else { used };
+        if PLAIN {
+            self.next_used.put_used(id, written);
+        }
+        // The flags of the first one of a batch come last.
+        if self.batch == 0 {
+            self.next_used.mark();
+            self.first = flags;
+        } else if PLAIN {
+            self.next_used.put_flags(flags);
+        }
+        if !PLAIN {
             self.complete_unusually(id, written, flags);
         }
-        self.batch += count;
-        if self.next_used.advance(count, self.layout.size) {
-            self.used ^= STATE;
+        self.batch += bytes;
+        self.next_used.advance(bytes);
+    }
+
+    /// A chain without a place comes back: it is charged, or not of this queue.
+    #[cold]
+    #[inline(never)]
+    fn give_back_charged(&mut self, mut parts: Box<Parts>, written: u32) {
+        if parts.charged == 0 {
+            debug_assert!(false, "id {} was not taken from this queue", parts.place);
+            return;
+        }
+        self.chains.budget.discharge(&mut parts);
+        if self.plain {
+            self.give_back::<true>(parts, written);
+        } else {
+            self.give_back::<false>(parts, written);
+        }
+    }
+
+    /// Writes a used descriptor. The flags of the first one of a batch come last.
+    pub(super) fn put(&mut self, id: u16, written: u32, flags: u16) {
+        self.next_used.put_used(id, written);
+        if self.batch != 0 {
+            self.next_used.put_flags(flags);
         }
     }
 
     #[inline(always)]
     pub(crate) fn publish(&mut self) -> Result<bool, RingError> {
-        let wanted = self.show();
-        self.tell(wanted)
-    }
-
-    /// Shows the batch. Whether the driver wants to be called; when guest memory is gone there is something to
-    /// [`tell`](Self::tell).
-    #[inline(always)]
-    fn show(&mut self) -> bool {
-        let count = self.batch;
         if self.unusual {
-            return self.show_unusually();
-        }
-        if count == 0 {
-            return false;
+            let wanted = self.show_unusually();
+            return self.tell(wanted);
         }
         if self.source.view.poisoned() {
-            self.retire(RingError::MemoryLost);
+            // With nothing to show there is nothing to lose: the next look tells.
+            return self.lose();
+        }
+        Ok(self.show())
+    }
+
+    /// Guest memory is gone before the batch could be shown.
+    #[cold]
+    #[inline(never)]
+    fn lose(&mut self) -> Result<bool, RingError> {
+        if self.batch == 0 {
+            return Ok(false);
+        }
+        self.retire(RingError::MemoryLost);
+        self.tell(false)
+    }
+
+    /// Shows the batch. Whether the driver wants to be called.
+    #[inline(always)]
+    fn show(&mut self) -> bool {
+        let bytes = self.batch;
+        if bytes == 0 {
             return false;
         }
         // Release: the rest of the batch, and the data it speaks of, are there before the driver finds the first one.
-        let (at, flags) = self.first;
-        let _ = self.cells.ring.set_flags(at, flags, Ordering::Release);
+        self.next_used.show_marked(self.first);
         self.batch = 0;
-        self.left += count;
+        self.left += bytes;
         // The driver arms, then looks at the next descriptor; we write it, then look whether the driver is armed.
         fence(Ordering::SeqCst);
         let event = self.cells.driver_event.load(Ordering::Relaxed);
-        wants(event, self.features.event_idx, self.next_used, count, self.layout.size)
+        is_enabled(event) || self.wants(event, bytes)
+    }
+
+    fn wants(&self, event: u32, bytes: u32) -> bool {
+        let (events, size) = (self.features.event_idx, self.layout.size);
+        wants(event, events, self.used_place(), descriptors(bytes), size)
     }
 
     /// The first one, one of a lost ring, one after a change of memory, or one of requests that are looked at twice.
@@ -368,16 +428,20 @@ impl PackedDevice {
             self.chains.recycle(&self.source.view);
             self.has_old_chains = self.in_flight() > 0;
         }
-        let ((start, _), count) = (self.first, self.batch);
+        let (used, count) = (self.used_place(), descriptors(self.batch));
+        let start = used.back(count, self.layout.size).at;
         let shows = count > 0;
         self.mark_batch(start, count);
         if let Some(inflight) = &mut self.inflight {
-            inflight.about_to_show(&self.cells.ring, self.next_used);
+            inflight.about_to_show(&self.cells.ring, used);
         }
-        self.unusual = false;
-        let wanted = self.show();
+        let lost = shows && self.source.view.poisoned();
+        if lost {
+            self.retire(RingError::MemoryLost);
+        }
+        let wanted = !lost && self.show();
         if let Some(inflight) = self.inflight.as_mut().filter(|_| self.batch == 0) {
-            inflight.has_shown(self.next_used);
+            inflight.has_shown(used);
         }
         self.mark_batch(start, count);
         let due = self.call_is_due && shows && self.health != Health::Lost;
@@ -405,12 +469,12 @@ impl PackedDevice {
             return true;
         }
         let flags = if self.features.event_idx { DESC } else { ENABLE };
-        let wish = event_word(self.next_avail.bits(), flags);
+        let wish = event_word(self.avail_place().bits(), flags);
         self.cells.device_event.store(wish, Ordering::Relaxed);
         self.armed = true;
         // The driver makes a descriptor available, then looks whether we are armed; we arm, then look at it.
         fence(Ordering::SeqCst);
-        matches!(self.look(Ordering::Relaxed), Some(Some(_)))
+        self.next_avail.look(Ordering::Relaxed).is_some()
     }
 
     #[inline]
@@ -433,28 +497,42 @@ impl PackedDevice {
         self.chains.recycle(&view);
         self.has_old_chains |= self.in_flight() > 0;
         self.unusual |= self.has_old_chains;
-        let live = self.health == Health::Live;
-        self.source.ring = if live { cells.ring.clone() } else { cells.ring.emptied() };
+        self.source.ring = cells.ring.clone();
         self.cells = cells;
         self.source.view = view;
+        self.place_laps(self.avail_place(), self.used_place())?;
         self.place_log();
         Ok(())
     }
 
+    /// The two places in the ring where it lies now.
+    fn place_laps(&mut self, next_avail: Place, next_used: Place) -> Result<(), RingError> {
+        let (ring, size) = (&self.cells.ring, self.layout.size);
+        let wrong = RingError::PackedBase { base: self.base(), size };
+        // What was completed and not told begins there.
+        let told = next_used.back(descriptors(self.batch), size);
+        let avail = Lap::new(ring, next_avail.at, available(next_avail)).ok_or(wrong)?;
+        let mut used = UsedLap::new(ring, told.at, self::used(told)).ok_or(wrong)?;
+        used.mark();
+        used.advance(self.batch);
+        self.next_avail = if self.health == Health::Live { avail } else { avail.nowhere() };
+        self.next_used = used;
+        Ok(())
+    }
+
     /// Goes on with the next used descriptor at `used` and `held` descriptors in flight, whatever the base was.
-    pub(super) fn go_on_at(&mut self, used: Place, held: u16) {
+    pub(super) fn go_on_at(&mut self, used: Place, held: u16) -> Result<(), RingError> {
         let size = self.layout.size;
-        (self.next_used, self.used) = (used, self::used(used));
         self.owed_at = used;
-        self.next_avail = used;
-        self.next_avail.advance(held, size);
-        self.available = available(self.next_avail);
-        self.left = size - held;
+        let mut avail = used;
+        avail.advance(held, size);
+        self.left = 16 * u32::from(size - held);
+        self.place_laps(avail, used)
     }
 
     pub(crate) fn base(&self) -> u32 {
-        let told = self.next_used.back(self.batch, self.layout.size);
-        u32::from(self.next_avail.bits()) | u32::from(told.bits()) << 16
+        let told = self.used_place().back(descriptors(self.batch), self.layout.size);
+        u32::from(self.avail_place().bits()) | u32::from(told.bits()) << 16
     }
 
     pub(crate) fn in_flight(&self) -> u16 {

@@ -16,9 +16,9 @@ impl PackedDevice {
     /// owed, and where the ring goes on follows from them.
     pub(crate) fn set_inflight(&mut self, area: InflightArea) -> Result<(), RingError> {
         let ring = &self.cells.ring;
-        let (inflight, resumed) = Inflight::start(area, ring, self.next_used, self.is_anew)?;
+        let (inflight, resumed) = Inflight::start(area, ring, self.used_place(), self.is_anew)?;
         if let Some(Resumed { used, held }) = resumed {
-            self.go_on_at(used, held);
+            self.go_on_at(used, held)?;
         }
         self.inflight = Some(Box::new(inflight));
         self.choose_way();
@@ -43,18 +43,19 @@ impl PackedDevice {
     }
 
     fn take_again(&mut self, pieces: &[Piece]) -> Option<Chain> {
-        let mut parts = self.chains.take(&self.source.view);
+        let mut parts = self.chains.take_any(&self.source.view);
         let count = u16::try_from(pieces.len()).unwrap_or(u16::MAX);
         let walked = self.source.walk_again(pieces, &mut parts.buffers);
         let walked = walked.and_then(|walked| {
             self.chains.budget.charge(&mut parts, walked.pieces)?;
             let id = walked.taken.id;
-            self.chains.hold(id, count, self.owed_at.at).map(|()| id)
+            let left = 16 * u32::from(self.layout.size - self.owed_at.at);
+            self.chains.hold(id, 16 * u32::from(count), left).map(|()| id)
         });
         match walked {
             Ok(id) => {
                 self.owed_at.advance(count, self.layout.size);
-                parts.head = id;
+                parts.is_named(id);
                 if let Some(log) = &mut self.log {
                     log.taken(id, &parts.buffers);
                 }

@@ -54,9 +54,21 @@ impl Place {
     }
 }
 
+/// Descriptors of so many bytes of a ring, which has at most 32,768.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "at most 2^19 bytes")]
+pub(crate) const fn descriptors(bytes: u32) -> u16 {
+    (bytes / 16) as u16
+}
+
+/// Whether one side wrote into its event structure that it wants to be told of every step.
+#[inline(always)]
+pub(crate) const fn is_enabled(word: u32) -> bool {
+    word & 0x3_0000 == (ENABLE as u32) << 16
+}
+
 /// What one side wrote into its event structure: whether the other side's step to `new`, by `count` descriptors, is to
 /// be told. `events`: EVENT_IDX was negotiated. What is reserved or no place of the ring counts as "yes".
-#[inline(always)]
 pub(crate) const fn wants(word: u32, events: bool, new: Place, count: u16, size: u16) -> bool {
     let [low, high, flags, _] = word.to_le_bytes();
     match flags & 3 {

@@ -3,12 +3,12 @@
 //!
 //! What goes through the ring itself is noted where the ring lies, whatever address the front-end gave for it: there is
 //! only one that is right, and QEMU gives the one of the event structure where DPDK gives the one of the ring.
-//! Invariant: while there is a log the quick walk takes nothing (its bound is 0) and every publication is an unusual one.
+//! Invariant: while there is a log the chains are set aside, so that the quick walk finds none, and every publication is an unusual one.
 
 use outboard_memory::{Buffers, GuestMemory, View};
 
 use super::device::PackedDevice;
-use crate::budget::FEW_PIECES;
+use super::place::descriptors;
 use crate::chain::Parts;
 use crate::layout::QueueLayout;
 use crate::order::Early;
@@ -88,7 +88,7 @@ impl PackedDevice {
     /// Takes the quick way, or this one.
     pub(super) fn choose_way(&mut self) {
         let tracked = self.is_tracked();
-        self.rules.most = if tracked { 0 } else { self.layout.size.min(FEW_PIECES) };
+        self.chains.set_aside(tracked);
         self.plain = self.health == Health::Live && !tracked && self.early.is_none();
         self.unusual |= tracked;
     }
@@ -134,11 +134,12 @@ impl PackedDevice {
             return Some(walked.taken.id);
         }
         let size = self.layout.size;
-        let ahead = match start.checked_sub(self.next_used.at) {
+        let used = self.used_place().at;
+        let ahead = match start.checked_sub(used) {
             Some(ahead) => ahead,
-            None => size - (self.next_used.at - start),
+            None => size - (used - start),
         };
-        if ahead >= size - self.left - self.batch {
+        if ahead >= size - descriptors(self.left + self.batch) {
             return None;
         }
         let flags = self.source.ring.flags(start, std::sync::atomic::Ordering::Relaxed)?;
@@ -154,10 +155,10 @@ impl PackedDevice {
         let Some(early) = &mut self.early else {
             return self.give_back::<false>(parts, written);
         };
-        let start = self.chains.start(parts.head).map(usize::from);
+        let start = self.chains.start(parts.name()).map(usize::from);
         match start.and_then(|start| early.get_mut(start)).filter(|early| early.is_none()) {
             Some(early) => *early = Some((parts, written)),
-            None => debug_assert!(false, "id {} was not taken from this queue", parts.head),
+            None => debug_assert!(false, "id {} was not taken from this queue", parts.name()),
         }
         while let Some((parts, written)) = self.next_early() {
             self.give_back::<false>(parts, written);
@@ -166,24 +167,22 @@ impl PackedDevice {
 
     /// The chain whose turn it is, when it has come back.
     fn next_early(&mut self) -> Early {
-        self.early.as_mut()?.get_mut(usize::from(self.next_used.at))?.take()
+        let at = usize::from(self.used_place().at);
+        self.early.as_mut()?.get_mut(at)?.take()
     }
 
     /// The chain of `id` is given back by a ring that is retired or looked at twice. What goes through an in-flight region is written to the ring when it is shown.
     #[cold]
     #[inline(never)]
     pub(super) fn complete_unusually(&mut self, id: u16, written: u32, flags: u16) {
-        let at = self.next_used.at;
+        let at = self.used_place().at;
         if let Some(log) = &mut self.log {
             log.notes.completed(id);
             log.mark_descriptors(at, 1);
         }
         match &mut self.inflight {
             Some(inflight) => inflight.completed(id, written, (at, flags)),
-            None => {
-                let later = if self.batch == 0 { None } else { Some(flags) };
-                let _ = self.cells.ring.put_used(at, id, written, later);
-            }
+            None => self.put(id, written, flags),
         }
     }
 

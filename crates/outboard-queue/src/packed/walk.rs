@@ -152,7 +152,7 @@ impl Source {
         if bytes > MOST_BYTES {
             return Err(RingError::ChainBytes { head, bytes });
         }
-        Ok(Walked { taken: PackedTaken { id, count }, pieces })
+        Ok(Walked { taken: PackedTaken { id, bytes: 16 * u32::from(count) }, pieces })
     }
 
     /// The entries of the table an indirect descriptor leads to. Its WRITE flag is reserved and ignored.

@@ -5,7 +5,7 @@
 
 use outboard_memory::{Buffers, View};
 
-use crate::budget::Budget;
+use crate::budget::{Budget, FEW_PIECES};
 use crate::chain::Parts;
 use crate::error::RingError;
 
@@ -96,7 +96,7 @@ impl Chains {
             return Err(RingError::HeadInFlight { head });
         }
         Ok(Box::new(Parts {
-            buffers: Buffers::new(view),
+            buffers: Buffers::for_requests(view, size.min(FEW_PIECES)),
             head,
             place: head,
             grown: false,

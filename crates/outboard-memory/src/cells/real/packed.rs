@@ -7,12 +7,16 @@
 
 use std::marker::PhantomData;
 use std::ptr;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use super::Held;
 use crate::cells::{Cells, PackedBody};
 
-/// Offsets in a descriptor.
+/// Bytes of a descriptor, and offsets in it.
+const SIZE: usize = 16;
+const BYTES: u32 = 16;
+/// The flags AVAIL and USED.
+const STATE: u16 = 1 << 7 | 1 << 15;
 const LEN: usize = 8;
 const ID: usize = 12;
 const FLAGS: usize = 14;
@@ -87,13 +91,6 @@ impl PackedRing {
         Some(())
     }
 
-    /// Descriptor `at`, not read yet; `None` past the end.
-    #[inline(always)]
-    pub(crate) fn entry(&self, at: u16) -> Option<PackedEntry<'_>> {
-        let host = self.place(at)?;
-        Some(PackedEntry { host, behind: self.count - at, ring: PhantomData })
-    }
-
     /// Writes all of descriptor `at` but its address, which is what a device says, the flags last. With `None` they are left
     /// as they are. `None` past the end.
     #[inline(always)]
@@ -112,8 +109,14 @@ impl PackedRing {
     /// What descriptor `at` says beside its flags, each byte read once; `None` past the end.
     #[inline(always)]
     pub fn body(&self, at: u16) -> Option<PackedBody> {
-        let entry = self.entry(at)?;
-        Some(PackedBody { addr: entry.addr(), len: entry.len(), id: entry.id() })
+        let run = PackedRun { host: self.place(at)?, bytes: SIZE, ring: PhantomData };
+        // SAFETY: a run is never empty.
+        let addr = unsafe { run.addr(0) };
+        // SAFETY: likewise.
+        let len = unsafe { run.len(0) };
+        // SAFETY: likewise.
+        let id = unsafe { run.id(0) };
+        Some(PackedBody { addr, len, id })
     }
 
     /// Writes all of descriptor `at` but its flags; `None` past the end.
@@ -144,50 +147,225 @@ unsafe fn put_used(place: *mut u8, id: u16, len: u32) {
     unsafe { ptr::write_volatile(place.wrapping_add(ID).cast::<u16>(), id) };
 }
 
-/// One descriptor, by value: a pointer and a bound, which stay in registers. Each call reads guest memory: call each once, so
-/// that what was checked is what is used. Invariant: `behind` descriptors of the ring begin here, at least one.
-#[derive(Clone, Copy)]
-pub(crate) struct PackedEntry<'a> {
-    host: *mut u8,
-    behind: u16,
-    ring: PhantomData<&'a PackedRing>,
+/// A descriptor that is always available and never usual, in memory of our own: see [`Lap::nowhere`].
+const fn nothing(state: u64) -> [AtomicU64; 2] {
+    [AtomicU64::new(0), AtomicU64::new((state | INDIRECT_NEXT) << 48)]
 }
 
-impl PackedEntry<'_> {
-    /// The one behind it; `None` at the end of the ring.
+/// One for each lap.
+static NOWHERE: [[AtomicU64; 2]; 2] = [nothing(1 << 7), nothing(1 << 15)];
+/// INDIRECT and NEXT: what no descriptor may have.
+const INDIRECT_NEXT: u64 = 4 | 1;
+
+/// A place in a packed ring that goes round it, and the two flags that say whose a descriptor is there (virtio 1.3 §2.8.1).
+/// Lengths are bytes of the ring, 16 a descriptor. Invariant: `left` bytes, at least one descriptor, are from `next` to the
+/// end of the ring; nowhere, `next` is one of [`NOWHERE`].
+#[derive(Debug)]
+pub struct Lap {
+    held: Held,
+    next: *mut u8,
+    left: u32,
+    size: u32,
+    state: u16,
+}
+
+// SAFETY: pointers into shared memory, which belongs to no thread and which `held` keeps mapped, or to a static.
+// All access is atomic or volatile, by value.
+unsafe impl Send for Lap {}
+
+impl Lap {
+    /// Descriptor `at` of the ring; `None` past the end.
+    pub fn new(ring: &PackedRing, at: u16, state: u16) -> Option<Self> {
+        let next = ring.place(at)?;
+        let size = u32::from(ring.count) * BYTES;
+        let left = size - u32::from(at) * BYTES;
+        Some(Self { held: ring.held.clone(), next, left, size, state })
+    }
+
+    /// The same place of no ring: a descriptor in memory of our own that is available for ever, and that nobody may take,
+    /// for it has INDIRECT and NEXT. So whoever looks need not ask whether there is a ring.
+    #[must_use]
+    pub fn nowhere(&self) -> Self {
+        let [odd, even] = &NOWHERE;
+        let next = if self.state == 1 << 7 { odd } else { even };
+        let next = next.as_ptr().cast_mut().cast();
+        Self { held: self.held.clone(), next, ..*self }
+    }
+
+    /// Bytes up to the end of the ring.
     #[inline(always)]
-    pub(crate) fn after(self) -> Option<Self> {
-        match self.behind - 1 {
-            0 => None,
-            behind => Some(Self { host: self.host.wrapping_add(16), behind, ring: PhantomData }),
+    pub fn left(&self) -> u32 {
+        self.left
+    }
+
+    /// Bytes of the ring.
+    #[inline(always)]
+    pub fn size(&self) -> u32 {
+        self.size
+    }
+
+    /// What AVAIL and USED have to be here.
+    #[inline(always)]
+    pub fn state(&self) -> u16 {
+        self.state
+    }
+
+    /// The flags of the descriptor here but AVAIL and USED, when these two are right.
+    #[inline(always)]
+    pub fn look(&self, order: Ordering) -> Option<u16> {
+        // SAFETY: a descriptor, mapped and aligned to 2; an atomic, which both sides may write.
+        let flags = unsafe { AtomicU16::from_ptr(self.next.wrapping_add(FLAGS).cast()) };
+        let flags = flags.load(order) ^ self.state;
+        (flags & STATE == 0).then_some(flags)
+    }
+
+    /// The descriptors from here to the end.
+    #[inline(always)]
+    pub(crate) fn run(&self) -> PackedRun<'_> {
+        PackedRun { host: self.next, bytes: self.left as usize, ring: PhantomData }
+    }
+
+    /// Goes on by so many bytes, whole descriptors and at most one ring.
+    #[inline(always)]
+    pub fn advance(&mut self, bytes: u32) {
+        debug_assert!(
+            bytes <= self.size && bytes.is_multiple_of(BYTES),
+            "descriptors of this ring"
+        );
+        match self.left.checked_sub(bytes) {
+            None | Some(0) => self.wrap(bytes),
+            Some(left) => {
+                self.left = left;
+                self.next = self.next.wrapping_add(bytes as usize);
+            }
         }
     }
 
-    /// Guest address of the buffer.
-    #[inline(always)]
-    pub(crate) fn addr(self) -> u64 {
-        // SAFETY: inside the ring, mapped and aligned to 16.
-        unsafe { ptr::read_volatile(self.host.cast::<u64>()) }
+    /// Round the end of the ring.
+    #[inline(never)]
+    fn wrap(&mut self, bytes: u32) {
+        let over = (bytes - self.left) % self.size / BYTES * BYTES;
+        self.left = self.size - over;
+        self.next = self.held.at.wrapping_add(over as usize);
+        self.state ^= STATE;
+    }
+}
+
+/// A [`Lap`] of the side that gives descriptors back. Invariant: it is not nowhere, and `marked` is a descriptor of the ring.
+#[derive(Debug)]
+pub struct UsedLap {
+    lap: Lap,
+    marked: *mut u8,
+}
+
+// SAFETY: as for the lap.
+unsafe impl Send for UsedLap {}
+
+impl UsedLap {
+    /// As [`Lap::new`]; `state` is that of a used descriptor.
+    pub fn new(ring: &PackedRing, at: u16, state: u16) -> Option<Self> {
+        let lap = Lap::new(ring, at, state)?;
+        let marked = lap.next;
+        Some(Self { lap, marked })
     }
 
-    /// Bytes.
+    /// The place.
     #[inline(always)]
-    pub(crate) fn len(self) -> u32 {
-        // SAFETY: inside the ring, mapped and aligned to 4.
-        unsafe { ptr::read_volatile(self.host.wrapping_add(LEN).cast::<u32>()) }
+    pub fn lap(&self) -> &Lap {
+        &self.lap
+    }
+
+    /// As [`Lap::advance`].
+    #[inline(always)]
+    pub fn advance(&mut self, bytes: u32) {
+        self.lap.advance(bytes);
+    }
+
+    /// Writes all of the descriptor here but its address and flags, which is what a device says.
+    #[inline(always)]
+    pub fn put_used(&self, id: u16, len: u32) {
+        // SAFETY: a descriptor of the ring.
+        unsafe { put_used(self.lap.next, id, len) };
+    }
+
+    /// Writes the flags of the descriptor here, without an order.
+    #[inline(always)]
+    pub fn put_flags(&self, flags: u16) {
+        // SAFETY: a descriptor of the ring, mapped and aligned to 2; an atomic, which both sides may write.
+        unsafe { AtomicU16::from_ptr(self.lap.next.wrapping_add(FLAGS).cast()) }
+            .store(flags, Ordering::Relaxed);
+    }
+
+    /// Remembers the descriptor here.
+    #[inline(always)]
+    pub fn mark(&mut self) {
+        self.marked = self.lap.next;
+    }
+
+    /// Writes the flags of the descriptor that was remembered last, behind all writes so far.
+    #[inline(always)]
+    pub fn show_marked(&self, flags: u16) {
+        // SAFETY: as in `put_flags`.
+        unsafe { AtomicU16::from_ptr(self.marked.wrapping_add(FLAGS).cast()) }
+            .store(flags, Ordering::Release);
+    }
+}
+
+/// Descriptors one behind the other up to the end of the ring, by their distance from the first one in bytes. Invariant: `bytes`,
+/// whole descriptors and at least one, begin at `host`. Each read reads guest memory: do each once, so that what was
+/// checked is what is used.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedRun<'a> {
+    host: *mut u8,
+    bytes: usize,
+    ring: PhantomData<&'a PackedRing>,
+}
+
+impl PackedRun<'_> {
+    /// Bytes of all of them.
+    #[inline(always)]
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Guest address of the buffer of the one at `at`.
+    ///
+    /// # Safety
+    /// `at` is a multiple of 16, below [`bytes`](Self::bytes).
+    #[inline(always)]
+    pub(crate) unsafe fn addr(&self, at: usize) -> u64 {
+        // SAFETY: inside the ring, by the caller's promise; mapped and aligned to 16.
+        unsafe { ptr::read_volatile(self.host.wrapping_add(at).cast::<u64>()) }
+    }
+
+    /// Bytes of the buffer.
+    ///
+    /// # Safety
+    /// As for [`addr`](Self::addr).
+    #[inline(always)]
+    pub(crate) unsafe fn len(&self, at: usize) -> u32 {
+        // SAFETY: inside the ring, by the caller's promise; mapped and aligned to 4.
+        unsafe { ptr::read_volatile(self.host.wrapping_add(at + LEN).cast::<u32>()) }
     }
 
     /// Buffer id.
+    ///
+    /// # Safety
+    /// As for [`addr`](Self::addr).
     #[inline(always)]
-    pub(crate) fn id(self) -> u16 {
-        // SAFETY: inside the ring, mapped and aligned to 2.
-        unsafe { ptr::read_volatile(self.host.wrapping_add(ID).cast::<u16>()) }
+    pub(crate) unsafe fn id(&self, at: usize) -> u16 {
+        // SAFETY: inside the ring, by the caller's promise; mapped and aligned to 2.
+        unsafe { ptr::read_volatile(self.host.wrapping_add(at + ID).cast::<u16>()) }
     }
 
-    /// Its flags.
+    /// Flags, without an order.
+    ///
+    /// # Safety
+    /// As for [`addr`](Self::addr).
     #[inline(always)]
-    pub(crate) fn flags(self, order: Ordering) -> u16 {
-        // SAFETY: inside the ring, mapped and aligned to 2; an atomic, which both sides may write.
-        unsafe { AtomicU16::from_ptr(self.host.wrapping_add(FLAGS).cast()) }.load(order)
+    pub(crate) unsafe fn flags(&self, at: usize) -> u16 {
+        // SAFETY: inside the ring, by the caller's promise; mapped and aligned to 2.
+        let flags = unsafe { AtomicU16::from_ptr(self.host.wrapping_add(at + FLAGS).cast()) };
+        flags.load(Ordering::Relaxed)
     }
 }
