@@ -159,7 +159,7 @@ const INDIRECT_NEXT: u64 = 4 | 1;
 
 /// A place in a packed ring that goes round it, and the two flags that say whose a descriptor is there (virtio 1.3 §2.8.1).
 /// Lengths are bytes of the ring, 16 a descriptor. Invariant: `left` bytes, at least one descriptor, are from `next` to the
-/// end of the ring; nowhere, `next` is one of [`NOWHERE`].
+/// end of the ring; nowhere, `next` is one of `NOWHERE`.
 #[derive(Debug)]
 pub struct Lap {
     held: Held,
