@@ -230,7 +230,7 @@ impl Rig {
                 self.channel.answer(before.ticket, Ok(())).unwrap();
             }
         }
-        owed.expect("nothing was mapped")
+        owed.unwrap()
     }
 
     /// Ends the session; it ended well.
