@@ -4,6 +4,7 @@
 //! first processor, both devices on the second. Invariants: the page and the plot are made of
 //! `docs/performance.json` alone, and a figure that is not of an interleaved run has no place there.
 
+mod network;
 mod page;
 mod plot;
 mod table;
@@ -32,6 +33,9 @@ pub struct Options {
     /// Measure beside the peers; without it the page is only made anew from its JSON
     #[arg(long)]
     peers: bool,
+    /// Measure the switch beside DPDK instead, as docs/network.md
+    #[arg(long, conflicts_with_all = ["peers", "only"])]
+    net: bool,
     /// Only scenes whose name has this in it; the others' figures stay
     #[arg(long)]
     only: Option<String>,
@@ -55,6 +59,9 @@ struct Programs {
 /// # Errors
 /// When a program does not build, start or answer.
 pub fn run(options: &Options) -> Result<()> {
+    if options.net {
+        return network::run(options);
+    }
     let file = paths::workspace().join(FIGURES);
     let mut figures: Value = match std::fs::read_to_string(&file) {
         Ok(text) => serde_json::from_str(&text)?,
@@ -84,11 +91,17 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn programs() -> Result<Programs> {
-    let target = paths::target()?;
+/// Our program, built as it is shipped.
+fn outboard() -> Result<PathBuf> {
     let mut build = Command::new("cargo");
     build.args(["build", "--release", "-p", "outboard-cli"]).current_dir(paths::workspace());
     process::run(&mut build)?;
+    Ok(paths::target()?.join("release/outboard"))
+}
+
+fn programs() -> Result<Programs> {
+    let target = paths::target()?;
+    let outboard = outboard()?;
     let peers = target.join("peers");
     let manifest = paths::workspace().join("benches/peers/Cargo.toml");
     let mut build = Command::new("cargo");
@@ -99,11 +112,7 @@ fn programs() -> Result<Programs> {
         None => Root::prepare(false)?.path("usr/bin/qemu-storage-daemon"),
     };
     ensure!(storage_daemon.exists(), "there is no qemu-storage-daemon");
-    Ok(Programs {
-        outboard: target.join("release/outboard"),
-        framework: peers.join("release/outboard-peers"),
-        storage_daemon,
-    })
+    Ok(Programs { outboard, framework: peers.join("release/outboard-peers"), storage_daemon })
 }
 
 /// Processors, kernel and versions, in one line.

@@ -69,6 +69,7 @@ const PEERS: Recipe = Recipe {
     wanted: &[
         "dpdk-dev",
         "librte-net-vhost23",
+        "librte-net-virtio23",
         "librte-mempool-ring23",
         "libcap-ng-dev",
         "libseccomp-dev",

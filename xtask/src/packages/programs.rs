@@ -45,7 +45,7 @@ pub fn wrappers(root: &Root) -> Result<()> {
 }
 
 /// Plug-ins of DPDK that its own folder does not find when it lies elsewhere.
-const PLUGINS: &[&str] = &["librte_net_vhost.so", "librte_mempool_ring.so"];
+const PLUGINS: &[&str] = &["librte_net_vhost.so", "librte_net_virtio.so", "librte_mempool_ring.so"];
 
 /// Writes the wrappers of other people's back-ends.
 ///
