@@ -11,8 +11,12 @@ pub mod conversation;
 pub mod cover;
 pub mod decoder;
 pub mod frontend;
+pub mod fs;
 pub mod input;
 #[cfg(fuzzing)]
 pub mod letter;
+pub mod net;
 pub mod packed;
+pub mod rig;
 pub mod state;
+pub mod vsock;

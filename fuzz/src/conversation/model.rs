@@ -419,7 +419,7 @@ impl Model {
             9 => {
                 // The queue hears of it: the log's part of the addresses may have changed.
                 let live = self.live();
-                let heard = live.into_iter().find(|ring| *ring as u64 == half(p, 0).into());
+                let heard = live.into_iter().find(|ring| *ring as u64 == u64::from(half(p, 0)));
                 let then = self.addresses(p, guest)?;
                 let acked = self.acked;
                 let log = heard.map(|ring| (ring, Change::Log(self.ring_log(ring, acked))));

@@ -225,6 +225,9 @@ fn b80_mappings_that_make_no_sense_are_refused_and_nothing_is_mapped() {
         let said = seen.driver.ask(op::REMOVEMAPPING, ROOT, &body, 0).unwrap_err();
         assert_eq!(said, EINVAL, "{count} of one");
     }
+    let body = words(&[&u32s(&[1]), &u64s(&[0, PAGE, PAGE, PAGE])]);
+    let said = seen.driver.ask(op::REMOVEMAPPING, ROOT, &body, 0).unwrap_err();
+    assert_eq!(said, EINVAL, "one of two");
     assert_eq!(seen.places(), [(0, PAGE)], "nothing was taken away");
     seen.driver.rig.end();
 }
