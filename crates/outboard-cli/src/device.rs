@@ -156,6 +156,13 @@ pub(crate) enum Origin<'a> {
     Among(&'a str, Option<OwnedFd>),
 }
 
+impl Origin<'_> {
+    /// Whether the device takes the place of one that runs elsewhere.
+    pub(crate) fn takes_over(&self) -> bool {
+        matches!(self, Self::Among(_, Some(_)))
+    }
+}
+
 /// A device that was built and has its socket.
 pub(crate) struct Prepared {
     pub(crate) server: Server,
@@ -227,6 +234,11 @@ impl<K: Kind> DeviceArgs<K> {
     /// The path to listen on, if there is one.
     pub(crate) fn socket_path(&self) -> Option<&Path> {
         self.socket.socket_path.as_deref()
+    }
+
+    /// Whether it takes the place of a process that runs.
+    pub(crate) fn takes_over(&self) -> bool {
+        self.socket.take_over.is_some()
     }
 
     /// What the handler is told.

@@ -34,8 +34,9 @@ From guest to guest: several devices of type vsock in one outboard serve; guest 
 guest 4 as VSOCK-CONNECT:4:80 if they have a --group in common.
 
 A slow host holds up its own connection only, with --buffer-size bytes; a guest without receive
-buffers holds up itself. Connections do not move with a guest to another host: after a migration, an
-upgrade or a crash of this program the guest is told that they are gone and makes new ones.
+buffers holds up itself. Connections go along with a live upgrade (--take-over, with the same --uds-path);
+they do not move with a guest to another host: after a migration or a crash of this program the guest is
+told that they are gone and makes new ones.
 SIGTERM and SIGINT end the device and remove its sockets.";
 
 /// Give a guest sockets to its host.
@@ -91,16 +92,17 @@ impl Kind for Sockets {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    device::run(&args.device, || args.vsock.make())
+    device::run(&args.device, || args.vsock.make(args.device.takes_over()))
 }
 
 /// One of many devices.
 pub(crate) fn prepare(args: &Args, origin: Origin<'_>) -> Result<Prepared, Failure> {
-    device::prepare(&args.device, origin, || args.vsock.make())
+    let inherits = origin.takes_over();
+    device::prepare(&args.device, origin, || args.vsock.make(inherits))
 }
 
 impl VsockArgs {
-    fn make(&self) -> Result<Made<Vsock>, Failure> {
+    fn make(&self, inherits: bool) -> Result<Made<Vsock>, Failure> {
         let path = self.uds_path.as_deref().unwrap_or(Path::new(""));
         let mut options = VsockOptions::new(self.guest_cid, path);
         options.host_ports = self.host_ports.clone();
@@ -109,6 +111,7 @@ impl VsockArgs {
         options.connections = self.max_connections;
         options.room = self.buffer_size;
         options.queue_size = self.queue_size;
+        options.inherits = inherits;
         let model = Vsock::new(options, &NEIGHBOURS).map_err(Failure::usage)?;
         let described = format!("sockets of guest {} on {}", self.guest_cid, path.display());
         Ok(Made { model, described: Box::new(move || described) })

@@ -20,6 +20,24 @@ impl Name {
     pub(crate) fn of(path: &Path) -> Self {
         Self { path: path.to_owned(), inode: inode(path) }
     }
+
+    /// Another process's, which is not removed with this.
+    #[cfg(feature = "vsock")]
+    pub(crate) fn of_another(path: &Path) -> Self {
+        Self { path: path.to_owned(), inode: None }
+    }
+
+    /// What is there now is this process's.
+    #[cfg(feature = "vsock")]
+    pub(crate) fn own(&mut self) {
+        self.inode = inode(&self.path);
+    }
+
+    /// Another process has it from now on.
+    #[cfg(feature = "vsock")]
+    pub(crate) fn leave(&mut self) {
+        self.inode = None;
+    }
 }
 
 impl Drop for Name {

@@ -14,6 +14,16 @@ use crate::channel::BackendChannel;
 use crate::error::Error;
 use crate::shared_memory::SharedMemoryRegion;
 
+/// A descriptor of the host's that goes to the next process of a device with a live upgrade: a socket that the
+/// device listens on, a terminal, a connection.
+#[derive(Debug)]
+pub struct Heirloom {
+    /// What the device knows it by: letters, digits and the like, no blank, at most 64 bytes.
+    pub name: String,
+    /// The descriptor; the giver keeps one of its own until all is over.
+    pub fd: OwnedFd,
+}
+
 /// What only some devices do; every hook may be left out.
 pub trait Hooks {
     /// Whether children of this process must not see guest memory (MADV_DONTFORK).
@@ -96,4 +106,33 @@ pub trait Hooks {
         let _ = uuid;
         Ok(None)
     }
+
+    /// A live upgrade has begun, in the old process: what of the host's goes along. From now on until
+    /// [`Hooks::handed_over`] these are to rest: nothing is read from them, accepted or written. No queue runs; the
+    /// device's state is saved after this.
+    ///
+    /// # Errors
+    /// The device goes on here.
+    fn hand_over(&mut self) -> Result<Vec<Heirloom>, Error> {
+        Ok(Vec::new())
+    }
+
+    /// The live upgrade is over, in the old process: `gone` says whether everything is the new one's, names in the
+    /// file system too. If not, the device goes on.
+    fn handed_over(&mut self, gone: bool) {
+        let _ = gone;
+    }
+
+    /// A live upgrade has begun, in the new process: what has come, before anything else is said. They are to rest until
+    /// [`Hooks::inherited`]; queues may be started before that, when there is no other way back.
+    ///
+    /// # Errors
+    /// The old process goes on.
+    fn inherit(&mut self, heirlooms: Vec<Heirloom>) -> Result<(), Error> {
+        drop(heirlooms);
+        Ok(())
+    }
+
+    /// Everything is this process's now.
+    fn inherited(&mut self) {}
 }

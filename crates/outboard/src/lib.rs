@@ -62,7 +62,7 @@ pub use device::{ConfigWrite, VhostUserDevice};
 pub use error::{Error, HostError};
 pub use events::{FileId, FileOp, LoopKind};
 pub use handler::{ByHand, DeviceRequestHandler, Ended, HandlerOptions};
-pub use hooks::Hooks;
+pub use hooks::{Heirloom, Hooks};
 pub use inspect::{Counter, Fact, Inspect};
 pub use notify::{Call, Kick};
 pub use outboard_memory as memory;

@@ -13,13 +13,17 @@ use tracing::{info, warn};
 
 use crate::device::VhostUserDevice;
 use crate::error::HostError;
-use crate::handler::{Attention, DeviceRequestHandler, Ended, Inheritance};
+use crate::handler::{Attention, DeviceRequestHandler, Ended, Inheritance, bequeath};
+use crate::hooks::{Heirloom, Hooks};
 use crate::reactor::{Raced, Reactor, race};
 use crate::server::{Server, SocketFile, Source};
-use crate::take_over::{Belongings, Control, Door, Estate, Heir, Letter};
+use crate::take_over::{Belongings, Control, Door, Estate, HandOverError, Heir, Letter};
 
 /// How long to wait before accepting again when descriptors have run out.
 pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a new process may take to accept what a device hands over while no front-end is there.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a server listens to.
 struct Stage<R: Reactor> {
@@ -59,7 +63,17 @@ pub(crate) async fn serve_on<R: Reactor, D: VhostUserDevice>(
         }
         Source::Predecessor(socket) => {
             let heir = Heir::new(reactor.clone(), socket)?;
-            let Some(estate) = ask(&reactor, &heir, &stop).await? else { return Ok(()) };
+            let Some((heirlooms, estate)) = ask(&reactor, &heir, &stop).await? else {
+                return Ok(());
+            };
+            let accepts = !heirlooms.is_empty() && estate.front_end.is_none();
+            if let Some(hooks) = handler.as_mut().hooks() {
+                hooks.inherit(heirlooms)?;
+            }
+            if accepts {
+                // Nothing else would tell the old process.
+                heir.send(Letter::TakeOver).await?;
+            }
             succeed(reactor, stop, heir, estate, control, &mut handler).await
         }
     }
@@ -70,15 +84,19 @@ async fn ask<R: Reactor>(
     reactor: &R,
     heir: &Heir<R>,
     stop: &R::Source,
-) -> Result<Option<Estate>, HostError> {
+) -> Result<Option<(Vec<Heirloom>, Estate)>, HostError> {
     heir.send(Letter::TakeOver).await?;
-    match race(heir.receive(), reactor.readable(stop)).await {
-        Raced::First(letter) => match letter? {
-            Letter::HandOver(estate) => Ok(Some(*estate)),
-            Letter::Refused(why) => Err(HostError::TakeOver(why)),
-            _ => Err(HostError::TakeOver("a letter out of turn".to_owned())),
-        },
-        Raced::Second(_) => Ok(None),
+    let mut heirlooms = Vec::new();
+    loop {
+        match race(heir.receive(), reactor.readable(stop)).await {
+            Raced::First(letter) => match letter? {
+                Letter::Heirlooms(more) => heirlooms.extend(more),
+                Letter::HandOver(estate) => return Ok(Some((heirlooms, *estate))),
+                Letter::Refused(why) => return Err(HostError::TakeOver(why)),
+                _ => return Err(HostError::TakeOver("a letter out of turn".to_owned())),
+            },
+            Raced::Second(_) => return Ok(None),
+        }
     }
 }
 
@@ -122,7 +140,10 @@ async fn succeed<R: Reactor, D: VhostUserDevice>(
             handler.inherit_on(reactor, inheritance, stage.attention(&away)).await
         }
         None => match heir.receive().await? {
-            Letter::Go => Ok(Ended::Left),
+            Letter::Go => {
+                handler.as_mut().hooks().into_iter().for_each(<dyn Hooks>::inherited);
+                Ok(Ended::Left)
+            }
             _ => Err(HostError::TakeOver("a letter out of turn".to_owned())),
         },
     };
@@ -216,14 +237,50 @@ impl<R: Reactor> Stage<R> {
     }
 
     /// Hands the sockets over while no front-end is there; whether that went well.
-    async fn hand_over(&self, heir: &Heir<R>) -> Result<bool, HostError> {
+    async fn hand_over<D: VhostUserDevice>(
+        &self,
+        heir: &Heir<R>,
+        device: &mut D,
+    ) -> Result<bool, HostError> {
         let Some(door) = &self.door else { return Ok(false) };
-        let estate = door.estate().map_err(HostError::io("dup"))?;
-        heir.send(Letter::HandOver(Box::new(estate))).await?;
-        heir.send(Letter::Go).await?;
-        info!("handed over");
+        let given = give_idle(&self.reactor, door, heir, device).await;
+        if let Some(hooks) = device.hooks() {
+            hooks.handed_over(given.is_ok());
+        }
+        match given {
+            Ok(()) => info!("handed over"),
+            Err(why) => {
+                warn!("not handed over, the device goes on here: {why}");
+                // It may be gone.
+                let _ = heir.send(Letter::Refused(why.to_string())).await;
+                return Ok(false);
+            }
+        }
         Ok(true)
     }
+}
+
+/// All that a device without a front-end has.
+async fn give_idle<R: Reactor, D: VhostUserDevice>(
+    reactor: &R,
+    door: &Door<R>,
+    heir: &Heir<R>,
+    device: &mut D,
+) -> Result<(), HandOverError> {
+    let estate = door.estate().map_err(HostError::io("dup"))?;
+    let any = bequeath(device, heir).await?;
+    heir.send(Letter::HandOver(Box::new(estate))).await?;
+    if any {
+        // It may not want them.
+        match race(heir.receive(), reactor.sleep(PATIENCE)).await {
+            Raced::First(Ok(Letter::TakeOver)) => {}
+            Raced::First(Ok(_)) => return Err(HandOverError::unable("a letter out of turn")),
+            Raced::First(Err(error)) => return Err(error.into()),
+            Raced::Second(()) => return Err(HandOverError::unable("the new process says nothing")),
+        }
+    }
+    heir.send(Letter::Go).await?;
+    Ok(())
 }
 
 /// See [`Stage::next`].
@@ -245,7 +302,7 @@ async fn accept_loop<R: Reactor, D: VhostUserDevice>(
                 let away = || stage.turn_away();
                 handler.run_on(stage.reactor.clone(), socket, stage.attention(&away)).await
             }
-            Next::Heir(heir) => match stage.hand_over(&heir).await {
+            Next::Heir(heir) => match stage.hand_over(&heir, handler.as_mut()).await {
                 Ok(true) => Ok(Ended::HandedOver),
                 Ok(false) => Ok(Ended::Left),
                 Err(error) => Err(error),

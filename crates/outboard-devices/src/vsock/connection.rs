@@ -8,11 +8,13 @@
 //! Invariants: what is owed is a set of facts, not a list: a peer that asks for ever makes nothing grow; a peer
 //! that breaks the rules loses this connection and nothing else; bytes come before the end that follows them.
 
+use serde::{Deserialize, Serialize};
+
 use super::credit::Credit;
 use super::packet::{Header, Op, shut};
 
 /// Where a connection stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
     /// We have asked the peer, or are about to.
     Asking,
@@ -43,7 +45,7 @@ pub enum Heard {
 }
 
 /// See the module.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Connection {
     phase: Phase,
     credit: Credit,
@@ -99,6 +101,18 @@ impl Connection {
     #[must_use]
     pub fn is_done(&self) -> bool {
         self.phase == Phase::Over && self.owes.is_none()
+    }
+
+    /// Whether one that was kept by somebody else can be one.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        self.credit.is_sound()
+    }
+
+    /// Bytes of the peer that have not been taken.
+    #[must_use]
+    pub fn untaken(&self) -> u32 {
+        self.credit.waiting()
     }
 
     /// Whether the peer may still send.

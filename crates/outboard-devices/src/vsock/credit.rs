@@ -7,6 +7,8 @@
 //! Invariants: never more is under way to the peer than its buffer holds; a peer that sends more than ours
 //! holds, or takes what was not sent, lies. Counters run modulo 2^32.
 
+use serde::{Deserialize, Serialize};
+
 use super::packet::Told;
 
 /// The most that is under way, however large a buffer a peer claims: so that counters that are behind can be
@@ -18,7 +20,7 @@ const MOST: u32 = 1 << 30;
 pub struct Lie;
 
 /// See the module.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Credit {
     peer: Told,
     sent: u32,
@@ -35,6 +37,12 @@ impl Credit {
     pub fn new(room: u32) -> Self {
         let room = room.min(MOST);
         Self { peer: Told::default(), sent: 0, room, received: 0, taken: 0, told: 0 }
+    }
+
+    /// Whether counts that somebody else has kept can be true.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        self.room <= MOST && self.waiting() <= self.room && self.under_way() <= MOST
     }
 
     /// The peer tells its credit. What is older than what was told before is passed over: packets of one

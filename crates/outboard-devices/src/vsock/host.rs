@@ -10,7 +10,7 @@
 //! line stays in its socket.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -56,42 +56,62 @@ pub(super) enum Dialed {
 #[derive(Debug)]
 pub(super) struct Host {
     path: PathBuf,
-    streams: (UnixListener, Name),
-    messages: (UnixListener, Name),
+    /// For streams and for messages, once it listens.
+    listeners: Option<[(UnixListener, Name); 2]>,
 }
 
 impl Host {
-    /// Listens; clients are announced under the two tokens.
-    pub(super) fn open(path: &Path, tokens: [u64; 2], watches: &Watches) -> Result<Self, Error> {
-        let length = path.as_os_str().len() + SUFFIX;
-        let failed =
-            |path: &Path, error: io::Error| Error::refused(format!("{}: {error}", path.display()));
-        if length > PATH {
+    /// At this path, not listening yet.
+    pub(super) fn at(path: &Path) -> Result<Self, Error> {
+        if path.as_os_str().len() + SUFFIX > PATH {
             let most = PATH - SUFFIX;
             return Err(Error::refused(format!(
                 "{}: a path of sockets has at most {most} bytes",
                 path.display()
             )));
         }
+        Ok(Self { path: path.to_owned(), listeners: None })
+    }
+
+    /// Listens on what another process has made at the same path, or else on sockets of its own. Another process's
+    /// are its own until [`Host::own`].
+    pub(super) fn adopt(&mut self, path: &Path, given: [Option<OwnedFd>; 2]) -> Result<(), Error> {
         let beside = with_suffix(path, ".seqpacket");
-        let open = |path: &Path, kind| {
-            names::listen_by(path, |path| Ok(bound(path, kind)?))
-                .map_err(|error| failed(path, error))
-        };
-        let streams = open(path, Kind::Stream)?;
-        let messages = open(&beside, Kind::Seqpacket)?;
-        let [first, second] = tokens;
-        watches.add(&streams.0, first)?;
-        watches.add(&messages.0, second)?;
-        Ok(Self { path: path.to_owned(), streams, messages })
+        let [streams, messages] = given;
+        let streams = adopted(path, streams, Kind::Stream)?;
+        self.listeners = Some([streams, adopted(&beside, messages, Kind::Seqpacket)?]);
+        Ok(())
+    }
+
+    /// Whether it has what to listen on.
+    pub(super) fn listens(&self) -> bool {
+        self.listeners.is_some()
+    }
+
+    /// The listening socket, to be given away.
+    pub(super) fn listener(&self, kind: Kind) -> Option<BorrowedFd<'_>> {
+        let [streams, messages] = self.listeners.as_ref()?;
+        Some(if kind == Kind::Stream { streams } else { messages }.0.as_fd())
+    }
+
+    /// It is nobody else's: clients are announced under the two tokens, and names removed at the end.
+    pub(super) fn own(&mut self, tokens: [u64; 2], watches: &Watches) -> Result<(), Error> {
+        let listeners = self.listeners.iter_mut().flatten();
+        for ((listener, name), token) in listeners.zip(tokens) {
+            watches.add(&*listener, token)?;
+            name.own();
+        }
+        Ok(())
+    }
+
+    /// The names are another process's.
+    pub(super) fn leave(&mut self) {
+        self.listeners.iter_mut().flatten().for_each(|(_, name)| name.leave());
     }
 
     /// The next client of this kind; None when no other one waits.
     pub(super) fn accept(&self, kind: Kind) -> io::Result<Option<OwnedFd>> {
-        let (listener, _) = match kind {
-            Kind::Stream => &self.streams,
-            Kind::Seqpacket => &self.messages,
-        };
+        let Some(listener) = self.listener(kind) else { return Ok(None) };
         loop {
             match accept_with(listener, FLAGS) {
                 Ok(client) => return Ok(Some(client)),
@@ -121,6 +141,18 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
+}
+
+/// A listener that was given, if its name is this one; or a new one.
+fn adopted(path: &Path, given: Option<OwnedFd>, kind: Kind) -> Result<(UnixListener, Name), Error> {
+    if let Some(given) = given {
+        let listener = UnixListener::from(given);
+        if listener.local_addr()?.as_pathname() == Some(path) {
+            return Ok((listener, Name::of_another(path)));
+        }
+    }
+    names::listen_by(path, |path| Ok(bound(path, kind)?))
+        .map_err(|error| Error::refused(format!("{}: {error}", path.display())))
 }
 
 fn bound(path: &Path, kind: Kind) -> Result<UnixListener, Errno> {

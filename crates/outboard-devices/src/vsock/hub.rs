@@ -7,6 +7,8 @@
 //! Invariants: what waits for the guest is bounded by the number of connections and of refusals: when there are
 //! too many of these the transmit ring waits; a guest costs no more descriptors than it was given.
 
+mod heritage;
+
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -16,6 +18,8 @@ use outboard::{Error, Readable, Writable};
 use slab::Slab;
 use tracing::{debug, warn};
 use zerocopy::IntoBytes;
+
+pub(super) use heritage::Connections;
 
 use super::connection::{Connection, Heard, Phase};
 use super::host::{Dialed, Host, Said, read_line};
@@ -81,6 +85,7 @@ pub(super) struct Hub {
     speaker: Option<Speaker>,
     next_port: u32,
     counters: Counters,
+    rest: heritage::Rest,
 }
 
 impl Hub {
@@ -90,7 +95,11 @@ impl Hub {
         gate: Arc<Gate>,
     ) -> Result<Self, Error> {
         let (watches, timer) = (Watches::new()?, Timer::new()?);
-        let host = Host::open(&options.uds_path, [STREAMS, MESSAGES], &watches)?;
+        let mut host = Host::at(&options.uds_path)?;
+        if !options.inherits {
+            host.adopt(&options.uds_path, [None, None])?;
+            host.own([STREAMS, MESSAGES], &watches)?;
+        }
         watches.add(&gate.bell, CALLS)?;
         watches.add(&timer, TIME)?;
         Ok(Self {
@@ -110,6 +119,7 @@ impl Hub {
             speaker: None,
             next_port: FIRST_PORT,
             counters: Counters::default(),
+            rest: heritage::Rest::default(),
         })
     }
 
@@ -354,17 +364,23 @@ impl Hub {
         let edges = self.watches.look()?;
         // Fewer than there is room for are all; whatever happens later wakes the worker again.
         let more = edges.len() >= watches::BATCH;
-        for edge in edges {
-            match edge.token {
-                STREAMS => self.accept(Kind::Stream),
-                MESSAGES => self.accept(Kind::Seqpacket),
-                CALLS => self.gate.take().into_iter().for_each(|call| self.called(call)),
-                TIME => self.time_passed(),
-                token if token >= CLIENTS => self.client_speaks(index(token - CLIENTS)),
-                token => self.edge(index(token), edge),
-            }
+        if self.rest.on {
+            self.rest.late.extend(edges);
+            return Ok(more);
         }
+        edges.into_iter().for_each(|edge| self.happened(edge));
         Ok(more)
+    }
+
+    fn happened(&mut self, edge: Edge) {
+        match edge.token {
+            STREAMS => self.accept(Kind::Stream),
+            MESSAGES => self.accept(Kind::Seqpacket),
+            CALLS => self.gate.take().into_iter().for_each(|call| self.called(call)),
+            TIME => self.time_passed(),
+            token if token >= CLIENTS => self.client_speaks(index(token - CLIENTS)),
+            token => self.edge(index(token), edge),
+        }
     }
 
     fn edge(&mut self, id: usize, edge: Edge) {

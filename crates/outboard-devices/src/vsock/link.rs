@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use outboard::Readable;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown, sockopt};
+use serde::{Deserialize, Serialize};
 
 use super::packet::Kind;
 use super::stage::ROOM;
@@ -37,6 +38,31 @@ pub(super) enum Got {
 /// The connection is to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Failed;
+
+/// A link in a state, beside its socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct SavedLink {
+    waiting: Vec<u8>,
+    messages: Vec<u32>,
+    part: u32,
+    shut: bool,
+    closed: bool,
+}
+
+impl SavedLink {
+    /// Whether it can be one of this kind, with so many bytes of the guest that were not taken.
+    pub(super) fn is_sound(&self, kind: Kind, untaken: u32) -> bool {
+        let waiting = self.waiting.len() as u64;
+        let messages = self.messages.iter().map(|length| u64::from(*length)).sum::<u64>();
+        waiting <= u64::from(untaken)
+            && match kind {
+                Kind::Stream => self.messages.is_empty() && self.part == 0,
+                Kind::Seqpacket => {
+                    messages + u64::from(self.part) == waiting && !self.messages.contains(&0)
+                }
+            }
+    }
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -76,6 +102,30 @@ impl Link {
             part: 0,
             shut: false,
             closed: false,
+        }
+    }
+
+    /// Goes on where another process was; `socket` is to be watched anew.
+    pub(super) fn restored(socket: OwnedFd, kind: Kind, saved: SavedLink) -> Self {
+        let SavedLink { waiting, messages, part, shut, closed } = saved;
+        Self {
+            waiting: waiting.into(),
+            messages: messages.into(),
+            part,
+            shut,
+            closed,
+            ..Self::new(socket, kind)
+        }
+    }
+
+    /// As it stands, for another process.
+    pub(super) fn save(&self) -> SavedLink {
+        SavedLink {
+            waiting: self.waiting.iter().copied().collect(),
+            messages: self.messages.iter().copied().collect(),
+            part: self.part,
+            shut: self.shut,
+            closed: self.closed,
         }
     }
 

@@ -36,7 +36,10 @@ mod worker;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use outboard::{Counter, Error, Inspect, MakeWorker, Model, QueueSpec, Saved, Snapshot};
+use outboard::{
+    Counter, Error, Heirloom, Hooks, Inspect, MakeWorker, Model, QueueSpec, Saved, Snapshot,
+};
+use tracing::warn;
 
 pub use config::{CONFIG_SIZE, feature, is_guest_cid};
 pub use connection::{Connection, Heard, Phase};
@@ -83,6 +86,9 @@ pub struct VsockOptions {
     pub room: u32,
     /// Largest ring size: a power of two up to 32768.
     pub queue_size: u16,
+    /// Takes the place of another process ([`outboard::Server::take_over`]): listens on what that hands over, and does
+    /// not listen before.
+    pub inherits: bool,
 }
 
 impl VsockOptions {
@@ -98,6 +104,7 @@ impl VsockOptions {
             connections: CONNECTIONS,
             room: ROOM,
             queue_size: 256,
+            inherits: false,
         }
     }
 }
@@ -255,12 +262,46 @@ impl Model for Vsock {
     }
 
     fn snapshot(&mut self) -> Result<Snapshot, Error> {
-        Ok(State::save(self.guest_cid))
+        let mut hub = self.shared.lock();
+        let connections = hub.rests().then(|| hub.connections());
+        Ok(State::save(self.guest_cid, connections))
     }
 
     fn restore(&mut self, saved: Saved<'_>) -> Result<(), Error> {
-        State::read(saved)?;
-        self.forget(true);
+        let state = State::read(saved, self.guest_cid)?;
+        match state.connections {
+            None => self.forget(true),
+            Some(connections) => {
+                self.shared.lock().restore(connections)?;
+                self.met = [true; QUEUES];
+            }
+        }
         Ok(())
+    }
+
+    fn hooks(&mut self) -> Option<&mut dyn Hooks> {
+        Some(self)
+    }
+}
+
+/// A live upgrade: listeners, clients and connections go along.
+impl Hooks for Vsock {
+    fn hand_over(&mut self) -> Result<Vec<Heirloom>, Error> {
+        self.shared.lock().give()
+    }
+
+    fn handed_over(&mut self, gone: bool) {
+        let mut hub = self.shared.lock();
+        if gone { hub.leave() } else { hub.wake() }
+    }
+
+    fn inherit(&mut self, heirlooms: Vec<Heirloom>) -> Result<(), Error> {
+        self.shared.lock().receive(heirlooms)
+    }
+
+    fn inherited(&mut self) {
+        if let Err(error) = self.shared.lock().own() {
+            warn!("nobody is let in any more: {error}");
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! ```
 //! Invariant: a header is copied out of guest memory once; what it says is a claim until it was checked.
 
+use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -33,7 +34,7 @@ pub mod seq {
 }
 
 /// What a socket is like: `type`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Kind {
     /// Bytes in order.
     Stream,
@@ -61,7 +62,7 @@ impl Kind {
 }
 
 /// What a packet is for: `op`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Op {
     /// Asks for a connection.
     Request,
@@ -110,7 +111,7 @@ impl Op {
 }
 
 /// One end of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Address {
     /// Who.
     pub cid: u64,
@@ -242,7 +243,7 @@ impl Header {
 }
 
 /// What a peer says of its receive buffer (§5.10.6.3).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Told {
     /// `buf_alloc`: its size.
     pub room: u32,

@@ -5,22 +5,23 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use slab::Slab;
 
 use super::connection::{Connection, Phase};
-use super::link::{Got, Link};
+use super::link::{Got, Link, SavedLink};
 use super::packet::{Address, Header, Kind, Op, seq, shut};
 use super::stage::{CHUNK, ROOM, Stage};
 
 /// What tells connections apart: the guest's port, and who is at the other end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Key {
     pub(super) port: u32,
     pub(super) peer: Address,
 }
 
 /// What is told at the other end when the guest has accepted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Greeting {
     None,
     /// A line with the port that it has.
@@ -66,7 +67,55 @@ pub(super) struct Entry {
     in_turn: bool,
 }
 
+/// A connection in a state, beside its socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct SavedEntry {
+    key: Key,
+    kind: Kind,
+    pub(super) machine: Connection,
+    /// Whether another guest has not answered yet, and the socket's side; none: there is no socket.
+    link: Option<(bool, SavedLink)>,
+    greeting: Greeting,
+    /// Whether it is given up unless something happens.
+    pub(super) waits: bool,
+    left: Vec<u8>,
+}
+
+impl SavedEntry {
+    /// Whether a device can have left it so.
+    pub(super) fn is_sound(&self) -> bool {
+        let untaken = self.machine.untaken();
+        self.machine.is_sound()
+            && self.left.len() <= ROOM
+            && self.link.as_ref().is_none_or(|(_, link)| link.is_sound(self.kind, untaken))
+    }
+}
+
 impl Entry {
+    /// As it stands, with what was read for it and not said yet.
+    pub(super) fn save(&mut self, staged: &[u8]) -> SavedEntry {
+        let link = match &self.way {
+            Way::Calling(link) => Some((true, link.save())),
+            Way::Up(link) => Some((false, link.save())),
+            Way::Dialing | Way::Gone => None,
+        };
+        SavedEntry {
+            key: self.key,
+            kind: self.kind,
+            machine: self.machine.clone(),
+            link,
+            greeting: self.greeting,
+            waits: self.deadline.is_some(),
+            left: [staged, &self.left].concat(),
+        }
+    }
+
+    /// Goes on where another process was; its way is given apart.
+    pub(super) fn restored(saved: SavedEntry) -> (Self, Option<(bool, SavedLink)>) {
+        let SavedEntry { key, kind, machine, link, greeting, left, .. } = saved;
+        (Self { greeting, left, ..Self::new(key, kind, machine, Way::Gone) }, link)
+    }
+
     pub(super) fn new(key: Key, kind: Kind, machine: Connection, way: Way) -> Self {
         Self {
             key,

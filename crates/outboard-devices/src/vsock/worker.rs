@@ -33,6 +33,7 @@ impl Worker for VsockWorker {
     fn wants(&mut self, queue: u16) -> bool {
         let mut hub = self.shared.lock();
         match queue {
+            _ if hub.rests() => false,
             RECEIVE => hub.has_words(),
             TRANSMIT => hub.has_room(),
             _ => hub.owes_reset,

@@ -37,6 +37,11 @@ impl Rig {
     /// Starts the device and negotiates all that is offered and in `mask`.
     pub(crate) fn asleep<M: Model>(model: M, events: LoopKind, mask: u64) -> Self {
         let (connection, server) = serve(model, events);
+        Self::before(connection, server, mask)
+    }
+
+    /// As [`Rig::asleep`], of a device that is served already.
+    pub(crate) fn before(connection: Connection, server: JoinHandle<()>, mask: u64) -> Self {
         let mut wanted = Wanted::default();
         wanted.protocol |= ProtocolFeatures::RESET_DEVICE
             | ProtocolFeatures::STATUS

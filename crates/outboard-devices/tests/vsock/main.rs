@@ -11,3 +11,4 @@ mod hostile;
 mod machine;
 mod neighbours;
 mod streams;
+mod upgrade;

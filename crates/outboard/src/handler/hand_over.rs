@@ -16,9 +16,10 @@ use super::session::Session;
 use crate::connection::Connection;
 use crate::device::VhostUserDevice;
 use crate::error::HostError;
+use crate::hooks::Hooks;
 use crate::notify::Kick;
 use crate::reactor::{Raced, Reactor, race};
-use crate::take_over::{Estate, HandOverError, Heir, Letter, Play, now};
+use crate::take_over::{Estate, HandOverError, Heir, Letter, Play, now, parcels};
 
 /// How long the new process may take for all of it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -66,6 +67,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             self.channel_rests().await?;
             self.plug.set(None);
             let estate = Estate { stopped, ..estate? };
+            bequeath(&mut *self.device, &heir).await?;
             self.give(&heir, estate, &mut rings, channel.1.as_deref()).await
         };
         let given = match race(given, reactor.sleep(PATIENCE)).await {
@@ -74,6 +76,9 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
                 Err(HandOverError::unable(format_args!("nothing within {} s", PATIENCE.as_secs())))
             }
         };
+        if let Some(hooks) = self.device.hooks() {
+            hooks.handed_over(given.is_ok());
+        }
         let Err(error) = given else {
             info!("handed over");
             return Ok(true);
@@ -281,7 +286,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
             }
         };
         match word {
-            Letter::Go => {}
+            Letter::Go => self.device.hooks().into_iter().for_each(<dyn Hooks>::inherited),
             Letter::Refused(why) => return Err(HostError::TakeOver(why)),
             _ => return Err(HostError::TakeOver("a letter out of turn".to_owned())),
         }
@@ -290,6 +295,26 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         info!("taken over; the rings stood still for {} us", pause.as_micros());
         Ok(())
     }
+}
+
+/// Hands over what the device itself has open; whether there was anything.
+///
+/// # Errors
+/// The device wants to stay, or the new process is gone.
+pub(crate) async fn bequeath<D: VhostUserDevice, R: Reactor>(
+    device: &mut D,
+    heir: &Heir<R>,
+) -> Result<bool, HandOverError> {
+    let heirlooms = match device.hooks() {
+        Some(hooks) => hooks.hand_over().map_err(HandOverError::unable)?,
+        None => Vec::new(),
+    };
+    let letters = parcels(heirlooms).map_err(HandOverError::unable)?;
+    let any = !letters.is_empty();
+    for letter in letters {
+        heir.send(letter).await?;
+    }
+    Ok(any)
 }
 
 /// A notifier of the front-end, as it gave it; `None`: it gave none.

@@ -40,6 +40,7 @@ use crate::inspect::Inspect;
 use crate::reactor::{Parker, Reactor, block_on};
 use crate::take_over::{FrontEnd, Heir};
 pub use by_hand::ByHand;
+pub(crate) use hand_over::bequeath;
 pub(crate) use session::{Attention, Session};
 use state::StateDesk;
 

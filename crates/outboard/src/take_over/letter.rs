@@ -12,6 +12,8 @@ use std::path::PathBuf;
 use outboard_protocol::Frame;
 use rustix::time::{ClockId, clock_gettime};
 
+use crate::hooks::Heirloom;
+
 /// The version of these letters. Another one is refused: the old process goes on.
 const VERSION: &str = "1";
 
@@ -54,6 +56,8 @@ pub(crate) fn now() -> u64 {
 pub(crate) enum Letter {
     /// New to old: hand over what you have.
     TakeOver,
+    /// Old to new, any number of times before the next one: what the device itself hands over.
+    Heirlooms(Vec<Heirloom>),
     /// Old to new: here is what there is.
     HandOver(Box<Estate>),
     /// Old to new: everything is yours.
@@ -73,6 +77,14 @@ impl Letter {
                 bytes.extend(b"refused\n");
                 bytes.extend(why.replace('\n', " ").bytes());
                 bytes.push(b'\n');
+            }
+            Self::Heirlooms(heirlooms) => {
+                bytes.extend(b"heirlooms\n");
+                for Heirloom { name, fd } in heirlooms {
+                    bytes.extend(name.bytes());
+                    bytes.push(b'\n');
+                    fds.push(fd);
+                }
             }
             Self::HandOver(estate) => {
                 bytes.extend(b"hand-over\n");
@@ -101,6 +113,7 @@ impl Letter {
                 let why = lines.next().unwrap_or_default();
                 Ok(Self::Refused(String::from_utf8_lossy(why).into_owned()))
             }
+            Some("heirlooms") => heirlooms(lines, fds).map(Self::Heirlooms),
             Some("hand-over") => {
                 Estate::decode(lines, fds).map(|estate| Self::HandOver(estate.into()))
             }
@@ -198,6 +211,50 @@ impl Estate {
     }
 }
 
+/// Descriptors of one letter; the kernel carries 253.
+const HEIRLOOMS: usize = 128;
+/// Bytes of a name.
+const NAME: usize = 64;
+
+/// The letters that these go in.
+///
+/// # Errors
+/// A name cannot stand in a letter.
+pub(crate) fn parcels(heirlooms: Vec<Heirloom>) -> Result<Vec<Letter>, String> {
+    if let Some(bad) = heirlooms.iter().find(|one| !is_name(one.name.as_bytes())) {
+        return Err(format!("{:?} is no name of an heirloom", bad.name));
+    }
+    let mut rest = heirlooms.into_iter().peekable();
+    let mut letters = Vec::new();
+    while rest.peek().is_some() {
+        letters.push(Letter::Heirlooms(rest.by_ref().take(HEIRLOOMS).collect()));
+    }
+    Ok(letters)
+}
+
+fn is_name(name: &[u8]) -> bool {
+    (1..=NAME).contains(&name.len()) && name.iter().all(u8::is_ascii_graphic)
+}
+
+fn heirlooms<'a>(
+    lines: impl Iterator<Item = &'a [u8]>,
+    fds: Vec<OwnedFd>,
+) -> Result<Vec<Heirloom>, String> {
+    let mut fds = fds.into_iter();
+    let mut all = Vec::new();
+    for name in lines.filter(|line| !line.is_empty()) {
+        let fd = fds.next().ok_or("a descriptor is missing")?;
+        if !is_name(name) {
+            return Err("an heirloom whose name is none".to_owned());
+        }
+        all.push(Heirloom { name: String::from_utf8_lossy(name).into_owned(), fd });
+    }
+    match fds.next() {
+        None => Ok(all),
+        Some(_) => Err("a descriptor without a name".to_owned()),
+    }
+}
+
 fn mapping(text: &[u8]) -> Option<(u8, u64, u64)> {
     let text = std::str::from_utf8(text).ok()?;
     let mut words = text.split(' ');
@@ -249,6 +306,29 @@ mod tests {
         };
         assert!(back.listener.is_some() && back.control.is_none() && back.front_end.is_none());
         assert!(back.mappings.is_empty() && back.socket_file.is_none());
+    }
+
+    #[test]
+    fn heirlooms_go_in_as_many_letters_as_they_need_and_come_in_order() {
+        let all = (0..HEIRLOOMS + 1).map(|at| Heirloom { name: format!("n{at}"), fd: fd() });
+        let letters = parcels(all.collect()).unwrap();
+        assert_eq!(letters.len(), 2);
+        let mut names = Vec::new();
+        for letter in letters {
+            let Letter::Heirlooms(some) = round(letter) else { panic!("another letter") };
+            names.extend(some.into_iter().map(|one| one.name));
+        }
+        assert!(names.iter().enumerate().all(|(at, name)| *name == format!("n{at}")));
+        assert_eq!(names.len(), HEIRLOOMS + 1);
+        assert!(parcels(Vec::new()).unwrap().is_empty(), "none need no letter");
+        for name in ["", "a b", "a\nb", &"n".repeat(NAME + 1)] {
+            let one = Heirloom { name: name.to_owned(), fd: fd() };
+            assert!(parcels(vec![one]).is_err(), "{name:?}");
+        }
+        let error = Letter::decode(b"outboard 1 heirlooms\n", vec![fd()]).unwrap_err();
+        assert!(error.contains("without a name"), "{error}");
+        let error = Letter::decode(b"outboard 1 heirlooms\na\n", Vec::new()).unwrap_err();
+        assert!(error.contains("missing"), "{error}");
     }
 
     #[test]

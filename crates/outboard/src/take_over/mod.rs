@@ -4,6 +4,7 @@
 //! ```text
 //!  new process                               old process
 //!  "take over" ──────── control socket ─────▶ its rings are stopped and drained
+//!              ◀─ heirlooms ─────────────────  (what the device itself has open: `Hooks::hand_over`)
 //!              ◀─ hand-over: descriptors ────  (listener, front-end's socket, a fresh socket pair)
 //!  its handler ◀═══ vhost-user ══════════════ plays the front-end: features, memory, rings, kicks
 //!              ◀─ "go" ──────────────────────  and ends
@@ -26,7 +27,7 @@ use crate::error::HostError;
 pub(crate) use control::{Belongings, Control, Door, Heir};
 #[cfg(fuzzing)]
 pub use letter::letter_again;
-pub(crate) use letter::{Estate, FrontEnd, Letter, now};
+pub(crate) use letter::{Estate, FrontEnd, Letter, now, parcels};
 pub(crate) use play::Play;
 
 /// Why a hand-over came to nothing.
