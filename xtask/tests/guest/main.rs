@@ -12,6 +12,7 @@ mod lab;
 mod live;
 mod migrate;
 mod net;
+mod net_moves;
 mod net_switch;
 mod notices;
 mod rng;

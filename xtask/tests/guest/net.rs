@@ -11,12 +11,12 @@ use xtask::guest::Guest;
 use xtask::guest::qemu::Machine;
 use xtask::process::{self, Running};
 
-const LONG: Duration = Duration::from_secs(120);
+pub(crate) const LONG: Duration = Duration::from_secs(120);
 /// Bytes that go each way.
 const BULK: usize = 4 << 20;
 
 /// The card's address and name in the guest.
-const UP: &str = "
+pub(crate) const UP: &str = "
 for at in 1 2 3 4 5 6 7 8 9 10; do [ -e /sys/class/net/eth0 ] && break; sleep 0.2; done
 ip link set eth0 up
 ip addr add 10.7.0.2/24 dev eth0
@@ -29,21 +29,30 @@ const FEATURES: &str = "cat /sys/class/net/eth0/device/features";
 const CONTROL: &str = "net.ctl";
 
 /// A device in a network of its own, with the programs of busybox in it.
-struct Network<'a> {
+pub(crate) struct Network<'a> {
     lab: &'a Lab,
-    device: Device,
+    pub(crate) device: Device,
 }
 
 impl<'a> Network<'a> {
     /// Starts `outboard net` on the interface up0, which is up then.
     fn start(lab: &'a Lab, arguments: &[&str]) -> Result<Self> {
+        Self::named("net", lab, arguments)
+    }
+
+    /// One of several.
+    pub(crate) fn named(name: &str, lab: &'a Lab, arguments: &[&str]) -> Result<Self> {
         let mut command = Command::new(lab.root.path("bin/busybox"));
         command.args(["unshare", "-n"]).arg(backend::outboard()?);
         command.args(["net", "--tap", "up0"]).args(arguments);
-        command.arg("--socket-path").arg(backend::socket(lab.path(), "net"));
-        command.arg("--control").arg(lab.path().join(CONTROL));
-        let device = Device::start(&mut command, lab.path(), "net")?;
+        command.arg("--socket-path").arg(backend::socket(lab.path(), name));
+        if name == "net" {
+            command.arg("--control").arg(lab.path().join(CONTROL));
+        }
+        let device = Device::start(&mut command, lab.path(), name)?;
         let network = Self { lab, device };
+        // The same in every network, as a gateway that a guest finds again after a move.
+        network.run(&["ip", "link", "set", "up0", "address", "02:00:00:00:07:01"])?;
         network.run(&["ip", "addr", "add", "10.7.0.1/24", "dev", "up0"])?;
         network.run(&["ip", "link", "set", "up0", "up"])?;
         Ok(network)
@@ -158,7 +167,7 @@ fn wait(child: &mut Child) -> Result<Option<()>> {
 }
 
 /// The packages, our program, and the right to make networks.
-fn lab() -> Result<Option<Lab>> {
+pub(crate) fn lab() -> Result<Option<Lab>> {
     Lab::open(|| {
         backend::outboard()?;
         let tun = File::options().read(true).write(true).open("/dev/net/tun");
@@ -172,6 +181,11 @@ fn lab() -> Result<Option<Lab>> {
 
 /// A guest with a card of so many pairs of queues behind the socket.
 fn guest(lab: &Lab, socket: &Path, pairs: u16, more: &str) -> Result<Guest> {
+    machine(socket, pairs, more).boot(&lab.root, lab.path())
+}
+
+/// What it runs on.
+pub(crate) fn machine(socket: &Path, pairs: u16, more: &str) -> Machine {
     let chardev = format!("socket,id=net,path={},reconnect-ms=100", socket.display());
     let netdev = format!("vhost-user,id=n,chardev=net,queues={pairs}");
     let vectors = 2 * pairs + 2;
@@ -179,8 +193,7 @@ fn guest(lab: &Lab, socket: &Path, pairs: u16, more: &str) -> Result<Guest> {
     let programs = vec!["usr/bin/iperf3", "sbin/ethtool"];
     let modules = vec!["virtio_net"];
     let machine = Machine { cpus: pairs, modules, programs, ..Machine::default() };
-    let machine = machine.with(&["-chardev", &chardev, "-netdev", &netdev, "-device", &device]);
-    machine.boot(&lab.root, lab.path())
+    machine.with(&["-chardev", &chardev, "-netdev", &netdev, "-device", &device])
 }
 
 /// Random bytes: nothing repeats that could arrive in another place unseen.

@@ -4,10 +4,10 @@
 //! there: `OUTBOARD_ROUNDS` packets, 10,000 without.
 
 use crate::lab::{Lab, sound};
-use anyhow::{Context as _, Result, ensure};
-use std::fs::File;
+use crate::net::lab;
+use anyhow::{Context as _, Result};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 use xtask::backend::{self, Device};
 use xtask::guest::Guest;
@@ -54,18 +54,6 @@ fn inside(lab: &Lab, device: &Device, words: &str) -> Result<String> {
     let mut command = Command::new(&busybox);
     command.args(["nsenter", "-t", &device.pid().to_string(), "-n"]).arg(&busybox);
     process::output(command.args(words.split(' ')))
-}
-
-fn lab() -> Result<Option<Lab>> {
-    Lab::open(|| {
-        backend::outboard()?;
-        let tun = File::options().read(true).write(true).open("/dev/net/tun");
-        tun.context("no /dev/net/tun")?;
-        let mut probe = Command::new("unshare");
-        let made = probe.args(["-n", "true"]).stderr(Stdio::null()).status()?;
-        ensure!(made.success(), "this process may not make networks");
-        Ok(())
-    })
 }
 
 /// UDP packets that came for a port where nobody listens.
