@@ -26,6 +26,7 @@ const WITH_DEPENDENCIES: &[&str] = &[
     "socat",
     "iperf3",
     "ethtool",
+    "passt",
 ];
 
 /// Names the newest kernel; only that one package is fetched, not the initramfs tools it asks for.

@@ -13,6 +13,7 @@ mod live;
 mod migrate;
 mod net;
 mod net_moves;
+mod net_passt;
 mod net_switch;
 mod notices;
 mod rng;
