@@ -19,6 +19,8 @@ pub mod vsock;
 
 #[cfg(any(feature = "console", feature = "net", feature = "vsock"))]
 mod bell;
+#[cfg(any(feature = "block", feature = "console", feature = "net", feature = "vsock"))]
+mod features;
 #[cfg(any(feature = "console", feature = "net", feature = "vsock"))]
 mod names;
 #[cfg(any(feature = "net", feature = "rng", feature = "vsock"))]

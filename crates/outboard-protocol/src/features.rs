@@ -1,5 +1,6 @@
 //! Feature bits: the protocol features of messages 15 and 16, and the virtio and vhost bits that
-//! the transport itself must know (vhost-user, "Protocol features"; virtio 1.3 §6).
+//! the transport itself must know (vhost-user, "Protocol features"; virtio 1.3 §6), and those of the
+//! disk, which front-ends and devices have in common.
 //!
 //! Invariant: a bit has one meaning. Bit 21 is GPA_ADDRESSES and nothing else, although old
 //! rust-vmm releases meant SHMEM by it.
@@ -135,6 +136,56 @@ pub mod virtio {
         let is = |known: &str| short == known || short.strip_prefix("RING_") == Some(known);
         NAMES.iter().find(|(known, _)| is(known)).map(|(_, bit)| *bit)
     }
+}
+
+/// Feature bits of the block device (virtio 1.3 §5.2.3), as masks.
+pub mod block {
+    /// The largest segment is limited (`size_max`).
+    pub const SIZE_MAX: u64 = 1 << 1;
+    /// The number of segments of a request is limited (`seg_max`).
+    pub const SEG_MAX: u64 = 1 << 2;
+    /// The geometry field is valid.
+    pub const GEOMETRY: u64 = 1 << 4;
+    /// The device is read-only.
+    pub const RO: u64 = 1 << 5;
+    /// The block size field is valid.
+    pub const BLK_SIZE: u64 = 1 << 6;
+    /// The flush command is understood.
+    pub const FLUSH: u64 = 1 << 9;
+    /// The topology fields are valid.
+    pub const TOPOLOGY: u64 = 1 << 10;
+    /// The driver can switch the write cache.
+    pub const CONFIG_WCE: u64 = 1 << 11;
+    /// More than one queue.
+    pub const MQ: u64 = 1 << 12;
+    /// The discard command is understood.
+    pub const DISCARD: u64 = 1 << 13;
+    /// The write-zeroes command is understood.
+    pub const WRITE_ZEROES: u64 = 1 << 14;
+    /// The lifetime command is understood.
+    pub const LIFETIME: u64 = 1 << 15;
+    /// The secure-erase command is understood.
+    pub const SECURE_ERASE: u64 = 1 << 16;
+    /// The device is zoned.
+    pub const ZONED: u64 = 1 << 17;
+
+    /// Their names.
+    pub const NAMES: [(&str, u64); 14] = [
+        ("SIZE_MAX", SIZE_MAX),
+        ("SEG_MAX", SEG_MAX),
+        ("GEOMETRY", GEOMETRY),
+        ("RO", RO),
+        ("BLK_SIZE", BLK_SIZE),
+        ("FLUSH", FLUSH),
+        ("TOPOLOGY", TOPOLOGY),
+        ("CONFIG_WCE", CONFIG_WCE),
+        ("MQ", MQ),
+        ("DISCARD", DISCARD),
+        ("WRITE_ZEROES", WRITE_ZEROES),
+        ("LIFETIME", LIFETIME),
+        ("SECURE_ERASE", SECURE_ERASE),
+        ("ZONED", ZONED),
+    ];
 }
 
 #[cfg(test)]

@@ -13,57 +13,15 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::image::Image;
 
-/// Feature bits of virtio 1.3 §5.2.3, as masks.
+/// Feature bits of virtio 1.3 §5.2.3, as masks. Not offered: SIZE_MAX (any length is served), GEOMETRY, LIFETIME,
+/// SECURE_ERASE and ZONED.
 pub mod feature {
-    /// `size_max` bounds one segment. Not offered: any length is served.
-    pub const SIZE_MAX: u64 = 1 << 1;
-    /// `seg_max` bounds the number of segments of a request.
-    pub const SEG_MAX: u64 = 1 << 2;
-    /// Legacy disk geometry. Not offered.
-    pub const GEOMETRY: u64 = 1 << 4;
-    /// The disk is read-only.
-    pub const RO: u64 = 1 << 5;
-    /// `blk_size` is the preferred unit.
-    pub const BLK_SIZE: u64 = 1 << 6;
-    /// The flush command.
-    pub const FLUSH: u64 = 1 << 9;
-    /// Optimal alignments and lengths.
-    pub const TOPOLOGY: u64 = 1 << 10;
-    /// The driver may switch between write-back and write-through.
-    pub const CONFIG_WCE: u64 = 1 << 11;
-    /// `num_queues` request queues.
-    pub const MQ: u64 = 1 << 12;
-    /// The discard command.
-    pub const DISCARD: u64 = 1 << 13;
-    /// The write-zeroes command.
-    pub const WRITE_ZEROES: u64 = 1 << 14;
-    /// The secure-erase command. Not offered.
-    pub const SECURE_ERASE: u64 = 1 << 16;
-    /// Zoned disks. Not offered.
-    pub const ZONED: u64 = 1 << 17;
-
-    const NAMES: [(&str, u64); 13] = [
-        ("SIZE_MAX", SIZE_MAX),
-        ("SEG_MAX", SEG_MAX),
-        ("GEOMETRY", GEOMETRY),
-        ("RO", RO),
-        ("BLK_SIZE", BLK_SIZE),
-        ("FLUSH", FLUSH),
-        ("TOPOLOGY", TOPOLOGY),
-        ("CONFIG_WCE", CONFIG_WCE),
-        ("MQ", MQ),
-        ("DISCARD", DISCARD),
-        ("WRITE_ZEROES", WRITE_ZEROES),
-        ("SECURE_ERASE", SECURE_ERASE),
-        ("ZONED", ZONED),
-    ];
+    pub use outboard::protocol::features::block::*;
 
     /// The bit that `name` stands for: `VIRTIO_BLK_F_DISCARD`, `DISCARD`, `discard`.
     #[must_use]
     pub fn by_name(name: &str) -> Option<u64> {
-        let name = name.to_ascii_uppercase().replace('-', "_");
-        let short = name.strip_prefix("VIRTIO_BLK_F_").unwrap_or(&name);
-        NAMES.iter().find(|(known, _)| *known == short).map(|(_, bit)| *bit)
+        crate::features::by_name("VIRTIO_BLK_F_", &NAMES, name)
     }
 }
 

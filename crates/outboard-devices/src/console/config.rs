@@ -23,9 +23,7 @@ pub mod feature {
     /// The bit that `name` stands for: `VIRTIO_CONSOLE_F_MULTIPORT`, `multiport`.
     #[must_use]
     pub fn by_name(name: &str) -> Option<u64> {
-        let name = name.to_ascii_uppercase().replace('-', "_");
-        let short = name.strip_prefix("VIRTIO_CONSOLE_F_").unwrap_or(&name);
-        NAMES.iter().find(|(known, _)| *known == short).map(|(_, bit)| *bit)
+        crate::features::by_name("VIRTIO_CONSOLE_F_", &NAMES, name)
     }
 }
 

@@ -119,9 +119,7 @@ pub mod feature {
     /// The bit that `name` stands for: `VIRTIO_NET_F_CTRL_VQ`, `ctrl-vq`.
     #[must_use]
     pub fn by_name(name: &str) -> Option<u64> {
-        let name = name.to_ascii_uppercase().replace('-', "_");
-        let short = name.strip_prefix("VIRTIO_NET_F_").unwrap_or(&name);
-        NAMES.iter().find(|(known, _)| *known == short).map(|(_, bit)| *bit)
+        crate::features::by_name("VIRTIO_NET_F_", &NAMES, name)
     }
 }
 

@@ -19,9 +19,7 @@ pub mod feature {
     /// The bit that `name` stands for: `VIRTIO_VSOCK_F_SEQPACKET`, `seqpacket`.
     #[must_use]
     pub fn by_name(name: &str) -> Option<u64> {
-        let name = name.to_ascii_uppercase().replace('-', "_");
-        let short = name.strip_prefix("VIRTIO_VSOCK_F_").unwrap_or(&name);
-        NAMES.iter().find(|(known, _)| *known == short).map(|(_, bit)| *bit)
+        crate::features::by_name("VIRTIO_VSOCK_F_", &NAMES, name)
     }
 }
 

@@ -9,61 +9,7 @@ use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 /// Bytes of one sector: the unit of every address and length in the protocol, whatever the block size.
 pub const SECTOR: u64 = 512;
 
-/// Feature bits of the block device (virtio 1.3 §5.2.3), as masks.
-pub mod features {
-    /// The largest segment is limited (`size_max`).
-    pub const SIZE_MAX: u64 = 1 << 1;
-    /// The number of segments of a request is limited (`seg_max`).
-    pub const SEG_MAX: u64 = 1 << 2;
-    /// The geometry field is valid.
-    pub const GEOMETRY: u64 = 1 << 4;
-    /// The device is read-only.
-    pub const RO: u64 = 1 << 5;
-    /// The block size field is valid.
-    pub const BLK_SIZE: u64 = 1 << 6;
-    /// The flush command is understood.
-    pub const FLUSH: u64 = 1 << 9;
-    /// The topology fields are valid.
-    pub const TOPOLOGY: u64 = 1 << 10;
-    /// The driver can switch the write cache.
-    pub const CONFIG_WCE: u64 = 1 << 11;
-    /// More than one queue.
-    pub const MQ: u64 = 1 << 12;
-    /// The discard command is understood.
-    pub const DISCARD: u64 = 1 << 13;
-    /// The write-zeroes command is understood.
-    pub const WRITE_ZEROES: u64 = 1 << 14;
-    /// The lifetime command is understood.
-    pub const LIFETIME: u64 = 1 << 15;
-    /// The secure-erase command is understood.
-    pub const SECURE_ERASE: u64 = 1 << 16;
-    /// The device is zoned.
-    pub const ZONED: u64 = 1 << 17;
-
-    /// Name of a block feature bit, for people.
-    #[must_use]
-    pub fn name(bit: u32) -> Option<&'static str> {
-        Some(match bit {
-            0 => "BARRIER (legacy)",
-            1 => "SIZE_MAX",
-            2 => "SEG_MAX",
-            4 => "GEOMETRY",
-            5 => "RO",
-            6 => "BLK_SIZE",
-            7 => "SCSI (legacy)",
-            9 => "FLUSH",
-            10 => "TOPOLOGY",
-            11 => "CONFIG_WCE",
-            12 => "MQ",
-            13 => "DISCARD",
-            14 => "WRITE_ZEROES",
-            15 => "LIFETIME",
-            16 => "SECURE_ERASE",
-            17 => "ZONED",
-            _ => return None,
-        })
-    }
-}
+pub use outboard_protocol::features::block as features;
 
 /// The configuration space as it lies on the wire, up to the write-zeroes fields: 60 bytes.
 #[derive(Clone, Copy, Debug, FromBytes, Immutable, KnownLayout, Unaligned)]
