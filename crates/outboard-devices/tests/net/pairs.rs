@@ -1,6 +1,7 @@
 //! Several pairs of queues and the offloads that a driver turns on and off (virtio 1.3 §5.1.6.5.5, §5.1.6.5.6), on an
 //! interface of the host with a name of its own, which nobody sets up.
 
+use std::io::Write as _;
 use std::sync::Arc;
 
 use outboard::memory::Tap;
@@ -8,9 +9,28 @@ use outboard_devices::net::{Net, NetOptions, Wire, feature};
 
 use crate::guest::{ALL, BOTH, Guest, HEADER, MAC, packet};
 
+/// Says that this test does not run, as `xtask` reads it; fails when nothing may be skipped.
+fn skip(why: &str) {
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    let line = format!("SKIPPED {test}: {why}");
+    let ci = std::env::var("CI").is_ok_and(|ci| ci == "true");
+    assert!(!ci && std::env::var_os("OUTBOARD_NO_SKIPS").is_none(), "{line}");
+    eprintln!("{line}");
+    if let Some(list) = std::env::var_os("OUTBOARD_SKIPS") {
+        let file = std::fs::OpenOptions::new().append(true).create(true).open(list);
+        writeln!(file.expect("the list of skipped tests"), "{line}").expect("room in it");
+    }
+}
+
 /// A card with so many pairs; None where this process may not make interfaces.
 fn card(pairs: usize) -> Option<Net> {
-    let first = Tap::open("", true).inspect_err(|error| println!("no interface: {error}")).ok()?;
+    let first = match Tap::open("", true) {
+        Ok(first) => first,
+        Err(error) => {
+            skip(&format!("no interface can be made: {error}"));
+            return None;
+        }
+    };
     let name = first.name().to_owned();
     let mut taps = vec![Arc::new(first)];
     for _ in 1..pairs {
