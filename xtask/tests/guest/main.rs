@@ -23,3 +23,4 @@ mod share_rules;
 mod share_tools;
 mod uml;
 mod vsock;
+mod vsock_pair;
