@@ -264,6 +264,12 @@ impl Buffers {
         self.list.capacity() > pieces
     }
 
+    /// Whether there are bytes to read and never were any to write: that nothing was written says nothing then. False, too,
+    /// of buffers that were [shrunk](Self::shrink).
+    pub fn takes_nothing(&self) -> bool {
+        self.room == 0 && self.tail.end == 0 && self.readable.end > 0
+    }
+
     fn pieces_of(&self, span: Span) -> &[Segment] {
         let Span { next, end } = span;
         let first = self.list.as_ptr().wrapping_byte_add(next as usize);

@@ -33,6 +33,8 @@ enum Kept {
     Log,
     /// Requests are noted in an in-flight region.
     Region,
+    /// Order was promised.
+    Order,
 }
 
 #[derive(Clone, Copy)]
@@ -46,7 +48,7 @@ struct Case {
     packed: bool,
 }
 
-const CASES: [Case; 17] = {
+const CASES: [Case; 19] = {
     const fn case(
         name: &'static str,
         regions: u64,
@@ -80,6 +82,8 @@ const CASES: [Case; 17] = {
         packed("packed-indirect-8-regions", true, 1, Kept::Nothing),
         packed("packed-indirect-8-regions-batch-32", true, 32, Kept::Nothing),
         packed("packed-direct-8-regions-log", false, 1, Kept::Log),
+        keeping("direct-1-region-in-order-batch-32", Kept::Order, 32),
+        packed("packed-direct-8-regions-in-order-batch-32", false, 32, Kept::Order),
     ]
 };
 
@@ -244,10 +248,15 @@ fn filled_packed(case: Case) -> (DeviceQueue, Offers) {
         };
         ring.set_body(at, body).expect("inside");
     }
-    let features = 1 << 34 | u64::from(case.event_idx) << 29 | u64::from(case.indirect) << 28;
+    let features = 1 << 34 | features(case);
     let mut queue = DeviceQueue::new(layout, features, 0x8000_8000, view).expect("a ring");
     keep(&mut queue, case.kept);
     (queue, Offers { ring, at: 0, available: AVAIL, indirect: case.indirect })
+}
+
+fn features(case: Case) -> u64 {
+    let order = u64::from(case.kept == Kept::Order) << 35;
+    u64::from(case.event_idx) << 29 | u64::from(case.indirect) << 28 | order
 }
 
 fn memory(regions: u64) -> View {
@@ -292,7 +301,7 @@ fn filled(case: Case) -> (DeviceQueue, Cell16) {
             view.write(layout.avail + 4 + 2 * u64::from(entry), &head.to_le_bytes()).expect("room");
         }
     }
-    let features = u64::from(case.event_idx) << 29 | u64::from(case.indirect) << 28;
+    let features = features(case);
     let cells = view.cells(layout.avail, 4).expect("the available ring");
     let avail = cells.u16_at(2).expect("its index");
     let mut queue = DeviceQueue::new(layout, features, 0, view).expect("a ring");
@@ -302,7 +311,7 @@ fn filled(case: Case) -> (DeviceQueue, Cell16) {
 
 fn keep(queue: &mut DeviceQueue, kept: Kept) {
     match kept {
-        Kept::Nothing => {}
+        Kept::Nothing | Kept::Order => {}
         Kept::Log => {
             let (log, _file) = DirtyLog::memfd(REGION).expect("a log");
             let used = Some(queue.layout().used);

@@ -7,7 +7,10 @@
 //! ```
 //! Devices may complete in any order: what has come too early waits and counts as in flight. So a request that is never
 //! completed holds up all that follow, and one that takes long does for as long: only a device that asks for the feature
-//! offers it. Of each chain a used element is written, with its own length: no batch is closed with its last one.
+//! offers it. A chain of which the driver knows everything, for it has bytes to read only, is skipped when another one is
+//! given back in its batch: one used element, where the first one's would be, closes them all. What has bytes to write gets
+//! an element of its own, or is the last one of a run, for its length is told. (A packed ring does so with what its batch
+//! begins with, and not with an in-flight region.)
 //!
 //! On a split ring the order is kept here: invariant: one turn for each chain in flight, oldest first; `number` says by
 //! head how many turns were before it. On a packed ring it stands in the places of the chains: the one whose turn it is

@@ -43,6 +43,27 @@ impl Rig {
         heads
     }
 
+    /// Requests with these tokens that have bytes to read only.
+    fn offer_to_read(&mut self, tokens: std::ops::Range<u64>) -> Vec<u16> {
+        let heads = tokens.map(|token| self.driver.add(&[(DATA, 16)], &[], token));
+        let heads = heads.collect::<Result<_, _>>().unwrap();
+        self.driver.publish();
+        heads
+    }
+
+    /// The id and the length that stand in used element `at`; packed: in descriptor `at`.
+    fn element(&self, at: u16) -> (u32, u32) {
+        let mut bytes = [0; 8];
+        let at = u64::from(at % SIZE);
+        let packed = self.features & PACKED != 0;
+        let place =
+            if packed { self.layout.desc + 16 * at + 8 } else { self.layout.used + 4 + 8 * at };
+        self.view.read(place, &mut bytes).unwrap();
+        let [a, b, c, d, e, f, g, h] = bytes;
+        let (first, second) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
+        if packed { (second & 0xffff, first) } else { (first, second) }
+    }
+
     fn take(&mut self) -> Vec<Option<Chain>> {
         std::iter::from_fn(|| self.device.pop().unwrap()).map(Some).collect()
     }
@@ -141,6 +162,75 @@ fn b46_a_batch_that_was_closed_with_its_last_chain_is_taken_whole() {
             assert_eq!(rig.driver.pop_used().unwrap(), None);
             assert_eq!(rig.driver.free(), SIZE);
         }
+    }
+}
+
+#[test]
+fn what_has_nothing_to_write_is_skipped_and_the_last_one_of_a_batch_closes_it() {
+    for features in LAYOUTS {
+        let mut rig = Rig::new(features);
+        let mut at = 0;
+        for round in (0..30).step_by(3) {
+            let heads = rig.offer_to_read(round..round + 3);
+            let behind = [rig.element(at + 1), rig.element(at + 2)];
+            // Out of order, which makes no difference.
+            let mut chains = rig.take();
+            for which in [1, 0, 2] {
+                rig.device.complete(chains[which].take().unwrap(), 0);
+            }
+            assert_eq!(rig.seen(), [(round, 0), (round + 1, 0), (round + 2, 0)]);
+            assert_eq!(rig.element(at), (heads[2].into(), 0), "the last one closes the batch");
+            assert_eq!([rig.element(at + 1), rig.element(at + 2)], behind, "none of their own");
+            assert_eq!((rig.device.in_flight(), rig.driver.free()), (0, SIZE));
+            assert_eq!(rig.device.base(), rig.driver.base());
+            at += 3;
+        }
+    }
+}
+
+#[test]
+fn what_has_bytes_to_write_is_told_with_its_length_wherever_it_stands_in_a_batch() {
+    for features in LAYOUTS {
+        for kinds in 0..16_u64 {
+            let mut rig = Rig::new(features);
+            let mut next = 0;
+            for _ in 0..5 {
+                let mut expected = Vec::new();
+                for kind in 0..4 {
+                    let writes = kinds >> kind & 1 != 0 && next % 3 != 1;
+                    if writes {
+                        rig.offer(next..next + 1);
+                    } else {
+                        rig.offer_to_read(next..next + 1);
+                    }
+                    let written = if writes { u32::try_from(7 * next % 64).unwrap() } else { 0 };
+                    expected.push((next, written));
+                    next += 1;
+                    if rig.driver.free() < 2 {
+                        break;
+                    }
+                }
+                for (chain, (_, written)) in rig.take().into_iter().zip(&expected) {
+                    rig.device.complete(chain.unwrap(), *written);
+                }
+                assert_eq!(rig.seen(), expected, "{features:#x} {kinds:#b}");
+                assert_eq!(rig.driver.free(), SIZE);
+                assert_eq!(rig.device.base(), rig.driver.base());
+            }
+        }
+    }
+}
+
+#[test]
+fn without_the_feature_nothing_is_skipped() {
+    for features in LAYOUTS {
+        let mut rig = Rig::new(features & !IN_ORDER);
+        let heads = rig.offer_to_read(0..2);
+        for chain in rig.take() {
+            rig.device.complete(chain.unwrap(), 0);
+        }
+        assert_eq!(rig.seen(), [(0, 0), (1, 0)]);
+        assert_eq!([rig.element(0).0, rig.element(1).0], [heads[0].into(), heads[1].into()]);
     }
 }
 

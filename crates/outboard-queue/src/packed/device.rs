@@ -45,13 +45,16 @@ pub(crate) struct PackedDevice {
     /// Where the next available chain is. Nowhere when the ring takes nothing any more.
     next_avail: Lap,
     /// Where the next used descriptor goes; the first one of the batch is marked.
-    next_used: UsedLap,
+    pub(super) next_used: UsedLap,
     /// Descriptors that were not taken, or were given back and shown; in bytes of the ring, as lengths of a [`Lap`] are.
     pub(super) left: u32,
     /// Descriptors between the first one that was completed and not told, and `next_used`, in bytes. 0: none.
     pub(super) batch: u32,
     /// The flags that the first one gets.
-    first: u16,
+    pub(super) first: u16,
+    /// On a ring that is not a plain one: the chains of the batch so far are closed by one used descriptor, the first one
+    /// (`order.rs`).
+    pub(super) run: bool,
     /// Whether the driver may believe that kicks are wanted.
     armed: bool,
     /// Whether the next `publish` has more to do than usual.
@@ -138,6 +141,7 @@ impl PackedDevice {
             left: 16 * u32::from(size - held),
             batch: 0,
             first: 0,
+            run: false,
             armed: true,
             unusual: true,
             call_is_due: true,
@@ -323,6 +327,7 @@ impl PackedDevice {
         if bytes == 0 {
             return self.give_back_charged(parts, written);
         }
+        let skips = !PLAIN && self.may_skip(&parts, written);
         if PLAIN {
             self.chains.put(parts);
         } else {
@@ -337,11 +342,15 @@ impl PackedDevice {
         if self.batch == 0 {
             self.next_used.mark();
             self.first = flags;
+            if !PLAIN {
+                self.run = true;
+            }
         } else if PLAIN {
             self.next_used.put_flags(flags);
         }
         if !PLAIN {
             self.complete_unusually(id, written, flags);
+            self.run &= skips;
         }
         self.batch += bytes;
         self.next_used.advance(bytes);
@@ -360,14 +369,6 @@ impl PackedDevice {
             self.give_back::<true>(parts, written);
         } else {
             self.give_back::<false>(parts, written);
-        }
-    }
-
-    /// Writes a used descriptor. The flags of the first one of a batch come last.
-    pub(super) fn put(&mut self, id: u16, written: u32, flags: u16) {
-        self.next_used.put_used(id, written);
-        if self.batch != 0 {
-            self.next_used.put_flags(flags);
         }
     }
 

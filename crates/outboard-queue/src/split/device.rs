@@ -43,6 +43,9 @@ pub(crate) struct SplitDevice {
     pub(super) seen_avail: u16,
     pub(super) next_used: u16,
     pub(super) told_used: u16,
+    /// While requests are looked at twice: where the next used element is written. Behind `next_used` by the chains that
+    /// it closes along with its own (`order.rs`).
+    pub(super) run: u16,
     /// `next_avail - next_used` with nothing in flight.
     pub(super) lead: u16,
     /// Whether the driver may believe that kicks are wanted.
@@ -86,6 +89,7 @@ impl SplitDevice {
             seen_avail: next_avail,
             next_used: used,
             told_used: used,
+            run: used,
             lead: next_avail.wrapping_sub(used),
             armed: true,
             unusual: true,

@@ -29,6 +29,7 @@ impl SplitDevice {
         self.plain = self.health == Health::Live && !tracked;
         self.chains.set_aside(tracked);
         self.unusual |= tracked;
+        self.run = self.next_used;
         if self.health == Health::Live {
             // Each look of this way is at the index: what was seen and not taken is seen again.
             self.seen_avail = self.next_avail;
@@ -175,6 +176,7 @@ impl SplitDevice {
             return self.complete_in_turn(turns, parts, written);
         }
         let head = parts.head;
+        let skips = self.features.in_order && written == 0 && parts.buffers.takes_nothing();
         if let Some(slot) = self.chains.discharged_place(&mut parts) {
             *slot = Some(parts);
             return self.push_used(head, written);
@@ -185,12 +187,21 @@ impl SplitDevice {
         }
         if let Some(log) = &mut self.log {
             log.completed(head);
-            log.mark_elements(self.next_used, self.next_used.wrapping_add(1));
+            log.mark_elements(self.run, self.run.wrapping_add(1));
         }
         if let Some(inflight) = &mut self.inflight {
             inflight.completed(head);
         }
-        self.push_used(head, written);
+        self.push_in_turn(head, written, skips);
+    }
+
+    /// Writes the element of a run of chains, which the next one writes over when it `skips` this one.
+    fn push_in_turn(&mut self, head: u16, written: u32, skips: bool) {
+        self.cells.used.store(self.run, u32::from(head), written);
+        self.next_used = self.next_used.wrapping_add(1);
+        if !skips {
+            self.run = self.next_used;
+        }
     }
 
     /// Gives back what has come back, as far as it is its turn. Away from the ring meanwhile, the turns let it through.
@@ -206,6 +217,7 @@ impl SplitDevice {
 
     /// The used index is about to cover what was completed.
     pub(super) fn before_used_index(&mut self) {
+        self.run = self.next_used;
         if let Some(log) = &self.log {
             log.mark_index();
         }

@@ -302,6 +302,13 @@ impl UsedLap {
         self.marked = self.lap.next;
     }
 
+    /// As [`put_used`](Self::put_used), to the descriptor that was remembered last.
+    #[inline(always)]
+    pub fn put_marked(&self, id: u16, len: u32) {
+        // SAFETY: a descriptor of the ring.
+        unsafe { put_used(self.marked, id, len) };
+    }
+
     /// Writes the flags of the descriptor that was remembered last, behind all writes so far.
     #[inline(always)]
     pub fn show_marked(&self, flags: u16) {

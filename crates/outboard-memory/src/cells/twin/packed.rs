@@ -213,6 +213,11 @@ impl UsedLap {
         self.marked = self.lap.at;
     }
 
+    /// As [`put_used`](Self::put_used), to the descriptor that was remembered last.
+    pub fn put_marked(&self, id: u16, len: u32) {
+        let _ = self.lap.ring.set_used(self.marked, id, len);
+    }
+
     /// Writes the flags of the descriptor that was remembered last, behind all writes so far.
     pub fn show_marked(&self, flags: u16) {
         let _ = self.lap.ring.set_flags(self.marked, flags, Ordering::Release);
