@@ -52,7 +52,18 @@ impl Turns {
         self.turns.push_back((head, None));
     }
 
-    /// A chain comes back.
+    /// Whether it is the turn of this head, the usual case: it is over then.
+    #[inline]
+    pub(crate) fn is_next(&mut self, head: u16) -> bool {
+        let next = matches!(self.turns.front(), Some((oldest, None)) if *oldest == head);
+        if next {
+            self.turns.pop_front();
+            self.oldest = self.oldest.wrapping_add(1);
+        }
+        next
+    }
+
+    /// A chain comes back before its turn.
     pub(crate) fn completed(&mut self, parts: Box<Parts>, written: u32) {
         let head = parts.head;
         let number = self.number.get(usize::from(head)).copied().unwrap_or_default();

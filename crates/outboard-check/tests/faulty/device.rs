@@ -494,7 +494,11 @@ impl Device {
                 if !self.trips(index, queue) {
                     return Ok(());
                 }
-                let raw = raw::next(queue).map(|(_, parts)| parts).unwrap_or_default();
+                let raw = if queue.features().packed {
+                    packed::parts(queue)
+                } else {
+                    raw::next(queue).map(|(_, parts)| parts).unwrap_or_default()
+                };
                 let owed = queue.pop_owed()?;
                 let next = if owed.is_some() { owed } else { queue.pop()? };
                 let Some(mut chain) = next else { break };

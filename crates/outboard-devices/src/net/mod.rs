@@ -38,7 +38,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use outboard::memory::Tap;
-use outboard::protocol::ProtocolFeatures;
+use outboard::protocol::{ProtocolFeatures, virtio};
 use outboard::{
     BackendChannel, Error, Hooks, Inspect, MakeWorker, Model, QueueSpec, Saved, Snapshot,
 };
@@ -251,7 +251,9 @@ impl Model for Net {
         let always = feature::MAC | feature::STATUS | feature::SPEED_DUPLEX | feature::CTRL_VQ;
         let mtu = if self.mtu.is_some() { feature::MTU } else { 0 };
         let several = if self.card.pairs() > 1 { feature::MQ } else { 0 };
-        always | feature::CONTROL | mtu | several | feature::MRG_RXBUF | self.offloads
+        // Packets leave and come in the order of their buffers.
+        let order = virtio::IN_ORDER;
+        always | feature::CONTROL | mtu | several | feature::MRG_RXBUF | order | self.offloads
     }
 
     fn ack_features(&mut self, features: u64) -> Result<(), Error> {

@@ -125,6 +125,19 @@ impl Guest {
         self.send_raw(&[&[0; HEADER], packet].concat());
     }
 
+    /// Offers a packet so many times, and takes all of them back.
+    pub(crate) fn send_many(&mut self, count: u64, packet: &[u8]) {
+        let at = self.rig.at(TRANSMIT);
+        self.rig.store(at, &[&[0; HEADER], packet].concat());
+        let length = u32::try_from(HEADER + packet.len()).expect("small");
+        for number in 0..count {
+            self.rig.offer(TX, &[(at, length)], &[], number);
+        }
+        for number in 0..count {
+            assert_eq!(self.rig.back(TX), (number, 0));
+        }
+    }
+
     pub(crate) fn send_raw(&mut self, bytes: &[u8]) {
         let at = self.rig.at(TRANSMIT);
         self.rig.store(at, bytes);

@@ -2,9 +2,12 @@
 
 use std::os::unix::net::UnixListener;
 
+use outboard::protocol::virtio;
 use outboard_devices::net::{Net, NetOptions, Stream};
+use outboard_frontend::Wanted;
 
-use crate::guest::{ALL, BOTH, Guest, MAC, OTHER, Peer, RX, link, options, packet};
+use crate::guest::{ALL, BOTH, CONTROL, Guest, MAC, OTHER, Peer, RX, link, options, packet};
+use crate::rig::{Rig, serve};
 
 #[test]
 fn packets_of_every_length_go_both_ways_whole_and_in_order() {
@@ -23,6 +26,36 @@ fn packets_of_every_length_go_both_ways_whole_and_in_order() {
         }
         for fill in 0..200 {
             assert_eq!(guest.receive(), packet(MAC, fill, 100));
+        }
+        guest.rig.end();
+    }
+}
+
+/// DPDK's driver asks for it by itself.
+#[test]
+fn b46_packets_go_both_ways_where_order_was_promised_on_either_kind_of_ring() {
+    for wanted in
+        [Wanted::default().with_in_order(), Wanted::default().with_in_order().with_packed_rings()]
+    {
+        let folder = tempfile::tempdir().expect("a folder");
+        let net = Net::new(&options(folder.path())).expect("a card");
+        let (connection, server) = serve(net, BOTH[1]);
+        let rig = Rig::with(connection, server, u64::MAX, wanted);
+        assert_ne!(rig.vmm.features() & virtio::IN_ORDER, 0, "offered");
+        let mut guest = Guest { rig, control: CONTROL };
+        guest.activate();
+        let mut peer = Peer::connect(folder.path());
+        for round in 0..20 {
+            for fill in 0..20 {
+                peer.send(&packet(MAC, round + fill, 100));
+            }
+            for fill in 0..20 {
+                assert_eq!(guest.receive(), packet(MAC, round + fill, 100));
+            }
+            guest.send_many(20, &packet(ALL, round, 60));
+            for _ in 0..20 {
+                assert_eq!(peer.receive(), packet(ALL, round, 60));
+            }
         }
         guest.rig.end();
     }

@@ -42,7 +42,16 @@ impl Rig {
 
     /// As [`Rig::asleep`], of a device that is served already.
     pub(crate) fn before(connection: Connection, server: JoinHandle<()>, mask: u64) -> Self {
-        let mut wanted = Wanted::default();
+        Self::with(connection, server, mask, Wanted::default())
+    }
+
+    /// The same, with what is wanted of it.
+    pub(crate) fn with(
+        connection: Connection,
+        server: JoinHandle<()>,
+        mask: u64,
+        mut wanted: Wanted,
+    ) -> Self {
         wanted.protocol |= ProtocolFeatures::RESET_DEVICE
             | ProtocolFeatures::STATUS
             | ProtocolFeatures::RARP

@@ -156,10 +156,18 @@ impl PackedDevice {
         let Some(early) = &mut self.early else {
             return self.give_back::<false>(parts, written);
         };
-        let start = self.chains.start(parts.name()).map(usize::from);
-        match start.and_then(|start| early.get_mut(start)).filter(|early| early.is_none()) {
-            Some(early) => *early = Some((parts, written)),
-            None => debug_assert!(false, "id {} was not taken from this queue", parts.name()),
+        let lap = self.next_used.lap();
+        let next = descriptors(lap.size() - lap.left());
+        let start = self.chains.start(parts.name());
+        if start == Some(next) {
+            // It is its turn: the usual case.
+            self.give_back::<false>(parts, written);
+        } else {
+            let place = start.and_then(|start| early.get_mut(usize::from(start)));
+            match place.filter(|early| early.is_none()) {
+                Some(early) => *early = Some((parts, written)),
+                None => debug_assert!(false, "id {} was not taken from this queue", parts.name()),
+            }
         }
         while let Some((parts, written)) = self.next_early() {
             self.give_back::<false>(parts, written);

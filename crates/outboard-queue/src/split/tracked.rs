@@ -208,7 +208,11 @@ impl SplitDevice {
     #[cold]
     #[inline(never)]
     fn complete_in_turn(&mut self, mut turns: Box<Turns>, parts: Box<Parts>, written: u32) {
-        turns.completed(parts, written);
+        if turns.is_next(parts.head) {
+            self.complete_tracked(parts, written);
+        } else {
+            turns.completed(parts, written);
+        }
         while let Some((parts, written)) = turns.next() {
             self.complete_tracked(parts, written);
         }

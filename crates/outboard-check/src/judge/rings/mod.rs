@@ -8,6 +8,7 @@ pub(super) mod chains;
 pub(super) mod indirect;
 pub(super) mod layouts;
 pub(super) mod packed;
+pub(super) mod packed_kept;
 pub(super) mod requests;
 
 use super::case::Case;

@@ -22,44 +22,55 @@ use crate::judge::ring::{Desc, INDIRECT, NEXT, WRITE};
 const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
 /// Descriptors.
-const SIZE: u16 = 5;
+pub(super) const SIZE: u16 = 5;
 /// Index 0 and wrap counter 1, of both sides.
-const FRESH: u32 = 0x8000_8000;
+pub(super) const FRESH: u32 = 0x8000_8000;
 /// The usual read.
-const READ: [(u64, u32, u16); 3] = [(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)];
+pub(super) const READ: [(u64, u32, u16); 3] =
+    [(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)];
 
 /// An index of the ring, and the wrap counter there.
-type Place = (u16, bool);
+pub(super) type Place = (u16, bool);
 
 const fn further((at, wrap): Place, count: u16) -> Place {
     if at + count >= SIZE { (at + count - SIZE, !wrap) } else { (at + count, wrap) }
 }
 
-const fn bits((at, wrap): Place) -> u16 {
+pub(super) const fn bits((at, wrap): Place) -> u16 {
     at | (wrap as u16) << 15
 }
 
 /// A disk whose ring 0 is packed.
-struct Packed {
-    disk: Disk,
-    at: Place,
-    used: Place,
+pub(super) struct Packed {
+    pub(super) disk: Disk,
+    pub(super) at: Place,
+    pub(super) used: Place,
 }
 
 impl Packed {
     fn start(case: &mut Case<'_>, features: u64) -> Outcome<Self> {
-        let features = RING_PACKED | features;
-        let disk = case.unstarted_disk(features, ProtocolFeatures::empty())?;
-        disk.session.needs_bit(RING_PACKED, "packed rings")?;
-        disk.session.needs_bit(features, "the ring feature")?;
-        let mut this = Self { disk, at: (0, true), used: (0, true) };
-        this.disk.ring.size = SIZE;
+        let mut this = Self::prepare(case, features, ProtocolFeatures::empty())?;
         this.run(FRESH)?;
         Ok(this)
     }
 
+    /// The same, with more protocol features and not started yet.
+    pub(super) fn prepare(
+        case: &mut Case<'_>,
+        features: u64,
+        protocol: ProtocolFeatures,
+    ) -> Outcome<Self> {
+        let features = RING_PACKED | features;
+        let disk = case.unstarted_disk(features, protocol)?;
+        disk.session.needs_bit(RING_PACKED, "packed rings")?;
+        disk.session.needs_bit(features, "the ring feature")?;
+        let mut this = Self { disk, at: (0, true), used: (0, true) };
+        this.disk.ring.size = SIZE;
+        Ok(this)
+    }
+
     /// Starts the ring where it is.
-    fn run(&mut self, base: u32) -> Outcome {
+    pub(super) fn run(&mut self, base: u32) -> Outcome {
         let (ring, session) = (&self.disk.ring, &mut self.disk.session);
         ring.configure(session)?;
         session.done(&message::vring_base(0, base))?;
@@ -67,12 +78,12 @@ impl Packed {
         ring.enable(session, true)
     }
 
-    fn available(&self) -> u16 {
+    pub(super) fn available(&self) -> u16 {
         if self.at.1 { AVAIL } else { USED }
     }
 
     /// Writes descriptors from the next place on, the flags of the first one last, and kicks.
-    fn offer(&mut self, id: u16, parts: &[(u64, u32, u16)]) -> Outcome {
+    pub(super) fn offer(&mut self, id: u16, parts: &[(u64, u32, u16)]) -> Outcome {
         let mut first = None;
         for (number, &(addr, len, flags)) in parts.iter().enumerate() {
             let more = if number + 1 < parts.len() { NEXT } else { 0 };
@@ -95,7 +106,7 @@ impl Packed {
     }
 
     /// Waits for the next used descriptor, which stands for `count`: its id and length.
-    fn next_used(&mut self, count: u16, time: Duration) -> Outcome<Option<(u16, u32)>> {
+    pub(super) fn next_used(&mut self, count: u16, time: Duration) -> Outcome<Option<(u16, u32)>> {
         let place = self.disk.ring.desc + 16 * u64::from(self.used.0);
         let used = if self.used.1 { AVAIL | USED } else { 0 };
         let until = Instant::now() + time;
@@ -113,7 +124,7 @@ impl Packed {
     }
 
     /// The usual read, under this id, and in a table when `at` says where that lies.
-    fn reads(&mut self, id: u16, table: Option<u64>, when: &str) -> Outcome {
+    pub(super) fn reads(&mut self, id: u16, table: Option<u64>, when: &str) -> Outcome {
         self.disk.header(IN, 0)?;
         let count = if let Some(table) = table {
             put(&self.disk, table, &READ)?;
@@ -135,7 +146,7 @@ impl Packed {
     }
 
     /// Stops the ring: where it goes on.
-    fn stop(&mut self) -> Outcome<u32> {
+    pub(super) fn stop(&mut self) -> Outcome<u32> {
         self.disk.session.base(0)
     }
 }

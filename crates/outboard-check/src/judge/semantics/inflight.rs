@@ -73,20 +73,20 @@ impl Kept {
         &self.file
     }
 
-    fn read<const N: usize>(&self, at: u64) -> Outcome<[u8; N]> {
+    pub(crate) fn read<const N: usize>(&self, at: u64) -> Outcome<[u8; N]> {
         let mut bytes = [0; N];
         rustix::io::pread(&self.file, &mut bytes, self.area.mmap_offset.saturating_add(at))
             .map_err(|errno| Finding::own("read the in-flight region", errno))?;
         Ok(bytes)
     }
 
-    fn write(&self, at: u64, bytes: &[u8]) -> Outcome {
+    pub(crate) fn write(&self, at: u64, bytes: &[u8]) -> Outcome {
         rustix::io::pwrite(&self.file, bytes, self.area.mmap_offset.saturating_add(at))
             .map(|_| ())
             .map_err(|errno| Finding::own("write the in-flight region", errno))
     }
 
-    fn word(&self, at: u64) -> Outcome<u16> {
+    pub(crate) fn word(&self, at: u64) -> Outcome<u16> {
         Ok(u16::from_le_bytes(self.read(at)?))
     }
 

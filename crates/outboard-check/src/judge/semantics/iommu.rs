@@ -62,6 +62,10 @@ const fn page(address: u64) -> u64 {
 impl Behind {
     /// Ring 0 laid out in a memory of which every page is mapped, and no entry sent.
     fn open(case: &mut Case<'_>) -> Outcome<Self> {
+        Self::open_with(case, 0)
+    }
+
+    fn open_with(case: &mut Case<'_>, features: u64) -> Outcome<Self> {
         let capacity = case.capacity()?;
         let (channel, theirs) = Channel::new()?;
         let mut session = Session::hello(case.wire()?, USUAL | P::BACKEND_REQ)?;
@@ -71,7 +75,8 @@ impl Behind {
         // Some offer the feature only where misses can be told.
         session.offered = session.ask(&message::get_features())?.number()?;
         session.needs_bit(virtio::ACCESS_PLATFORM, "ACCESS_PLATFORM")?;
-        session.features = session.offered & (PLAIN | virtio::ACCESS_PLATFORM);
+        session.needs_bit(features, "the ring feature")?;
+        session.features = session.offered & (PLAIN | virtio::ACCESS_PLATFORM | features);
         session.done(&message::set_features(session.features))?;
         let mut disk = Disk::prepare(session, capacity)?;
         disk.ring.user = IO;
@@ -208,6 +213,26 @@ impl Behind {
         }
         Ok(None)
     }
+}
+
+/// A packed ring that `play` drives at these I/O addresses: what it reads goes where the entries lead.
+pub(crate) fn packed(
+    case: &mut Case<'_>,
+    play: impl FnOnce(Disk, u64) -> Outcome<Disk>,
+) -> Outcome {
+    let mut behind = Behind::open_with(case, virtio::RING_PACKED)?;
+    let (desc, avail, used) =
+        (behind.disk.ring.desc, behind.disk.ring.avail, behind.disk.ring.used);
+    behind.move_data();
+    for at in [desc, avail, used, HEADER, DATA] {
+        behind.update(page(at) + IO)?;
+    }
+    behind.mark()?;
+    behind.disk.ring.user = IO;
+    behind.disk = play(behind.disk, IO)?;
+    ensure!(behind.untouched(DATA)?, "data go to where no entry leads");
+    ensure!(!behind.untouched(OTHER)?, "data do not go where the entry leads");
+    Ok(())
 }
 
 /// A ring whose every address must be asked for.

@@ -23,11 +23,11 @@ const FREE: u64 = BASE + 0xf0000;
 const SIZE: u64 = (BASE + MEMORY) / 4096 / 8;
 
 /// A log, and what stands in it.
-struct Pages(OwnedFd);
+pub(crate) struct Pages(OwnedFd);
 
 impl Pages {
     /// Gives the back-end a fresh log.
-    fn give(disk: &mut Disk) -> Outcome<Self> {
+    pub(crate) fn give(disk: &mut Disk) -> Outcome<Self> {
         let log = file(SIZE)?;
         let body = Log { mmap_size: SIZE, mmap_offset: 0 };
         disk.session.ask(&Msg::new(Code::SetLogBase.id(), body.as_bytes().to_vec()).fd(&log))?;
@@ -35,7 +35,7 @@ impl Pages {
     }
 
     /// The guest addresses of the pages that are marked.
-    fn all(&self) -> Outcome<Vec<u64>> {
+    pub(crate) fn all(&self) -> Outcome<Vec<u64>> {
         let mut bytes = vec![0; usize::try_from(SIZE).unwrap_or(0)];
         rustix::io::pread(&self.0, &mut bytes, 0)
             .map_err(|errno| Finding::own("read the dirty log", errno))?;
@@ -46,7 +46,7 @@ impl Pages {
         Ok(pages.collect())
     }
 
-    fn clear(&self) -> Outcome {
+    pub(crate) fn clear(&self) -> Outcome {
         let zeros = vec![0; usize::try_from(SIZE).unwrap_or(0)];
         rustix::io::pwrite(&self.0, &zeros, 0)
             .map(|_| ())
@@ -54,7 +54,8 @@ impl Pages {
     }
 }
 
-fn switch(disk: &mut Disk, on: bool) -> Outcome {
+/// Switches LOG_ALL.
+pub(crate) fn switch(disk: &mut Disk, on: bool) -> Outcome {
     let all = if on { virtio::LOG_ALL } else { 0 };
     disk.session.done(&message::set_features(disk.session.features | all))
 }

@@ -71,5 +71,9 @@ rows! { Rings
     "packed-endless" "virtio 2.8.19 (B25)" "packed: a chain without an end breaks the ring, and no more" r::packed::round_and_round;
     "packed-data-outside" "virtio 2.8.5 (B10)" "packed: data outside of memory is not touched" r::packed::data_outside;
     "packed-table-next" "virtio 2.8.19 (B43)" "packed: a table with a successor breaks the ring, and no more" r::packed::table_with_next;
+    "packed-log" "Migration" "packed: pages of buffers are in the dirty log, all round the ring, and no other" r::packed_kept::log;
+    "packed-inflight" "Inflight I/O tracking" "packed: the region of a ring that ran says where it stands, and that nothing is in flight" r::packed_kept::inflight;
+    "packed-resubmitted" "Inflight I/O tracking" "packed: what another process left in flight comes back once, by its copy" r::packed_kept::resubmitted;
+    "packed-iotlb" "IOTLB_MSG" "packed: a ring behind an IOMMU serves, and data go where entries lead" r::packed_kept::iotlb;
     "packed-table-empty" "virtio 2.8.19 (B43)" "packed: a table of no bytes breaks the ring, and no more" r::packed::table_of_nothing;
 }

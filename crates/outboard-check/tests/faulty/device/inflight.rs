@@ -24,11 +24,14 @@ pub(super) struct Region {
 }
 
 impl Region {
-    fn area(&self, index: usize) -> Option<InflightArea> {
-        let size = InflightArea::size(self.description.queue_size);
-        let at = u64::try_from(index).expect("small") * size;
+    fn area(&self, index: usize, packed: bool) -> Option<InflightArea> {
+        let entries = self.description.queue_size;
+        let bytes =
+            if packed { InflightArea::packed_size(entries) } else { InflightArea::size(entries) };
+        let at = u64::try_from(index).expect("small") * bytes;
+        let make = if packed { InflightArea::packed } else { InflightArea::new };
         let inside = index < usize::from(self.description.num_queues);
-        InflightArea::new(&self.window, at, self.description.queue_size).filter(|_| inside)
+        make(&self.window, at, entries).filter(|_| inside)
     }
 
     fn read<const N: usize>(&self, at: u64) -> [u8; N] {
@@ -85,8 +88,13 @@ impl Device {
     /// A ring that starts takes its area up; whether it can.
     pub(super) fn take_up(&self, index: usize, queue: &mut DeviceQueue) -> bool {
         let Some(region) = &self.region else { return true };
-        let Some(area) = region.area(index) else { return true };
-        if region.word(VERSION) == 1 {
+        let packed = queue.features().packed;
+        let Some(area) = region.area(index, packed) else { return true };
+        let used_before = region.word(VERSION) == 1;
+        if used_before && packed && self.is("packed-resubmitted") {
+            return true;
+        }
+        if used_before && !packed {
             self.spoil_start(region, queue);
         }
         queue.set_inflight(area).is_ok()
@@ -118,10 +126,13 @@ impl Device {
 
     /// A ring has stopped, and its area stays as it is.
     pub(super) fn spoil_stop(&self) {
-        let Some(region) = self.region.as_ref().filter(|one| one.description.queue_size == 16)
-        else {
+        let Some(region) = &self.region else { return };
+        if region.description.queue_size == 5 && self.is("packed-inflight") {
+            region.write(VERSION, &[0; 2]);
+        }
+        if region.description.queue_size != 16 {
             return;
-        };
+        }
         match self.fault.as_str() {
             "inflight-without-version" => region.write(VERSION, &[0; 2]),
             // No head of anybody's.

@@ -92,6 +92,9 @@ impl Device {
         let Some(marks) = &self.marks else { return };
         self.trap.set(self.trap.get() || (on && self.is("marks-after-off")));
         let still = self.is("marks-after-off") && self.trap.get();
+        if self.is("packed-log") && queue.features().packed {
+            return;
+        }
         if self.is("marks-nothing") || !(on || still || self.is("marks-too-early")) {
             return;
         }
@@ -130,7 +133,8 @@ impl Device {
     }
 
     fn inflight(&mut self, queues: u16, size: u16) -> (Inflight, OwnedFd) {
-        let bytes = Inflight::area_size(size, false) * u64::from(queues);
+        let packed = self.backend.acked_features() & virtio::RING_PACKED != 0;
+        let bytes = Inflight::area_size(size, packed) * u64::from(queues);
         let file = memfd(if self.gives_less(size) { 16 } else { bytes });
         if self.is("leaks-inflight") {
             self.kept.push(file.try_clone().expect("a descriptor"));

@@ -45,6 +45,11 @@ fn next(queue: &DeviceQueue) -> Option<(Vec<Raw>, bool)> {
     }
 }
 
+/// The descriptors of the chain that is available next.
+pub(super) fn parts(queue: &DeviceQueue) -> Vec<Raw> {
+    next(queue).map(|(parts, _)| parts).unwrap_or_default()
+}
+
 impl Device {
     /// What a fault does at the sight of a packed ring; false when the ring is served no more.
     pub(super) fn trips_packed(&self, index: usize, queue: &DeviceQueue) -> bool {
@@ -65,6 +70,8 @@ impl Device {
             "packed-data-outside" => {
                 parts.len() == 3 && queue.view().read(parts[1].addr, &mut [0]).is_err()
             }
+            // Nobody else lays a request out beyond the memory that there is.
+            "packed-iotlb" => self.translates() && parts.len() == 3,
             "packed-table-next" => tables(|part| part.flags & NEXT != 0),
             "packed-table-empty" => tables(|part| part.len == 0),
             _ => false,
