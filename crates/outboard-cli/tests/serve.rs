@@ -2,61 +2,24 @@
 //! while they run, an upgrade of all of them at once.
 #![expect(clippy::expect_used, reason = "a failed step of a test is its end")]
 
-use std::io::{BufRead, BufReader};
+mod program;
+
 use std::path::Path;
-use std::process::{Child, ChildStderr, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use outboard_check::bench::{BenchError, Driving, Live, Load, Setup, Target, Workload};
 use outboard_frontend::Connection;
 use outboard_frontend::block::{BlockDevice, BlockOptions, SECTOR};
+use program::Program;
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const MIB: u64 = 1 << 20;
 
 /// A running `outboard serve`.
-struct Program {
-    child: Child,
-    log: BufReader<ChildStderr>,
-}
-
-impl Program {
-    fn start(folder: &Path, args: &[&str]) -> Self {
-        let mut child = outboard(folder)
-            .arg("serve")
-            .args(args)
-            .env("OUTBOARD_LOG", "info")
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("our own program");
-        let log = BufReader::new(child.stderr.take().expect("a pipe"));
-        Self { child, log }
-    }
-
-    /// The first line of the log with this in it; none if the program ended before.
-    fn says(&mut self, what: &str) -> Option<String> {
-        let mut line = String::new();
-        while self.log.read_line(&mut line).expect("text") > 0 {
-            if line.contains(what) {
-                return Some(line);
-            }
-            line.clear();
-        }
-        None
-    }
-
-    fn ends(mut self) -> Option<i32> {
-        self.child.wait().expect("it ends").code()
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+fn serving(folder: &Path, args: &[&str]) -> Program {
+    Program::run(outboard(folder).arg("serve").args(args), folder)
 }
 
 fn outboard(folder: &Path) -> Command {
@@ -126,7 +89,7 @@ fn two_disks() -> tempfile::TempDir {
 fn devices_of_a_file_are_served_listed_added_and_removed() {
     let folder = two_disks();
     let at = folder.path();
-    let mut program = Program::start(at, &["vm.toml"]);
+    let mut program = serving(at, &["vm.toml"]);
     program.says("serving root").expect("it serves");
     let mut root = open(at, "r");
     root.write(8, &[7; 4096]).expect("written");
@@ -177,7 +140,7 @@ fn devices_of_a_file_are_served_listed_added_and_removed() {
 fn a_guest_sees_what_its_image_has_grown_by() {
     let folder = two_disks();
     let at = folder.path();
-    let mut program = Program::start(at, &["vm.toml"]);
+    let mut program = serving(at, &["vm.toml"]);
     program.says("serving root").expect("it serves");
     let mut root = open(at, "r");
     let behind = 16 * MIB / SECTOR;
@@ -249,13 +212,13 @@ fn under_load<T>(folder: &Path, body: impl FnOnce(&Live) -> T) -> T {
 fn a_new_program_takes_all_devices_over_under_load() {
     let folder = two_disks();
     let at = folder.path();
-    let mut program = Program::start(at, &["vm.toml"]);
+    let mut program = serving(at, &["vm.toml"]);
     program.says("serving root").expect("it serves");
     let mut data = open(at, "d");
     data.write(8, &[5; 4096]).expect("written");
     let _last = under_load(at, |live| {
         for _ in 0..3 {
-            let mut next = Program::start(at, &["vm.toml", "--take-over", "c"]);
+            let mut next = serving(at, &["vm.toml", "--take-over", "c"]);
             next.says("the old program has ended").expect("everything was taken over");
             assert_eq!(program.ends(), Some(0));
             live.progress(32).expect("the load goes on");
@@ -275,7 +238,7 @@ fn a_new_program_takes_all_devices_over_under_load() {
 fn a_take_over_that_leaves_a_device_out_is_refused_before_anything_moves() {
     let folder = two_disks();
     let at = folder.path();
-    let mut program = Program::start(at, &["vm.toml"]);
+    let mut program = serving(at, &["vm.toml"]);
     program.says("serving root").expect("it serves");
     let mut root = open(at, "r");
     let one = TWO_DISKS.split("[[device]]\nname = 'data'").next().expect("the first");
@@ -295,7 +258,7 @@ fn strangers_on_the_control_socket_change_nothing() {
     use std::io::{Read, Write};
     let folder = two_disks();
     let at = folder.path();
-    let mut program = Program::start(at, &["vm.toml"]);
+    let mut program = serving(at, &["vm.toml"]);
     program.says("serving root").expect("it serves");
     drop(Connection::connect_patiently(at.join("c"), PATIENCE, PATIENCE).expect("it listens"));
     for text in ["", "\n", "hello\n", "{\"order\":\"sing\"}\n", "{\"order\":\"remove\"}\n"] {

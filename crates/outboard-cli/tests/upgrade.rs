@@ -6,73 +6,31 @@
 
 #[path = "../../outboard-devices/tests/block/later.rs"]
 mod later;
+mod program;
 
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use later::Later;
 use outboard::{Server, WorkerDevice};
 use outboard_check::bench::{BenchError, Driving, Live, Load, Setup, Target, Workload};
 use outboard_devices::block::{Block, BlockOptions, Image, ImageOptions};
+use program::Program;
 
 /// Set for this test program when it is to be a disk: the version that it writes.
 const WRITES: &str = "OUTBOARD_LATER_WRITES";
 
 /// A running `outboard block`.
-struct Disk {
-    child: Child,
-    log: BufReader<ChildStderr>,
+fn started(args: &[&str], folder: &Path) -> Program {
+    Program::run(Command::new(env!("CARGO_BIN_EXE_outboard")).arg("block").args(args), folder)
 }
 
-impl Disk {
-    fn start(args: &[&str], folder: &Path) -> Self {
-        Self::run(Command::new(env!("CARGO_BIN_EXE_outboard")).arg("block").args(args), folder)
-    }
-
-    /// The later program takes over; it writes this version of a state.
-    fn later(writes: u32, folder: &Path) -> Self {
-        let program = std::env::current_exe().expect("our own path");
-        let args = ["--exact", "the_later_program", "--nocapture"];
-        Self::run(Command::new(program).args(args).env(WRITES, writes.to_string()), folder)
-    }
-
-    fn run(command: &mut Command, folder: &Path) -> Self {
-        let mut child = command
-            .current_dir(folder)
-            .env("OUTBOARD_LOG", "info")
-            .stdout(Stdio::null())
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("our own program");
-        let log = BufReader::new(child.stderr.take().expect("a pipe"));
-        Self { child, log }
-    }
-
-    /// The first line of the log with this in it; none if the program ended before.
-    fn says(&mut self, what: &str) -> Option<String> {
-        let mut line = String::new();
-        while self.log.read_line(&mut line).expect("text") > 0 {
-            if line.contains(what) {
-                return Some(line);
-            }
-            line.clear();
-        }
-        None
-    }
-
-    fn ends(mut self) -> Option<i32> {
-        self.child.wait().expect("it ends").code()
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// The later program takes over; it writes this version of a state.
+fn later(writes: u32, folder: &Path) -> Program {
+    let program = std::env::current_exe().expect("our own path");
+    let args = ["--exact", "the_later_program", "--nocapture"];
+    Program::run(Command::new(program).args(args).env(WRITES, writes.to_string()), folder)
 }
 
 fn image(folder: &Path) {
@@ -108,13 +66,12 @@ const NEXT: [&str; 3] = ["--take-over", "c", "disk.img"];
 fn twelve_live_upgrades_under_checked_load_lose_nothing() {
     let folder = tempfile::tempdir().expect("a folder");
     image(folder.path());
-    let mut disk =
-        Disk::start(&["--socket-path", "s", "--control", "c", "disk.img"], folder.path());
+    let mut disk = started(&["--socket-path", "s", "--control", "c", "disk.img"], folder.path());
     disk.says("serving").expect("it serves");
     // What serves at the end outlives the load, which reads everything back.
     let _last = under_load(folder.path(), |live| {
         for turn in 0..12 {
-            let mut next = Disk::start(&NEXT, folder.path());
+            let mut next = started(&NEXT, folder.path());
             let pause = next.says("taken over").unwrap_or_else(|| panic!("turn {turn}"));
             assert!(pause.contains("stood still for"), "{pause}");
             disk.says("handed over").expect("the old one gives way");
@@ -146,14 +103,14 @@ fn pause(line: &str) -> u64 {
 
 /// To the later program, which then is asked in vain by the earlier one; every second time it writes
 /// what that can read, and is followed by it. Answers who serves in the end.
-fn upgraded(mut disk: Disk, round: usize, folder: &Path, pauses: &mut Vec<u64>) -> Disk {
+fn upgraded(mut disk: Program, round: usize, folder: &Path, pauses: &mut Vec<u64>) -> Program {
     let back = round % 2 == 1;
-    let mut later = Disk::later(if back { 1 } else { 2 }, folder);
+    let mut later = self::later(if back { 1 } else { 2 }, folder);
     let line = later.says("taken over").expect("the later one takes over");
     pauses.push(pause(&line));
     disk.says("handed over").expect("the old one gives way");
     assert_eq!(disk.ends(), Some(0));
-    let mut earlier = Disk::start(&NEXT, folder);
+    let mut earlier = started(&NEXT, folder);
     if !back {
         earlier.says("state version 2, this program knows up to 1").expect("a reason");
         assert_eq!(earlier.ends(), Some(1));
@@ -173,8 +130,7 @@ fn upgrades_to_a_later_state_version_and_back_lose_nothing_and_what_cannot_be_re
     let rounds: usize = rounds.unwrap_or(8);
     let folder = tempfile::tempdir().expect("a folder");
     image(folder.path());
-    let mut disk =
-        Disk::start(&["--socket-path", "s", "--control", "c", "disk.img"], folder.path());
+    let mut disk = started(&["--socket-path", "s", "--control", "c", "disk.img"], folder.path());
     disk.says("serving").expect("it serves");
     let mut pauses = Vec::new();
     let _last = under_load(folder.path(), |live| {
@@ -198,13 +154,12 @@ fn upgrades_to_a_later_state_version_and_back_lose_nothing_and_what_cannot_be_re
 fn a_take_over_that_the_new_side_cannot_carry_leaves_the_old_one_serving() {
     let folder = tempfile::tempdir().expect("a folder");
     image(folder.path());
-    let mut disk =
-        Disk::start(&["--socket-path", "s", "--control", "c", "disk.img"], folder.path());
+    let mut disk = started(&["--socket-path", "s", "--control", "c", "disk.img"], folder.path());
     disk.says("serving").expect("it serves");
     under_load(folder.path(), |live| {
         for _ in 0..4 {
             let args = ["--take-over", "c", "--without", "VIRTIO_RING_F_EVENT_IDX", "disk.img"];
-            let mut next = Disk::start(&args, folder.path());
+            let mut next = started(&args, folder.path());
             let why = next.says("take-over").expect("a reason");
             assert!(why.contains("does not offer features 0x20000000"), "{why}");
             assert_eq!(next.ends(), Some(1));
@@ -218,7 +173,7 @@ fn a_take_over_that_the_new_side_cannot_carry_leaves_the_old_one_serving() {
 fn nothing_to_take_over_is_one_line_and_exit_code_2() {
     let folder = tempfile::tempdir().expect("a folder");
     image(folder.path());
-    let mut disk = Disk::start(&NEXT, folder.path());
+    let mut disk = started(&NEXT, folder.path());
     disk.says("socket c:").expect("the path");
     assert_eq!(disk.ends(), Some(2));
 }
