@@ -254,6 +254,31 @@ fn a_take_over_that_leaves_a_device_out_is_refused_before_anything_moves() {
 }
 
 #[test]
+fn what_cannot_be_taken_over_goes_on_in_the_old_program_and_the_others_move() {
+    let folder = two_disks();
+    let at = folder.path();
+    let mut program = Program::start(at, &["vm.toml"]);
+    program.says("serving root").expect("it serves");
+    let mut data = open(at, "d");
+    data.write(8, &[5; 4096]).expect("written");
+    let (mut next, program) = under_load(at, |live| {
+        // Smaller rings than the one that the guest of this disk uses.
+        file(at, "small.toml", &format!("{TWO_DISKS}queue-size = 4\n"));
+        let mut next = Program::start(at, &["small.toml", "--take-over", "c"]);
+        next.says("taken over").expect("one disk moves");
+        program.says("not handed over, the device goes on here").expect("the other one stays");
+        live.progress(32).expect("the load goes on");
+        (next, program)
+    });
+    let mut back = [0; 4096];
+    data.read(8, &mut back).expect("its guest goes on");
+    assert_eq!(back, [5; 4096]);
+    data.write(8, &[6; 4096]).expect("and writes");
+    drop((data, program));
+    next.says("the old program has ended").expect("it was waited for");
+}
+
+#[test]
 fn strangers_on_the_control_socket_change_nothing() {
     use std::io::{Read, Write};
     let folder = two_disks();
