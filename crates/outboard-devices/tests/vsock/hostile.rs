@@ -117,6 +117,24 @@ fn header(socket: &Socket, op: Op, room: u32, taken: u32) -> Header {
 }
 
 #[test]
+fn b66_bytes_that_are_not_there_are_not_brought() {
+    for events in BOTH {
+        let folder = tempfile::tempdir().expect("a folder");
+        let listener = server(folder.path(), 1);
+        let mut guest = Guest::start(options(folder.path()), events);
+        let mut socket = guest.connect(5000, 1);
+        let mut host = patient(listener.accept().expect("a client").0);
+        let short = header(&socket, Op::Data, ROOM, 0).with_length(100);
+        guest.send(short, b"too short");
+        guest.say_with(&mut socket, Op::Data, 0, b"whole");
+        let mut bytes = [0; 5];
+        host.read_exact(&mut bytes).expect("bytes");
+        assert_eq!(&bytes, b"whole");
+        guest.rig.end();
+    }
+}
+
+#[test]
 fn b66_another_type_resets_a_connection() {
     resets(|guest, socket| {
         let header = Header::new(socket.ours, socket.peer, Kind::Seqpacket, Op::CreditUpdate);
