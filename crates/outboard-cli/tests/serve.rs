@@ -257,14 +257,14 @@ fn a_take_over_that_leaves_a_device_out_is_refused_before_anything_moves() {
 fn what_cannot_be_taken_over_goes_on_in_the_old_program_and_the_others_move() {
     let folder = two_disks();
     let at = folder.path();
-    let mut program = Program::start(at, &["vm.toml"]);
+    let mut program = serving(at, &["vm.toml"]);
     program.says("serving root").expect("it serves");
     let mut data = open(at, "d");
     data.write(8, &[5; 4096]).expect("written");
     let (mut next, program) = under_load(at, |live| {
         // Smaller rings than the one that the guest of this disk uses.
         file(at, "small.toml", &format!("{TWO_DISKS}queue-size = 4\n"));
-        let mut next = Program::start(at, &["small.toml", "--take-over", "c"]);
+        let mut next = serving(at, &["small.toml", "--take-over", "c"]);
         next.says("taken over").expect("one disk moves");
         program.says("not handed over, the device goes on here").expect("the other one stays");
         live.progress(32).expect("the load goes on");
