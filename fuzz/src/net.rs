@@ -49,20 +49,22 @@ struct Model {
     /// Unicast, multicast; none: there were too many.
     tables: [Option<BTreeSet<[u8; 6]>>; 2],
     vlans: BTreeSet<u16>,
+    /// A VLAN was named: until then all of them pass.
+    names_vlans: bool,
 }
 
 impl Model {
     fn new() -> Self {
         let modes = [true, false, false, false, false, false];
         let tables = [Some(BTreeSet::new()), Some(BTreeSet::new())];
-        Self { modes, mac: MAC, tables, vlans: BTreeSet::new() }
+        Self { modes, mac: MAC, tables, vlans: BTreeSet::new(), names_vlans: false }
     }
 
     fn wants(&self, packet: &[u8]) -> bool {
         if packet.len() < ETHERNET {
             return false;
         }
-        if packet.len() >= ETHERNET + 2 && packet[12..14] == [0x81, 0] {
+        if self.names_vlans && packet.len() >= ETHERNET + 2 && packet[12..14] == [0x81, 0] {
             let vlan = u16::from_be_bytes([packet[14], packet[15]]) & 0xfff;
             if !self.vlans.contains(&vlan) {
                 return false;
@@ -98,6 +100,7 @@ impl Model {
                 if vlan >= 4096 {
                     return false;
                 }
+                self.names_vlans = true;
                 if *add == 0 {
                     self.vlans.insert(vlan)
                 } else {
