@@ -188,7 +188,13 @@ fn samples(said: &str, field: &str, ports: usize) -> Vec<f64> {
     counts.chunks_exact(ports).map(|ports| ports.iter().sum::<f64>() / 1e6).collect()
 }
 
-const TAIL: &str = "";
+const TAIL: &str = "\n## Why\n\
+    - Where a guest sends, DPDK's net_vhost takes what it gets in vectors and drops it; the switch copies each packet, for it may\n\
+    go to a port, and learns where it came from. The driver asks for order by itself, which costs our side more than twice the\n\
+    instructions (PROMISES.md); what it would be without was not measured.\n\
+    - From one guest to another the switch has a thread for each port. Here both are on one processor, with the driver on the\n\
+    other: each hand-over waits for the scheduler. With a processor for each port nothing was measured, for there are two. DPDK\n\
+    moves both ports on one thread. One thread for several ports is what we lack.\n";
 
 #[cfg(test)]
 mod tests {
