@@ -178,9 +178,10 @@ impl PackedDevice {
     /// The next chain.
     #[inline(always)]
     pub(crate) fn pop(&mut self) -> Result<Option<Chain>, RingError> {
-        match self.next_avail.look(Ordering::Acquire) {
-            Some(flags) => self.take(flags),
-            None => Ok(None),
+        let Some(flags) = self.next_avail.look(Ordering::Acquire) else { return Ok(None) };
+        match self.take(flags) {
+            Some(chain) => Ok(Some(chain)),
+            None => self.tell(None),
         }
     }
 
@@ -198,17 +199,17 @@ impl PackedDevice {
 
     /// Takes the next chain, whose first descriptor has these flags beside its state.
     #[inline(always)]
-    fn take(&mut self, flags: u16) -> Result<Option<Chain>, RingError> {
+    fn take(&mut self, flags: u16) -> Option<Chain> {
         let Some(mut parts) = self.chains.take() else { return self.take_rarely(flags) };
         let Source { view, indirect, .. } = &self.source;
         let (lap, left) = (&self.next_avail, self.left);
         let Some(taken) = view.gather_packed(lap, flags, left, indirect, &mut parts.buffers) else {
-            return self.take_or_tell(flags, parts);
+            return self.take_carefully(flags, parts);
         };
         parts.place = taken.id;
         match self.keep(taken) {
-            Ok(()) => Ok(Some(Chain(parts))),
-            Err(error) => self.refuse_and_tell(parts, error),
+            Ok(()) => Some(Chain(parts)),
+            Err(error) => self.refuse(parts, error),
         }
     }
 
@@ -224,33 +225,15 @@ impl PackedDevice {
     /// There is no idle chain for the quick way, or no ring any more.
     #[cold]
     #[inline(never)]
-    fn take_rarely(&mut self, flags: u16) -> Result<Option<Chain>, RingError> {
+    fn take_rarely(&mut self, flags: u16) -> Option<Chain> {
         let parts = self.chains.take_any(&self.source.view);
-        self.take_or_tell(flags, parts)
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn take_or_tell(&mut self, flags: u16, parts: Box<Parts>) -> Result<Option<Chain>, RingError> {
-        match self.take_carefully(flags, parts) {
-            Some(chain) => Ok(Some(chain)),
-            None => self.tell(None),
-        }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn refuse_and_tell(
-        &mut self,
-        parts: Box<Parts>,
-        error: RingError,
-    ) -> Result<Option<Chain>, RingError> {
-        let _ = self.refuse(parts, error);
-        self.tell(None)
+        self.take_carefully(flags, parts)
     }
 
     /// Something rare or something wrong, or a request that is looked at twice: from the start, with care. A chain that
     /// the IOTLB cannot translate yet stays in the ring. Nothing is taken from a ring that is none any more.
+    #[cold]
+    #[inline(never)]
     fn take_carefully(&mut self, flags: u16, mut parts: Box<Parts>) -> Option<Chain> {
         if self.health != Health::Live {
             self.chains.put_any(parts);
