@@ -21,6 +21,7 @@ pub struct DeviceQueue {
 
 /// The layouts. (With a tag of its own: a niche would be compared with a constant that takes up a register.)
 #[derive(Debug)]
+#[repr(u8)]
 enum Ring {
     Split(SplitDevice),
     Packed(PackedDevice),

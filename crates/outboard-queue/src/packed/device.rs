@@ -318,24 +318,24 @@ impl PackedDevice {
         }
         let used = self.next_used.lap().state();
         let flags = if written > 0 { used | Descriptor::WRITE } else { used };
+        let is_first = self.batch == 0;
         if PLAIN {
-            self.next_used.put_used(id, written);
+            self.next_used.put(id, written, flags, is_first);
+        } else if is_first {
+            self.next_used.mark();
         }
         // The flags of the first one of a batch come last.
-        if self.batch == 0 {
-            self.next_used.mark();
+        if is_first {
             self.first = flags;
-            if !PLAIN {
-                self.run = true;
-            }
-        } else if PLAIN {
-            self.next_used.put_flags(flags);
+            self.batch = bytes;
+        } else {
+            self.batch += bytes;
         }
         if !PLAIN {
+            self.run |= is_first;
             self.complete_unusually(id, written, flags);
             self.run &= skips;
         }
-        self.batch += bytes;
         self.next_used.advance(bytes);
     }
 

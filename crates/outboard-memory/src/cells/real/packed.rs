@@ -281,6 +281,21 @@ impl UsedLap {
         self.lap.advance(bytes);
     }
 
+    /// Writes all of the descriptor here but its address. The flags are left out of one that is remembered.
+    #[inline(always)]
+    pub fn put(&mut self, id: u16, len: u32, flags: u16, remembered: bool) {
+        let next = self.lap.next;
+        // SAFETY: a descriptor of the ring.
+        unsafe { put_used(next, id, len) };
+        if remembered {
+            self.marked = next;
+        } else {
+            // SAFETY: a descriptor of the ring, mapped and aligned to 2; an atomic, which both sides may write.
+            unsafe { AtomicU16::from_ptr(next.wrapping_add(FLAGS).cast()) }
+                .store(flags, Ordering::Relaxed);
+        }
+    }
+
     /// Writes all of the descriptor here but its address and flags, which is what a device says.
     #[inline(always)]
     pub fn put_used(&self, id: u16, len: u32) {

@@ -198,6 +198,16 @@ impl UsedLap {
         self.lap.advance(bytes);
     }
 
+    /// Writes all of the descriptor here but its address. The flags are left out of one that is remembered.
+    pub fn put(&mut self, id: u16, len: u32, flags: u16, remembered: bool) {
+        self.put_used(id, len);
+        if remembered {
+            self.mark();
+        } else {
+            self.put_flags(flags);
+        }
+    }
+
     /// Writes all of the descriptor here but its address and flags, which is what a device says.
     pub fn put_used(&self, id: u16, len: u32) {
         let _ = self.lap.ring.set_used(self.lap.at, id, len);
