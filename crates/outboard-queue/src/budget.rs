@@ -1,6 +1,6 @@
 //! What chains of many pieces cost: how much idle ones keep, and how much those in flight may take.
 
-use crate::chain::Parts;
+use crate::chain::{NOWHERE, Parts};
 use crate::error::RingError;
 
 /// A chain of more pieces is charged, and its list is kept only within limits.
@@ -24,7 +24,7 @@ impl Budget {
     pub(crate) fn charge(&mut self, parts: &mut Parts, pieces: usize) -> Result<(), RingError> {
         if pieces > usize::from(FEW_PIECES) {
             parts.charged = pieces;
-            parts.place = u16::MAX;
+            parts.place = NOWHERE;
             self.charged += pieces;
         }
         if self.charged > MOST_PIECES {
@@ -41,7 +41,7 @@ impl Budget {
             return;
         }
         self.charged = self.charged.saturating_sub(std::mem::take(&mut parts.charged));
-        parts.place = parts.head;
+        parts.place = parts.head.into();
         if !parts.grown && self.grown < MOST_GROWN {
             self.grown += 1;
             parts.grown = true;

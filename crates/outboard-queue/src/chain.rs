@@ -19,15 +19,18 @@ use crate::error::ShortBuffer;
 /// Room of the stack buffer that `read_from` goes through, in bytes.
 const STAGING: usize = 4096;
 
+/// The [place](Parts::place) of a chain that has none: it is no head, and no id.
+pub(crate) const NOWHERE: u32 = u32::MAX;
+
 /// What a chain is made of. Boxed, recycled by its queue.
 #[derive(Debug)]
 pub(crate) struct Parts {
     pub(crate) buffers: Buffers,
     /// Split: the head. Packed: the buffer id of a chain that is charged.
     pub(crate) head: u16,
-    /// Split: where it is put when it is idle. Packed: the buffer id. Of a chain that is charged `u16::MAX`, which is
-    /// nowhere and no id, so that what is quick does not have to ask.
-    pub(crate) place: u16,
+    /// Split: where it is put when it is idle. Packed: the buffer id. Of a chain that is charged [`NOWHERE`], so that what
+    /// is quick does not have to ask.
+    pub(crate) place: u32,
     /// Whether it is one of those that may keep a long list while idle.
     pub(crate) grown: bool,
     /// Pieces charged to the queue's budget while in flight; 0 for a chain of few.
@@ -38,13 +41,13 @@ impl Parts {
     /// The buffer id became known, of a chain that was charged or not.
     pub(crate) fn is_named(&mut self, id: u16) {
         self.head = id;
-        self.place = if self.charged == 0 { id } else { u16::MAX };
+        self.place = if self.charged == 0 { u32::from(id) } else { NOWHERE };
     }
 
     /// What names the chain to the driver.
     #[inline]
     pub(crate) fn name(&self) -> u16 {
-        if self.place == u16::MAX { self.head } else { self.place }
+        u16::try_from(self.place).unwrap_or(self.head)
     }
 }
 

@@ -96,8 +96,8 @@ impl PackedChains {
 
     /// The chain of this id is given back: the bytes of the ring that it took. 0: none is in flight.
     #[inline(always)]
-    pub(super) fn release(&mut self, id: u16) -> u32 {
-        self.held.get_mut(usize::from(id)).map_or(0, |held| std::mem::take(&mut held.bytes))
+    pub(super) fn release(&mut self, id: usize) -> u32 {
+        self.held.get_mut(id).map_or(0, |held| std::mem::take(&mut held.bytes))
     }
 
     /// The first descriptor of a chain in flight.

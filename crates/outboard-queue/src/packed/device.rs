@@ -206,7 +206,7 @@ impl PackedDevice {
         let Some(taken) = view.gather_packed(lap, flags, left, indirect, &mut parts.buffers) else {
             return self.take_carefully(flags, parts);
         };
-        parts.place = taken.id;
+        parts.place = taken.id.into();
         match self.keep(taken) {
             Ok(()) => Some(Chain(parts)),
             Err(error) => self.refuse(parts, error),
@@ -306,7 +306,7 @@ impl PackedDevice {
     #[inline(always)]
     pub(super) fn give_back<const PLAIN: bool>(&mut self, parts: Box<Parts>, written: u32) {
         let id = parts.place;
-        let bytes = self.chains.release(id);
+        let bytes = self.chains.release(id as usize);
         if bytes == 0 {
             return self.give_back_charged(parts, written);
         }
@@ -320,7 +320,7 @@ impl PackedDevice {
         let flags = if written > 0 { used | Descriptor::WRITE } else { used };
         let is_first = self.batch == 0;
         if PLAIN {
-            self.next_used.put(id, written, flags, is_first);
+            self.next_used.put(id as u16, written, flags, is_first);
         } else if is_first {
             self.next_used.mark();
         }
@@ -333,7 +333,7 @@ impl PackedDevice {
         }
         if !PLAIN {
             self.run |= is_first;
-            self.complete_unusually(id, written, flags);
+            self.complete_unusually(id as u16, written, flags);
             self.run &= skips;
         }
         self.next_used.advance(bytes);

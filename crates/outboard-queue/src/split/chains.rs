@@ -98,7 +98,7 @@ impl Chains {
         Ok(Box::new(Parts {
             buffers: Buffers::for_requests(view, size.min(FEW_PIECES)),
             head,
-            place: head,
+            place: head.into(),
             grown: false,
             charged: 0,
         }))
@@ -113,7 +113,7 @@ impl Chains {
     /// set aside.
     #[inline(always)]
     pub(crate) fn place(&mut self, parts: &Parts) -> Option<&mut Option<Box<Parts>>> {
-        self.idle.get_mut(usize::from(parts.place)).filter(|slot| slot.is_none())
+        self.idle.get_mut(parts.place as usize).filter(|slot| slot.is_none())
     }
 
     /// As [`place`](Self::place), after a chain that is charged is not any more.

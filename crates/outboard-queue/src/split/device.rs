@@ -232,8 +232,8 @@ impl SplitDevice {
     }
 
     #[inline(always)]
-    pub(super) fn push_used(&mut self, head: u16, written: u32) {
-        self.cells.used.store(self.next_used, u32::from(head), written);
+    pub(super) fn push_used(&mut self, head: u32, written: u32) {
+        self.cells.used.store(self.next_used, head, written);
         self.next_used = self.next_used.wrapping_add(1);
     }
 

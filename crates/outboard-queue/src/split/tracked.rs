@@ -179,7 +179,7 @@ impl SplitDevice {
         let skips = self.features.in_order && written == 0 && parts.buffers.takes_nothing();
         if let Some(slot) = self.chains.discharged_place(&mut parts) {
             *slot = Some(parts);
-            return self.push_used(head, written);
+            return self.push_used(head.into(), written);
         }
         if !self.chains.put_aside(head, parts) {
             debug_assert!(false, "head {head} was not taken from this queue");
