@@ -35,6 +35,8 @@ pub(crate) struct Parts {
     pub(crate) grown: bool,
     /// Pieces charged to the queue's budget while in flight; 0 for a chain of few.
     pub(crate) charged: usize,
+    /// Of an idle chain of a packed ring: the one that is taken after it.
+    pub(crate) next: Option<Box<Self>>,
 }
 
 impl Parts {

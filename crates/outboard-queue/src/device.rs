@@ -21,7 +21,6 @@ pub struct DeviceQueue {
 
 /// The layouts. (With a tag of its own: a niche would be compared with a constant that takes up a register.)
 #[derive(Debug)]
-#[repr(u8)]
 enum Ring {
     Split(SplitDevice),
     Packed(PackedDevice),
@@ -154,7 +153,14 @@ impl DeviceQueue {
         each!(&self.ring, ring => ring.base())
     }
 
-    /// Chains that were taken and not completed.
+    /// Whether every chain that was taken was completed.
+    #[inline]
+    pub fn is_idle(&self) -> bool {
+        each!(&self.ring, ring => ring.is_idle())
+    }
+
+    /// Chains that were taken and not completed. Counts them: for whoever wants to know whether there are any,
+    /// [`is_idle`](Self::is_idle) is quicker.
     pub fn in_flight(&self) -> u16 {
         each!(&self.ring, ring => ring.in_flight())
     }

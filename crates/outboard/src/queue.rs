@@ -161,7 +161,14 @@ impl Queue {
         self.setup.features
     }
 
-    /// Requests taken from the ring and not finished.
+    /// Whether every request that was taken from the ring is finished.
+    #[must_use]
+    #[inline]
+    pub fn is_idle(&self) -> bool {
+        self.ring.as_ref().is_none_or(DeviceQueue::is_idle)
+    }
+
+    /// Requests taken from the ring and not finished, counted.
     #[must_use]
     pub fn in_flight(&self) -> u16 {
         self.ring.as_ref().map_or(0, DeviceQueue::in_flight)
@@ -261,7 +268,7 @@ impl Queue {
             match ring.pop_owed() {
                 Ok(Some(chain)) if self.setup.enabled => return Some(chain),
                 Ok(Some(chain)) => ring.complete(chain, 0),
-                Ok(None) if ring.in_flight() == 0 => break,
+                Ok(None) if ring.is_idle() => break,
                 Ok(None) => return None,
                 Err(error) => {
                     self.failed(&error);
@@ -282,7 +289,7 @@ impl Queue {
     /// The requests of an earlier process may be finished now.
     fn recovered(&mut self, changed: &mut Changed) {
         let owed = self.ring.as_ref().map_or(0, DeviceQueue::owed);
-        if self.recovering && owed == 0 && self.in_flight() == 0 {
+        if self.recovering && owed == 0 && self.is_idle() {
             self.recovering = false;
             changed.look = true;
         }
@@ -481,7 +488,7 @@ impl Queue {
 
     /// Takes the next generation of memory once nothing is in flight.
     fn settle(&mut self, changed: &mut Changed) {
-        if self.in_flight() != 0 {
+        if !self.is_idle() {
             return;
         }
         let Some((memory, done)) = self.next_memory.take() else { return };
@@ -521,7 +528,7 @@ impl Queue {
         self.scatter();
         // What an earlier process had taken waits on a ring that is disabled or broken: nobody waits for it here.
         let recovers = self.recovering && self.may_look();
-        if self.in_flight() == 0 && (resting || (!recovers && !self.has_requests())) {
+        if self.is_idle() && (resting || (!recovers && !self.has_requests())) {
             let state = self.state();
             for done in self.processing.drain(..) {
                 let _ = done.send(state);

@@ -75,7 +75,7 @@ impl Lane {
             return self.queue.abandon() && events.flying(queue).into_memory == 0;
         }
         self.queue.scatter();
-        self.queue.in_flight() == 0 && !self.queue.owes()
+        self.queue.is_idle() && !self.queue.owes()
     }
 }
 
@@ -178,7 +178,7 @@ impl<W: Worker> Thread<W> {
     fn spin(&mut self) -> bool {
         let (window, always) = (self.poller.window(), self.poller.always());
         let idle = self.lanes.iter().all(|lane| lane.armed);
-        let waiting = !always && self.lanes.iter().any(|lane| lane.queue.in_flight() != 0);
+        let waiting = !always && self.lanes.iter().any(|lane| !lane.queue.is_idle());
         if window.is_zero() || idle || waiting {
             return false;
         }
@@ -303,7 +303,7 @@ impl<W: Worker> Thread<W> {
     /// The kernel has answered the last request: a driver that waited for that has its next one ready soon. With a window
     /// it is looked for, and needs no kick; said before the driver sees the answer.
     fn expect_more(&mut self) {
-        let working = self.lanes.iter().any(|lane| lane.queue.in_flight() != 0);
+        let working = self.lanes.iter().any(|lane| !lane.queue.is_idle());
         if working || self.poller.window().is_zero() {
             return;
         }
@@ -447,7 +447,7 @@ impl<W: Worker> Thread<W> {
     fn settle(&mut self) {
         let mut at = 0;
         while let Some(lane) = self.lanes.get_mut(at) {
-            if lane.queue.in_flight() == 0 && lane.queue.waits() {
+            if lane.queue.is_idle() && lane.queue.waits() {
                 poll_control(lane, self.events.as_mut());
             }
             lane.queue.processed_but(lane.resting);

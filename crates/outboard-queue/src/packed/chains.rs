@@ -1,7 +1,7 @@
-//! The chains of a packed ring: idle in a stack, or in flight by buffer id.
+//! The chains of a packed ring: idle in a list, or in flight by buffer id.
 //!
 //! The id of a chain is known when all of it was read (virtio 1.3 §2.8.6), so any idle chain serves any id; the one
-//! used last is taken first. There are as many as ever were in flight at once.
+//! used last is taken first, and leads to the one to be taken after it. There are as many as ever were in flight at once.
 
 use outboard_memory::{Buffers, View};
 
@@ -19,14 +19,46 @@ pub(super) struct Held {
     left: u32,
 }
 
+/// Chains one behind the other. (A list that leads through them costs a request less than a vector of them.)
+#[derive(Default)]
+struct Idle(Option<Box<Parts>>);
+
+impl Idle {
+    #[inline(always)]
+    fn pop(&mut self) -> Option<Box<Parts>> {
+        let next = self.0.as_mut()?.next.take();
+        std::mem::replace(&mut self.0, next)
+    }
+
+    #[inline(always)]
+    fn push(&mut self, mut parts: Box<Parts>) {
+        debug_assert!(parts.next.is_none(), "as `pop` left it");
+        // Forgotten, for there is nothing to drop and it need not be asked.
+        std::mem::forget(std::mem::replace(&mut parts.next, self.0.take()));
+        self.0 = Some(parts);
+    }
+
+    fn each(&mut self, mut with: impl FnMut(&mut Parts)) {
+        let mut next = &mut self.0;
+        while let Some(parts) = next {
+            with(parts);
+            next = &mut parts.next;
+        }
+    }
+}
+
+impl Drop for Idle {
+    /// One by one: a list that is dropped from its front calls itself for each one.
+    fn drop(&mut self) {
+        while self.pop().is_some() {}
+    }
+}
+
 pub(super) struct PackedChains {
-    #[expect(clippy::vec_box, reason = "a chain in flight is its box, handed out and back")]
-    idle: Vec<Box<Parts>>,
+    idle: Idle,
     /// The idle ones while every request is looked at twice (see `tracked`): what is quick finds none.
-    #[expect(clippy::vec_box, reason = "likewise")]
-    aside: Vec<Box<Parts>>,
+    aside: Idle,
     is_aside: bool,
-    made: usize,
     /// By buffer id.
     held: Box<[Held]>,
     pub(super) budget: Budget,
@@ -36,10 +68,9 @@ impl PackedChains {
     pub(super) fn new(size: u16) -> Self {
         let held = vec![Held::default(); usize::from(size)].into();
         Self {
-            idle: Vec::new(),
-            aside: Vec::new(),
+            idle: Idle::default(),
+            aside: Idle::default(),
             is_aside: false,
-            made: 0,
             held,
             budget: Budget::default(),
         }
@@ -56,10 +87,9 @@ impl PackedChains {
         if let Some(parts) = self.idle.pop().or_else(|| self.aside.pop()) {
             return parts;
         }
-        self.made += 1;
         let size = u16::try_from(self.held.len()).unwrap_or(u16::MAX);
         let buffers = Buffers::for_requests(view, size.min(FEW_PIECES));
-        Box::new(Parts { buffers, head: 0, place: 0, grown: false, charged: 0 })
+        Box::new(Parts { buffers, head: 0, place: 0, grown: false, charged: 0, next: None })
     }
 
     /// A chain is idle again, while none are set aside.
@@ -94,10 +124,11 @@ impl PackedChains {
         }
     }
 
-    /// The chain of this id is given back: the bytes of the ring that it took. 0: none is in flight.
+    /// The chain of this [place](Parts::place), its id, is given back: the bytes of the ring that it took. 0: none is in
+    /// flight.
     #[inline(always)]
-    pub(super) fn release(&mut self, id: usize) -> u32 {
-        self.held.get_mut(id).map_or(0, |held| std::mem::take(&mut held.bytes))
+    pub(super) fn release(&mut self, place: u32) -> u32 {
+        self.held.get_mut(place as usize).map_or(0, |held| std::mem::take(&mut held.bytes))
     }
 
     /// The first descriptor of a chain in flight.
@@ -110,9 +141,9 @@ impl PackedChains {
         u16::try_from(self.held.len()).unwrap_or(u16::MAX).wrapping_sub(descriptors(held.left))
     }
 
-    /// Chains in flight.
+    /// Chains in flight, counted.
     pub(super) fn in_flight(&self) -> u16 {
-        u16::try_from(self.made - self.idle.len() - self.aside.len()).unwrap_or(u16::MAX)
+        u16::try_from(self.each_in_flight().count()).unwrap_or(u16::MAX)
     }
 
     /// Id and first descriptor of each chain in flight.
@@ -123,8 +154,8 @@ impl PackedChains {
 
     /// Lets go of guest memory that is not the one of `view`.
     pub(super) fn recycle(&mut self, view: &View) {
-        for parts in self.idle.iter_mut().chain(&mut self.aside) {
-            parts.buffers.recycle(view);
+        for idle in [&mut self.idle, &mut self.aside] {
+            idle.each(|parts| parts.buffers.recycle(view));
         }
     }
 }

@@ -48,6 +48,8 @@ pub(crate) struct PackedDevice {
     pub(super) next_used: UsedLap,
     /// Descriptors that were not taken, or were given back and shown; in bytes of the ring, as lengths of a [`Lap`] are.
     pub(super) left: u32,
+    /// Descriptors of an earlier process that were not taken again, in bytes.
+    pub(super) owed: u32,
     /// Descriptors between the first one that was completed and not told, and `next_used`, in bytes. 0: none.
     pub(super) batch: u32,
     /// The flags that the first one gets.
@@ -139,6 +141,7 @@ impl PackedDevice {
             next_avail: avail_lap,
             next_used: used_lap,
             left: 16 * u32::from(size - held),
+            owed: 16 * u32::from(held),
             batch: 0,
             first: 0,
             run: false,
@@ -305,11 +308,13 @@ impl PackedDevice {
 
     #[inline(always)]
     pub(super) fn give_back<const PLAIN: bool>(&mut self, parts: Box<Parts>, written: u32) {
-        let id = parts.place;
-        let bytes = self.chains.release(id as usize);
+        let place = parts.place;
+        let bytes = self.chains.release(place);
         if bytes == 0 {
             return self.give_back_charged(parts, written);
         }
+        #[expect(clippy::cast_possible_truncation, reason = "a chain of this id was in flight")]
+        let id = place as u16;
         let skips = !PLAIN && self.may_skip(&parts, written);
         if PLAIN {
             self.chains.put(parts);
@@ -320,7 +325,7 @@ impl PackedDevice {
         let flags = if written > 0 { used | Descriptor::WRITE } else { used };
         let is_first = self.batch == 0;
         if PLAIN {
-            self.next_used.put(id as u16, written, flags, is_first);
+            self.next_used.put(id, written, flags, is_first);
         } else if is_first {
             self.next_used.mark();
         }
@@ -333,7 +338,7 @@ impl PackedDevice {
         }
         if !PLAIN {
             self.run |= is_first;
-            self.complete_unusually(id as u16, written, flags);
+            self.complete_unusually(id, written, flags);
             self.run &= skips;
         }
         self.next_used.advance(bytes);
@@ -410,7 +415,7 @@ impl PackedDevice {
         }
         if self.has_old_chains {
             self.chains.recycle(&self.source.view);
-            self.has_old_chains = self.in_flight() > 0;
+            self.has_old_chains = !self.is_idle();
         }
         let (used, count) = (self.used_place(), descriptors(self.batch));
         let start = used.back(count, self.layout.size).at;
@@ -479,7 +484,7 @@ impl PackedDevice {
     pub(crate) fn set_memory(&mut self, view: View) -> Result<(), RingError> {
         let cells = PackedCells::resolve(&self.layout, &view)?;
         self.chains.recycle(&view);
-        self.has_old_chains |= self.in_flight() > 0;
+        self.has_old_chains |= !self.is_idle();
         self.unusual |= self.has_old_chains;
         self.source.ring = cells.ring.clone();
         self.cells = cells;
@@ -511,12 +516,18 @@ impl PackedDevice {
         let mut avail = used;
         avail.advance(held, size);
         self.left = 16 * u32::from(size - held);
+        self.owed = 16 * u32::from(held);
         self.place_laps(avail, used)
     }
 
     pub(crate) fn base(&self) -> u32 {
         let told = self.used_place().back(descriptors(self.batch), self.layout.size);
         u32::from(self.avail_place().bits()) | u32::from(told.bits()) << 16
+    }
+
+    /// Every descriptor is the driver's, was given back, or is of a request of an earlier process.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.left + self.batch + self.owed == self.next_avail.size()
     }
 
     pub(crate) fn in_flight(&self) -> u16 {

@@ -55,6 +55,7 @@ impl PackedDevice {
         match walked {
             Ok(id) => {
                 self.owed_at.advance(count, self.layout.size);
+                self.owed = self.owed.saturating_sub(16 * u32::from(count));
                 parts.is_named(id);
                 if let Some(log) = &mut self.log {
                     log.taken(id, &parts.buffers);

@@ -101,6 +101,7 @@ impl Chains {
             place: head.into(),
             grown: false,
             charged: 0,
+            next: None,
         }))
     }
 

@@ -357,6 +357,10 @@ impl SplitDevice {
         u32::from(self.next_avail)
     }
 
+    pub(crate) fn is_idle(&self) -> bool {
+        self.in_flight() == 0
+    }
+
     pub(crate) fn in_flight(&self) -> u16 {
         self.next_avail.wrapping_sub(self.next_used).wrapping_sub(self.lead)
     }

@@ -144,12 +144,12 @@ fn what_is_in_flight_is_owed_in_the_order_of_its_counters_wherever_the_ring_has_
     put(&view, 0, AVAIL | USED);
     put(&view, 1, AVAIL | USED);
     let mut device = device_on(&region, (view.clone(), layout)).unwrap();
-    assert_eq!((device.owed(), device.in_flight()), (3, 0));
+    assert_eq!((device.owed(), device.in_flight(), device.is_idle()), (3, 0, true));
     assert_eq!(device.base(), 0x8002_8005);
     assert!(device.pop().unwrap().is_none(), "nothing new is there");
     assert_eq!(owed(&mut device), [1, 2, 0]);
     device.publish().unwrap();
-    assert_eq!((device.in_flight(), device.base()), (0, 0x8005_8005));
+    assert_eq!((device.in_flight(), device.is_idle(), device.base()), (0, true, 0x8005_8005));
     assert_eq!(region.in_flight(), []);
     assert_eq!(region.raw().load16(16), Some(5));
     // What is taken next has a newer counter.

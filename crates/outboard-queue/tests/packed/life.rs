@@ -111,3 +111,35 @@ fn no_in_flight_region_is_kept_for_a_packed_ring() {
     assert_eq!(rig.device.owed(), 0);
     assert!(rig.device.pop_owed().unwrap().is_none());
 }
+
+/// A list that leads through its chains must not be dropped by calling itself.
+#[test]
+fn a_ring_whose_every_descriptor_was_a_request_is_dropped_on_a_small_stack() {
+    let mut rig = Rig::new(32_768, 0);
+    for id in 0..32_768 {
+        rig.offer(id, &[(DATA, 16, 0)]);
+    }
+    let chains: Vec<_> = (0..32_768).map(|_| rig.take()).collect();
+    assert!(!rig.device.is_idle());
+    for chain in chains {
+        rig.device.complete(chain, 0);
+    }
+    assert!(rig.device.is_idle());
+    let small = std::thread::Builder::new().stack_size(64 << 10);
+    small.spawn(move || drop(rig.device)).unwrap().join().unwrap();
+}
+
+/// What a front-end says of an earlier process's requests is believed, but they are not this queue's.
+#[test]
+fn requests_of_an_earlier_process_are_not_in_flight() {
+    let mut rig = Rig::new(6, 0);
+    let base = 0x8001_8004;
+    rig.device = DeviceQueue::new(rig.layout, PACKED, base, rig.view.clone()).unwrap();
+    assert_eq!((rig.device.in_flight(), rig.device.is_idle()), (0, true));
+    rig.at = 4;
+    rig.offer(4, &[(DATA, 16, 0)]);
+    let chain = rig.take();
+    assert!(!rig.device.is_idle());
+    rig.device.complete(chain, 0);
+    assert!(rig.device.is_idle());
+}

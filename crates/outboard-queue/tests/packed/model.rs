@@ -150,6 +150,7 @@ impl Model {
         });
         self.seen.push(Seen::Taken(taken));
         let in_flight = usize::from(self.device.in_flight());
+        assert_eq!(self.device.is_idle(), in_flight == 0);
         // What was completed before its turn is in flight still.
         assert!(in_flight == self.in_flight.len() || self.is_ordered());
         assert!(in_flight >= self.in_flight.len());

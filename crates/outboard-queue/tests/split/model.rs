@@ -120,6 +120,7 @@ impl Model {
             self.in_flight.push_back(chain);
         }
         assert_eq!(usize::from(self.device.in_flight()), self.in_flight.len());
+        assert_eq!(self.device.is_idle(), self.in_flight.is_empty());
     }
 
     /// The device answers with the number of bytes it had to read, so that the driver can tell.
