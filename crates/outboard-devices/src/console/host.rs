@@ -20,7 +20,7 @@ use tracing::{info, warn};
 
 use super::config::Size;
 use crate::names::{self, Name};
-use crate::watches::{Edge, Watches};
+use crate::watches::{Ask, Edge, Watches};
 
 /// What a port is connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,14 +91,14 @@ impl Side {
         };
         match &side.way {
             Way::Pty { master, opens, .. } => {
-                watches.add(master, token)?;
-                watches.add(opens, token + 1)?;
+                watches.add(master, token, Ask::Room)?;
+                watches.add(opens, token + 1, Ask::Bytes)?;
             }
             Way::Stdio { input, output, .. } => {
-                watches.add(input, token)?;
-                watches.add(output, token + 1)?;
+                watches.add(input, token, Ask::Bytes)?;
+                watches.add(output, token + 1, Ask::Room)?;
             }
-            Way::Socket { listener, .. } => drop(watches.add(listener, token + 1)?),
+            Way::Socket { listener, .. } => drop(watches.add(listener, token + 1, Ask::Bytes)?),
             Way::File(_) => {}
         }
         Ok(side)
@@ -250,7 +250,7 @@ impl Side {
                     }
                     let ready = new
                         .set_nonblocking(true)
-                        .and_then(|()| watches.add(&new, self.token).map(drop));
+                        .and_then(|()| watches.add(&new, self.token, Ask::Room).map(drop));
                     if let Err(error) = ready {
                         warn!("a client of a port cannot be served: {error}");
                         continue;

@@ -44,7 +44,7 @@ use state::State;
 pub use worker::ConsoleWorker;
 
 use crate::bell::Bell;
-use crate::watches::Watches;
+use crate::watches::{Ask, Watches};
 
 /// Ports of one console: with control queues no more than 256 rings.
 pub const MOST_PORTS: usize = 127;
@@ -136,7 +136,7 @@ impl Console {
         check_options(&options)?;
         let watches = Watches::new()?;
         let bell = Bell::new()?;
-        watches.add(&bell, hub::BELL)?;
+        watches.add(&bell, hub::BELL, Ask::Bytes)?;
         let mut ports = Vec::with_capacity(options.ports.len());
         for (token, port) in (0..).step_by(2).zip(&options.ports) {
             ports.push(Port::open(port, options.size, token, &watches)?);

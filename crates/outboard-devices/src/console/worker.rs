@@ -13,6 +13,7 @@ use outboard::{Error, Request, Served, Worker, WorkerContext};
 
 use super::Shared;
 use super::control::{HEADER, Said};
+use crate::watches;
 
 /// What a queue is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,12 +103,14 @@ impl Worker for ConsoleWorker {
     fn event(&mut self, _token: u32) -> Result<(), Error> {
         loop {
             let edges = self.shared.watches.look()?;
-            if edges.is_empty() {
-                return Ok(());
-            }
+            // Fewer than there is room for are all.
+            let all = edges.len() < watches::BATCH;
             let mut hub = self.shared.lock();
             for edge in edges {
                 hub.edge(edge, &self.shared);
+            }
+            if all {
+                return Ok(());
             }
         }
     }

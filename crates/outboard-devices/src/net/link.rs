@@ -8,7 +8,7 @@ use super::frame::Frame;
 use super::stream;
 use super::switch::PortLink;
 use super::tap::TapLink;
-use crate::watches::{Edge, Watches};
+use crate::watches::{Ask, Edge, Watches};
 
 /// What became of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +36,7 @@ impl Link {
             Self::Stream(link) => link.watch(watches, token)?,
             Self::Port(link) => link.watch(watches, token)?,
             Self::Tap(link) => {
-                watches.add(link.tap.as_fd(), token)?;
+                watches.add(link.tap.as_fd(), token, Ask::Bytes)?;
                 link.readable = true;
             }
         }

@@ -17,7 +17,7 @@ use tracing::{info, warn};
 use super::frame::{Frame, MOST};
 use super::link::Sent;
 use crate::names::{self, Name};
-use crate::watches::{Edge, Watches};
+use crate::watches::{Ask, Edge, Watches};
 
 /// Bytes of a length.
 const PREFIX: usize = 4;
@@ -130,10 +130,10 @@ impl Link {
     pub(super) fn watch(&mut self, watches: &Watches, token: u64) -> io::Result<()> {
         self.token = token;
         if let Some((listener, _)) = &self.listener {
-            watches.add(listener, token + 1)?;
+            watches.add(listener, token + 1, Ask::Bytes)?;
         }
         if let Some(peer) = &self.peer {
-            watches.add(peer, token)?;
+            watches.add(peer, token, Ask::Room)?;
             (self.readable, self.writable) = (true, true);
         }
         Ok(())
@@ -141,7 +141,7 @@ impl Link {
 
     fn take(&mut self, peer: UnixStream, watches: &Watches) -> io::Result<()> {
         peer.set_nonblocking(true)?;
-        watches.add(&peer, self.token)?;
+        watches.add(&peer, self.token, Ask::Room)?;
         self.input.clear();
         self.output.clear();
         (self.readable, self.writable) = (true, true);

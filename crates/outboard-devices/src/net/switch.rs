@@ -22,7 +22,7 @@ use super::frame::{ETHERNET, Frame, HEADER};
 use super::link::Sent;
 use crate::bell::Bell;
 use crate::timer::Timer;
-use crate::watches::{Edge, Watches};
+use crate::watches::{Ask, Edge, Watches};
 
 /// The most ports of a switch: who waits for whom is told in the bits of one number.
 pub const MOST_PORTS: usize = 64;
@@ -215,9 +215,9 @@ impl PortLink {
     pub(super) fn watch(&mut self, watches: &Watches, token: u64) -> Result<(), Error> {
         self.token = token;
         if let Some(own) = self.own() {
-            watches.add(own.bell.as_fd(), token)?;
+            watches.add(own.bell.as_fd(), token, Ask::Bytes)?;
         }
-        watches.add(self.timer.as_fd(), token + 1)?;
+        watches.add(self.timer.as_fd(), token + 1, Ask::Bytes)?;
         Ok(())
     }
 

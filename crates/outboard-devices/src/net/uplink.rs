@@ -16,7 +16,7 @@ use super::link::Sent;
 use super::switch::{Port, PortLink};
 use super::tap::TapLink;
 use crate::bell::Bell;
-use crate::watches::Watches;
+use crate::watches::{Ask, Watches};
 
 /// Packets that go one way before the other one has its turn.
 const BUDGET: u32 = 64;
@@ -53,8 +53,8 @@ impl Uplink {
         let (mut port, tap, watches) = (PortLink::new(port)?, TapLink::new(tap), Watches::new()?);
         let stop = Arc::new(Bell::new()?);
         port.watch(&watches, PORT)?;
-        watches.add(tap.tap.as_fd(), TAP)?;
-        watches.add(stop.as_fd(), STOP)?;
+        watches.add(tap.tap.as_fd(), TAP, Ask::Bytes)?;
+        watches.add(stop.as_fd(), STOP, Ask::Bytes)?;
         let (to_port, to_tap, told) = (Frame::new(), Frame::new(), Arc::clone(&stop));
         let mut mover = Mover { port, tap, watches, stop: told, to_port, to_tap };
         let thread = Builder::new().name("uplink".to_owned()).spawn(move || mover.run())?;
@@ -129,8 +129,6 @@ impl Mover {
     fn edges(&mut self) -> Result<bool, Error> {
         for edge in self.watches.look()? {
             match edge.token {
-                // A bell that nobody rang is writable.
-                STOP if !edge.readable => {}
                 STOP => {
                     self.stop.take();
                     return Ok(false);

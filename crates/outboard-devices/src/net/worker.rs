@@ -15,7 +15,7 @@ use super::config::feature;
 use super::control;
 use super::frame::{ETHERNET, Frame, HEADER, MOST, OLD_HEADER};
 use super::link::{Link, Sent};
-use crate::watches::Watches;
+use crate::watches::{self, Watches};
 
 /// Packets looked at for one that passes, before other work has its turn.
 const LOOKS: u32 = 64;
@@ -233,15 +233,17 @@ impl NetWorker {
     fn look_at_links(&mut self) -> Result<(), Error> {
         loop {
             let edges = self.watches.look()?;
-            if edges.is_empty() {
-                break;
-            }
+            // Fewer than there is room for are all.
+            let all = edges.len() < watches::BATCH;
             for edge in edges {
                 let workers = self.workers.max(1);
                 let pair = self.pairs.get_mut(Link::number(edge) / workers);
                 if let Some(link) = pair.and_then(|pair| pair.link.as_mut()) {
                     link.edge(edge, &self.watches);
                 }
+            }
+            if all {
+                break;
             }
         }
         self.notice_link();

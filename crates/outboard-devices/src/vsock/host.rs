@@ -23,7 +23,7 @@ use rustix::net::{
 
 use super::packet::Kind;
 use crate::names::{self, Name};
-use crate::watches::Watches;
+use crate::watches::{Ask, Watches};
 
 /// The longest line of a client.
 const LINE: usize = 32;
@@ -98,7 +98,7 @@ impl Host {
     pub(super) fn own(&mut self, tokens: [u64; 2], watches: &Watches) -> Result<(), Error> {
         let listeners = self.listeners.iter_mut().flatten();
         for ((listener, name), token) in listeners.zip(tokens) {
-            watches.add(&*listener, token)?;
+            watches.add(&*listener, token, Ask::Bytes)?;
             name.own();
         }
         Ok(())

@@ -7,6 +7,7 @@
 //! Invariants: what waits for the guest is bounded by the number of connections and of refusals: when there are
 //! too many of these the transmit ring waits; a guest costs no more descriptors than it was given.
 
+mod clients;
 mod heritage;
 
 use std::collections::VecDeque;
@@ -19,10 +20,11 @@ use slab::Slab;
 use tracing::{debug, warn};
 use zerocopy::IntoBytes;
 
+use clients::Client;
 pub(super) use heritage::Connections;
 
 use super::connection::{Connection, Heard, Phase};
-use super::host::{Dialed, Host, Said, read_line};
+use super::host::{Dialed, Host};
 use super::link::{Got, Link};
 use super::neighbours::{Call, Gate, Neighbours};
 use super::packet::{Address, HEADER, HOST_CID, Header, Kind, Op, seq, shut};
@@ -30,7 +32,7 @@ use super::stage::Stage;
 use super::table::{Entry, Greeting, Key, Table, Way};
 use super::{Counters, VsockOptions, feature};
 use crate::timer::Timer;
-use crate::watches::{self, Edge, Watches};
+use crate::watches::{self, Ask, Edge, Watches};
 
 /// Refusals that wait for the guest before its transmit ring does.
 const REFUSALS: usize = 256;
@@ -55,13 +57,6 @@ pub(super) const TIME: u64 = STREAMS + 3;
 enum Speaker {
     Refusal,
     Entry(usize, Op),
-}
-
-#[derive(Debug)]
-struct Client {
-    socket: OwnedFd,
-    kind: Kind,
-    deadline: Instant,
 }
 
 /// See the module.
@@ -100,8 +95,8 @@ impl Hub {
             host.adopt(&options.uds_path, [None, None])?;
             host.own([STREAMS, MESSAGES], &watches)?;
         }
-        watches.add(&gate.bell, CALLS)?;
-        watches.add(&timer, TIME)?;
+        watches.add(&gate.bell, CALLS, Ask::Bytes)?;
+        watches.add(&timer, TIME, Ask::Bytes)?;
         Ok(Self {
             options,
             features: 0,
@@ -276,7 +271,7 @@ impl Hub {
             Dialed::Busy => self.table.insert(entry),
             Dialed::Up(socket) => {
                 let link = Link::new(socket, kind);
-                if self.watches.add(&link, self.table.next_id() as u64).is_err() {
+                if self.watches.add(&link, self.table.next_id() as u64, link.asks()).is_err() {
                     return self.refuse(request);
                 }
                 if key.peer.cid == HOST_CID {
@@ -364,11 +359,12 @@ impl Hub {
         let edges = self.watches.look()?;
         // Fewer than there is room for are all; whatever happens later wakes the worker again.
         let more = edges.len() >= watches::BATCH;
+        self.counters.host_events.add(edges.len() as u64);
         if self.rest.on {
             self.rest.late.extend(edges);
             return Ok(more);
         }
-        edges.into_iter().for_each(|edge| self.happened(edge));
+        edges.for_each(|edge| self.happened(edge));
         Ok(more)
     }
 
@@ -434,57 +430,6 @@ impl Hub {
         }
     }
 
-    fn accept(&mut self, kind: Kind) {
-        loop {
-            let socket = match self.host.accept(kind) {
-                Ok(Some(socket)) => socket,
-                Ok(None) => return,
-                Err(error) => return warn!("a client cannot be let in: {error}"),
-            };
-            let id = self.clients.vacant_key();
-            if self.is_full() || self.watches.add(&socket, CLIENTS + id as u64).is_err() {
-                self.counters.refused.add(1);
-                continue;
-            }
-            let deadline = Instant::now() + PATIENCE;
-            self.clients.insert(Client { socket, kind, deadline });
-            self.start_timer();
-            self.client_speaks(id);
-        }
-    }
-
-    fn client_speaks(&mut self, id: usize) {
-        let Some(client) = self.clients.get(id) else { return };
-        let said = read_line(&client.socket);
-        if said == Said::Nothing {
-            return;
-        }
-        let Some(client) = self.clients.try_remove(id) else { return };
-        match said {
-            Said::Port(port) => self.ask(client, port),
-            _ => debug!("a client that names no port"),
-        }
-    }
-
-    /// A client of the host wants a connection.
-    fn ask(&mut self, client: Client, port: u32) {
-        let Client { socket, kind, .. } = client;
-        if !self.options.guest_ports.contains(port) || !self.takes(kind) {
-            return self.counters.refused.add(1);
-        }
-        let Some(peer) = self.free_port(port) else { return };
-        self.ask_guest(Key { port, peer }, kind, socket, Greeting::Line);
-    }
-
-    /// A port of the host's that this port of the guest is not connected to.
-    fn free_port(&mut self, port: u32) -> Option<Address> {
-        (0..=self.options.connections).find_map(|_| {
-            let peer = Address { cid: HOST_CID, port: self.next_port };
-            self.next_port = self.next_port.checked_add(1).unwrap_or(FIRST_PORT);
-            self.table.find(Key { port, peer }).is_none().then_some(peer)
-        })
-    }
-
     /// Another guest wants a connection.
     fn called(&mut self, call: Call) {
         let Call { from, port, kind, socket } = call;
@@ -500,8 +445,8 @@ impl Hub {
         let token = self.table.next_id() as u64;
         let watched = match greeting {
             // It was waited for as a client.
-            Greeting::Line => self.watches.rename(&link, token),
-            _ => self.watches.add(&link, token).map(drop),
+            Greeting::Line => self.watches.change(&link, token, link.asks()),
+            _ => self.watches.add(&link, token, link.asks()).map(drop),
         };
         if let Err(error) = watched {
             return warn!("a connection cannot be served: {error}");
@@ -562,7 +507,7 @@ impl Hub {
             Dialed::Refused => return self.abort(id),
             Dialed::Up(socket) => {
                 let link = Link::new(socket, entry.kind);
-                if self.watches.add(&link, id as u64).is_err() {
+                if self.watches.add(&link, id as u64, link.asks()).is_err() {
                     return self.abort(id);
                 }
                 (entry.way, entry.deadline) = (Way::Up(link), None);
@@ -583,6 +528,12 @@ impl Hub {
 
     fn settle(&mut self, id: usize) {
         self.table.settle(id, &mut self.stage);
+        let Some(link) = self.table.get(id).and_then(|entry| entry.way.link()) else { return };
+        if let Some(ask) = link.asks_anew()
+            && self.watches.change(&*link, id as u64, ask).is_err()
+        {
+            self.abort(id);
+        }
     }
 }
 

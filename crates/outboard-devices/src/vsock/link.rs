@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::packet::Kind;
 use super::stage::ROOM;
-use crate::watches::Edge;
+use crate::watches::{Ask, Edge};
 
 /// Bytes of a copy.
 const PIECE: usize = 4096;
@@ -71,6 +71,8 @@ pub(super) struct Link {
     kind: Kind,
     readable: bool,
     writable: bool,
+    /// What its socket is watched for.
+    asks: Ask,
     /// An end follows what can be read; nobody is there.
     ended: bool,
     hung_up: bool,
@@ -95,6 +97,7 @@ impl Link {
             kind,
             readable: true,
             writable: true,
+            asks: Ask::Bytes,
             ended: false,
             hung_up: false,
             waiting: VecDeque::new(),
@@ -108,7 +111,11 @@ impl Link {
     /// Goes on where another process was; `socket` is to be watched anew.
     pub(super) fn restored(socket: OwnedFd, kind: Kind, saved: SavedLink) -> Self {
         let SavedLink { waiting, messages, part, shut, closed } = saved;
+        // What waits goes when there is room, which is there or comes.
+        let writable = waiting.is_empty();
         Self {
+            writable,
+            asks: if writable { Ask::Bytes } else { Ask::Room },
             waiting: waiting.into(),
             messages: messages.into(),
             part,
@@ -135,6 +142,17 @@ impl Link {
         self.writable |= edge.writable;
         self.ended |= edge.ended;
         self.hung_up |= edge.hung_up;
+    }
+
+    /// What its socket is watched for: for room only while bytes wait for it.
+    pub(super) fn asks(&self) -> Ask {
+        self.asks
+    }
+
+    /// What it is to be watched for from now on, if that is something else.
+    pub(super) fn asks_anew(&mut self) -> Option<Ask> {
+        let asks = if self.writable { Ask::Bytes } else { Ask::Room };
+        (std::mem::replace(&mut self.asks, asks) != asks).then_some(asks)
     }
 
     /// Whether a read may bring something.

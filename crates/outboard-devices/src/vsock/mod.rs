@@ -118,6 +118,7 @@ struct Counters {
     malformed: Counter,
     from_guest: Counter,
     to_guest: Counter,
+    host_events: Counter,
 }
 
 impl Counters {
@@ -129,6 +130,7 @@ impl Counters {
             malformed: inspect.counter("malformed"),
             from_guest: inspect.counter("bytes-from-guest"),
             to_guest: inspect.counter("bytes-to-guest"),
+            host_events: inspect.counter("host-events"),
         }
     }
 }

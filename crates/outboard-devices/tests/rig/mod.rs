@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use outboard::protocol::ProtocolFeatures;
-use outboard::{LoopKind, Model, Server, WorkerDevice};
+use outboard::{LoopKind, Model, Server, WorkerDevice, WorkerOptions};
 use outboard_frontend::{Buffer, Connection, QueueSetup, SharedMemory, Virtqueue, Vmm, Wanted};
 
 /// How long anything may take before a test fails.
@@ -14,7 +14,10 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 const ARENA: usize = 8 << 20;
 
 /// A device that is served on a thread, and the way to it.
-pub(crate) fn serve<M: Model>(model: M, events: LoopKind) -> (Connection, JoinHandle<()>) {
+pub(crate) fn serve<M: Model>(
+    model: M,
+    events: impl Into<WorkerOptions>,
+) -> (Connection, JoinHandle<()>) {
     let device = WorkerDevice::with_options(model, events.into()).expect("a device");
     let (ours, theirs) = UnixStream::pair().expect("sockets");
     let server = Server::from_socket(theirs.into()).expect("a server");

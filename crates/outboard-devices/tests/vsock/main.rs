@@ -12,3 +12,4 @@ mod machine;
 mod neighbours;
 mod streams;
 mod upgrade;
+mod wakes;

@@ -19,7 +19,7 @@ use super::{CLIENTS, Client, Hub, MESSAGES, PATIENCE, STREAMS};
 use crate::vsock::link::{Link, SavedLink};
 use crate::vsock::packet::{Header, Kind};
 use crate::vsock::table::{Entry, SavedEntry, Way};
-use crate::watches::Edge;
+use crate::watches::{Ask, Edge};
 
 /// Names of heirlooms; connections and clients have a number behind theirs.
 const LISTENERS: [&str; 2] = ["streams", "messages"];
@@ -178,7 +178,7 @@ impl Hub {
         entry: &Entry,
     ) -> Way {
         let link = Link::restored(fd, entry.kind, saved);
-        match (self.watches.add(&link, id as u64), calling) {
+        match (self.watches.add(&link, id as u64, link.asks()), calling) {
             (Err(_), _) => Way::Gone,
             (Ok(_), true) => Way::Calling(link),
             (Ok(_), false) => Way::Up(link),
@@ -192,7 +192,7 @@ impl Hub {
             let kind = kinds.into_iter().find(|kind| name.starts_with(of_kind(*kind, CLIENT)));
             let Some(kind) = kind else { continue };
             let id = self.clients.vacant_key();
-            if self.watches.add(&socket, CLIENTS + id as u64).is_ok() {
+            if self.watches.add(&socket, CLIENTS + id as u64, Ask::Bytes).is_ok() {
                 self.clients.insert(Client { socket, kind, deadline: Instant::now() + PATIENCE });
                 self.start_timer();
             }
