@@ -4,6 +4,7 @@
 use crate::lab::{Lab, sound};
 use anyhow::{Context as _, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::termios::{Winsize, tcsetwinsize};
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -18,10 +19,18 @@ const LONG: Duration = Duration::from_secs(120);
 /// The virtio device number of a console (virtio 1.3, section 5).
 const CONSOLE: u32 = 3;
 
+/// What the hash in [`SERVE`] is of.
+const PASSWORD: &str = "correct horse\r";
+
+/// Waits until the terminal has another size than it had, and says which; not in the words that are typed.
+/// Sorted: some kernels take rows for columns (6.1.176 does not).
+const SIZE: &str = "until stty size | grep -q 132; do sleep 0.1; done; \
+                    echo it is $(stty size | tr ' ' '\\n' | sort -n)\r";
+
 /// A login on the console, and an agent on the port, both beside the script. A port can be opened by one
 /// program only, and reads as ended while nobody is at the host's side.
 const SERVE: &str = "
-echo 'root::0:0:root:/:/bin/sh' > /etc/passwd
+echo 'root:$1$outboard$XWm304goqtWWcsRnyt13c1:0:0:root:/:/bin/sh' > /etc/passwd
 echo 'root:x:0:' > /etc/group
 while ! grep -qs org.outboard.echo /sys/class/virtio-ports/*/name; do sleep 0.1; done
 cat /sys/class/virtio-ports/*/name
@@ -56,6 +65,12 @@ impl Terminal {
         Ok(())
     }
 
+    /// The window gets another size.
+    fn resize(&self, columns: u16, rows: u16) -> Result<()> {
+        let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&self.0, size).context("the terminal has no size")
+    }
+
     fn type_in(&mut self, text: &str) -> Result<()> {
         self.0.write_all(text.as_bytes()).context("the terminal takes nothing")
     }
@@ -78,9 +93,14 @@ fn somebody_logs_in_over_the_terminal_and_talks_to_an_agent_behind_a_port() -> R
     let mut terminal = Terminal::open(&tty)?;
     sound(terminal.expect("login: "), &device)?;
     terminal.type_in("root\r")?;
+    sound(terminal.expect("Password: "), &device)?;
+    terminal.type_in(PASSWORD)?;
     sound(terminal.expect("# "), &device)?;
     terminal.type_in("echo six times seven is $((6 * 7))\r")?;
     sound(terminal.expect("six times seven is 42"), &device)?;
+    terminal.resize(132, 50)?;
+    terminal.type_in(SIZE)?;
+    sound(terminal.expect("it is 50 132"), &device)?;
     // The line breaks off in the middle of a command; its output is there for who comes back.
     terminal.type_in("while [ ! -e /tmp/go ]; do sleep 0.1; done; echo $((7 * 11)) bottles\r")?;
     sound(terminal.expect("bottles"), &device)?;

@@ -109,7 +109,7 @@ pub(super) fn message(port: u32, fact: Fact, name: &str, size: Size) -> Vec<u8> 
     bytes.extend(value.to_le_bytes());
     match fact {
         Fact::Name => bytes.extend(name.as_bytes()),
-        // §5.3.6.2: cols, then rows. (Linux up to this day reads them the other way round.)
+        // §5.3.6.2: cols, then rows. Linux read them the other way round for years; 6.1.176 does not.
         Fact::Size => {
             bytes.extend(size.columns.to_le_bytes());
             bytes.extend(size.rows.to_le_bytes());
