@@ -28,8 +28,8 @@ In a Linux guest consoles are /dev/hvc0 and so on, ports with names /dev/virtio-
 The first port is a console; others are when they say so. With nobody at the host's side the newest
 64 KiB are kept for who comes; with somebody there who does not read, that port's guest waits.
 A terminal's size is the guest's when its host side says it; --size is for the others.
-The log says which terminal a pty is. A device that takes over (--take-over) makes host's sides of its own:
-name other sockets for it than the running one has.
+The log says which terminal a pty is. With a live upgrade (--take-over, with the same ports) terminals and sockets
+go along with those who are connected, and no byte is lost; stdio stays with its process, a file is opened anew.
 SIGTERM and SIGINT end the device and remove its sockets and links.";
 
 /// Give a guest a console, and ports to talk through.
@@ -71,17 +71,18 @@ impl Kind for Terminal {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    device::run(&args.device, || args.console.make())
+    device::run(&args.device, || args.console.make(args.device.takes_over()))
 }
 
 /// One of many devices.
 pub(crate) fn prepare(args: &Args, origin: Origin<'_>) -> Result<Prepared, Failure> {
-    device::prepare(&args.device, origin, || args.console.make())
+    let inherits = origin.takes_over();
+    device::prepare(&args.device, origin, || args.console.make(inherits))
 }
 
 impl ConsoleArgs {
-    fn make(&self) -> Result<Made<Console>, Failure> {
-        let options = self.options();
+    fn make(&self, inherits: bool) -> Result<Made<Console>, Failure> {
+        let options = ConsoleOptions { inherits, ..self.options() };
         let mut described = match options.ports.len() {
             1 => "a console of 1 port".to_owned(),
             ports => format!("a console of {ports} ports"),

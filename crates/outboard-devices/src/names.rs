@@ -22,19 +22,19 @@ impl Name {
     }
 
     /// Another process's, which is not removed with this.
-    #[cfg(feature = "vsock")]
+    #[cfg(any(feature = "console", feature = "vsock"))]
     pub(crate) fn of_another(path: &Path) -> Self {
         Self { path: path.to_owned(), inode: None }
     }
 
     /// What is there now is this process's.
-    #[cfg(feature = "vsock")]
+    #[cfg(any(feature = "console", feature = "vsock"))]
     pub(crate) fn own(&mut self) {
         self.inode = inode(&self.path);
     }
 
     /// Another process has it from now on.
-    #[cfg(feature = "vsock")]
+    #[cfg(any(feature = "console", feature = "vsock"))]
     pub(crate) fn leave(&mut self) {
         self.inode = None;
     }

@@ -48,36 +48,57 @@ pub(super) enum Part {
 }
 
 #[derive(Debug)]
-enum Way {
-    Pty { master: OwnedFd, opens: OwnedFd, path: PathBuf, _link: Option<Name> },
-    Stdio { input: OwnedFd, output: OwnedFd, before: Option<Termios> },
-    Socket { listener: UnixListener, _name: Name, client: Option<UnixStream> },
+pub(super) enum Way {
+    /// Another process's: it comes with a live upgrade.
+    Awaited(Host),
+    Pty {
+        master: OwnedFd,
+        opens: OwnedFd,
+        path: PathBuf,
+        link: Option<Name>,
+    },
+    Stdio {
+        input: OwnedFd,
+        output: OwnedFd,
+        before: Option<Termios>,
+    },
+    Socket {
+        listener: UnixListener,
+        name: Name,
+        client: Option<UnixStream>,
+    },
     File(File),
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Side {
-    way: Way,
-    token: u64,
-    readable: bool,
-    writable: bool,
+    pub(super) way: Way,
+    pub(super) token: u64,
+    pub(super) readable: bool,
+    pub(super) writable: bool,
     /// No more bytes come from it.
-    ended: bool,
+    pub(super) ended: bool,
     /// Somebody is there to take bytes.
-    present: bool,
+    pub(super) present: bool,
+    /// Another process has, or may get it: nothing is read or written.
+    pub(super) rests: bool,
     /// A failure is told once.
     failed: bool,
 }
 
 impl Side {
-    /// Opens what `host` names; its edges come under `token` and the next number.
-    pub(super) fn open(host: &Host, token: u64, watches: &Watches) -> Result<Self, Error> {
+    /// Opens what `host` names; its edges come under `token` and the next number. `awaited`: what can come from
+    /// another process is not opened.
+    pub(super) fn open(
+        host: &Host,
+        token: u64,
+        awaited: bool,
+        watches: &Watches,
+    ) -> Result<Self, Error> {
         let way = match host {
-            Host::Pty { link } => open_pty(link.as_deref())?,
-            Host::Stdio => open_stdio()?,
-            Host::Socket(path) => listen(path)?,
-            Host::File(path) => Way::File(open_file(path)?),
+            Host::Pty { .. } | Host::Socket(_) if awaited => Way::Awaited(host.clone()),
+            _ => open(host)?,
         };
         let here = matches!(way, Way::Stdio { .. } | Way::File(_));
         let side = Self {
@@ -87,9 +108,17 @@ impl Side {
             readable: here,
             writable: here,
             present: here,
+            rests: false,
             failed: false,
         };
-        match &side.way {
+        side.watch(watches)?;
+        Ok(side)
+    }
+
+    /// Has its edges reported; what is true of it now is the first.
+    pub(super) fn watch(&self, watches: &Watches) -> Result<(), Error> {
+        let token = self.token;
+        match &self.way {
             Way::Pty { master, opens, .. } => {
                 watches.add(master, token, Ask::Room)?;
                 watches.add(opens, token + 1, Ask::Bytes)?;
@@ -98,15 +127,20 @@ impl Side {
                 watches.add(input, token, Ask::Bytes)?;
                 watches.add(output, token + 1, Ask::Room)?;
             }
-            Way::Socket { listener, .. } => drop(watches.add(listener, token + 1, Ask::Bytes)?),
-            Way::File(_) => {}
+            Way::Socket { listener, client, .. } => {
+                watches.add(listener, token + 1, Ask::Bytes)?;
+                if let Some(client) = client {
+                    watches.add(client, token, Ask::Room)?;
+                }
+            }
+            Way::File(_) | Way::Awaited(_) => {}
         }
-        Ok(side)
+        Ok(())
     }
 
-    /// Whether somebody is there to read what the guest writes.
+    /// Whether somebody is there to read what the guest writes, or may be.
     pub(super) fn is_present(&self) -> bool {
-        self.present
+        self.present || self.rests
     }
 
     /// Whether somebody is there, or has left bytes behind.
@@ -115,6 +149,7 @@ impl Side {
             Way::Socket { client, .. } => client.is_some(),
             Way::Pty { .. } => self.present,
             Way::Stdio { .. } | Way::File(_) => true,
+            Way::Awaited(_) => false,
         }
     }
 
@@ -145,13 +180,13 @@ impl Side {
 
     /// Reads what there is, up to the length of `to`; 0: nothing now.
     pub(super) fn read(&mut self, to: &mut [u8]) -> usize {
-        if !self.readable || self.ended {
+        if !self.readable || self.ended || self.rests {
             return 0;
         }
         let got = match &self.way {
             Way::Pty { master: fd, .. } | Way::Stdio { input: fd, .. } => rustix::io::read(fd, to),
             Way::Socket { client: Some(client), .. } => rustix::io::read(client, to),
-            Way::Socket { client: None, .. } | Way::File(_) => Err(Errno::AGAIN),
+            Way::Socket { client: None, .. } | Way::File(_) | Way::Awaited(_) => Err(Errno::AGAIN),
         };
         match got {
             Ok(0) => self.end_of_input(),
@@ -170,7 +205,7 @@ impl Side {
 
     /// Writes as much as there is room for; 0: none now.
     pub(super) fn write(&mut self, bytes: &[u8]) -> usize {
-        if !self.writable || !self.present || bytes.is_empty() {
+        if !self.writable || !self.present || self.rests || bytes.is_empty() {
             return 0;
         }
         let put = match &self.way {
@@ -180,7 +215,7 @@ impl Side {
             Way::Socket { client: Some(client), .. } => {
                 rustix::net::send(client, bytes, rustix::net::SendFlags::NOSIGNAL)
             }
-            Way::Socket { client: None, .. } => Err(Errno::AGAIN),
+            Way::Socket { client: None, .. } | Way::Awaited(_) => Err(Errno::AGAIN),
             Way::File(file) => rustix::io::write(file, bytes),
         };
         match put {
@@ -203,7 +238,7 @@ impl Side {
         let terminal = match &self.way {
             Way::Pty { master, .. } => master.as_fd(),
             Way::Stdio { output, .. } => output.as_fd(),
-            Way::Socket { .. } | Way::File(_) => return None,
+            Way::Socket { .. } | Way::File(_) | Way::Awaited(_) => return None,
         };
         let size = tcgetwinsize(terminal).ok()?;
         (size.ws_col != 0 && size.ws_row != 0)
@@ -227,7 +262,8 @@ impl Side {
         }
     }
 
-    fn look_at_pty(&mut self) {
+    /// Whether somebody has its terminal open; nothing for other sides.
+    pub(super) fn look_at_pty(&mut self) {
         let Way::Pty { master, opens, .. } = &self.way else { return };
         // What was opened and closed does not matter, only how it is now.
         let mut events = [0; 512];
@@ -287,6 +323,16 @@ fn failed(what: &Path, error: impl Into<io::Error>) -> Error {
     Error::refused(format!("{}: {}", what.display(), error.into()))
 }
 
+/// Opens what `host` names.
+pub(super) fn open(host: &Host) -> Result<Way, Error> {
+    match host {
+        Host::Pty { link } => open_pty(link.as_deref()),
+        Host::Stdio => open_stdio(),
+        Host::Socket(path) => listen(path),
+        Host::File(path) => Ok(Way::File(open_file(path)?)),
+    }
+}
+
 fn open_pty(link: Option<&Path>) -> Result<Way, Error> {
     let name = Path::new("/dev/ptmx");
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
@@ -300,18 +346,27 @@ fn open_pty(link: Option<&Path>) -> Result<Way, Error> {
     let mut termios = tcgetattr(&slave)?;
     termios.make_raw();
     tcsetattr(&slave, OptionalActions::Now, &termios)?;
-    let opens = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
-    inotify::add_watch(&opens, &path, inotify::WatchFlags::OPEN)?;
+    let path = PathBuf::from(path.to_string_lossy().into_owned());
+    let opens = watch_opens(&path)?;
     drop(slave);
-    let shown = path.to_string_lossy().into_owned();
-    if let Some(link) = link {
-        // A link that an earlier process left is replaced, anything else is not.
-        if link.symlink_metadata().is_ok_and(|found| found.is_symlink()) {
-            std::fs::remove_file(link).map_err(|error| failed(link, error))?;
-        }
-        std::os::unix::fs::symlink(&shown, link).map_err(|error| failed(link, error))?;
+    let link = link.map(|link| make_link(link, &path)).transpose()?;
+    Ok(Way::Pty { master, opens, path, link })
+}
+
+/// Says when somebody opens the terminal.
+pub(super) fn watch_opens(terminal: &Path) -> Result<OwnedFd, Error> {
+    let opens = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+    inotify::add_watch(&opens, terminal, inotify::WatchFlags::OPEN)?;
+    Ok(opens)
+}
+
+pub(super) fn make_link(link: &Path, terminal: &Path) -> Result<Name, Error> {
+    // A link that an earlier process left is replaced, anything else is not.
+    if link.symlink_metadata().is_ok_and(|found| found.is_symlink()) {
+        std::fs::remove_file(link).map_err(|error| failed(link, error))?;
     }
-    Ok(Way::Pty { master, opens, path: shown.into(), _link: link.map(Name::of) })
+    std::os::unix::fs::symlink(terminal, link).map_err(|error| failed(link, error))?;
+    Ok(Name::of(link))
 }
 
 fn open_stdio() -> Result<Way, Error> {
@@ -344,7 +399,7 @@ fn reopened(number: u8, fd: BorrowedFd<'_>) -> Result<OwnedFd, Error> {
 
 fn listen(path: &Path) -> Result<Way, Error> {
     let (listener, name) = names::listen(path).map_err(|error| failed(path, error))?;
-    Ok(Way::Socket { listener, _name: name, client: None })
+    Ok(Way::Socket { listener, name, client: None })
 }
 
 fn open_file(path: &Path) -> Result<File, Error> {

@@ -22,11 +22,16 @@ pub(super) struct Hub {
     pub(super) fresh: bool,
     /// What waits belongs to another process, as far as this one knows.
     pub(super) moved: bool,
+    /// Another process has, or may get all of this ([`super::heritage`]).
+    pub(super) rests: bool,
+    /// What happened meanwhile.
+    pub(super) late: Vec<Edge>,
 }
 
 impl Hub {
     pub(super) fn new(ports: Vec<Port>) -> Self {
-        Self { ports, multiport: false, fresh: true, moved: false }
+        let (rests, late) = (false, Vec::new());
+        Self { ports, multiport: false, fresh: true, moved: false, rests, late }
     }
 
     /// Of port 0: what the configuration says.
@@ -112,6 +117,10 @@ impl Hub {
     pub(super) fn edge(&mut self, edge: Edge, shared: &Shared) {
         if edge.token == BELL {
             shared.bell.take();
+            return;
+        }
+        if self.rests {
+            self.late.push(edge);
             return;
         }
         let index = usize::try_from(edge.token / 2).unwrap_or(usize::MAX);

@@ -22,6 +22,7 @@
 
 mod config;
 mod control;
+mod heritage;
 mod host;
 mod hub;
 mod port;
@@ -32,7 +33,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use outboard::{
-    BackendChannel, ConfigWrite, Error, Hooks, MakeWorker, Model, QueueSpec, Saved, Snapshot,
+    BackendChannel, ConfigWrite, Error, Heirloom, Hooks, MakeWorker, Model, QueueSpec, Saved,
+    Snapshot,
 };
 
 pub use config::{CONFIG_SIZE, Size, feature};
@@ -71,6 +73,8 @@ pub struct ConsoleOptions {
     pub size: Size,
     /// Largest ring size: a power of two up to 32768.
     pub queue_size: u16,
+    /// Terminals and sockets come from a process whose place this one takes: none are made before that.
+    pub inherits: bool,
 }
 
 impl Default for ConsoleOptions {
@@ -78,7 +82,7 @@ impl Default for ConsoleOptions {
     fn default() -> Self {
         let host = Host::Pty { link: None };
         let ports = vec![PortOptions { name: String::new(), console: true, host }];
-        Self { ports, size: Size::default(), queue_size: 256 }
+        Self { ports, size: Size::default(), queue_size: 256, inherits: false }
     }
 }
 
@@ -127,7 +131,7 @@ pub struct Console {
 }
 
 impl Console {
-    /// Opens the host's sides.
+    /// Opens the host's sides, but for what is to be inherited.
     ///
     /// # Errors
     /// One of them cannot be opened; ports or names are too many or too long, or the queue size is no
@@ -139,7 +143,7 @@ impl Console {
         watches.add(&bell, hub::BELL, Ask::Bytes)?;
         let mut ports = Vec::with_capacity(options.ports.len());
         for (token, port) in (0..).step_by(2).zip(&options.ports) {
-            ports.push(Port::open(port, options.size, token, &watches)?);
+            ports.push(Port::open(port, options.size, token, options.inherits, &watches)?);
         }
         let hub = Mutex::new(Hub::new(ports));
         let shared = Shared { hub, watches, bell, channel: BackendChannel::new() };
@@ -147,7 +151,7 @@ impl Console {
         Ok(Self { shared: Arc::new(shared), ports, queue_size: options.queue_size })
     }
 
-    /// The pseudo-terminals of its ports, by port.
+    /// The pseudo-terminals of its ports, by port; those that are to be inherited are not known yet.
     #[must_use]
     pub fn terminals(&self) -> Vec<(usize, PathBuf)> {
         let hub = self.shared.lock();
@@ -284,5 +288,23 @@ impl Model for Console {
 impl Hooks for Console {
     fn back_end_channel(&self) -> Option<BackendChannel> {
         Some(self.shared.channel.clone())
+    }
+
+    /// A live upgrade: terminals, listeners and clients go along.
+    fn hand_over(&mut self) -> Result<Vec<Heirloom>, Error> {
+        self.shared.lock().give()
+    }
+
+    fn handed_over(&mut self, gone: bool) {
+        let mut hub = self.shared.lock();
+        if gone { hub.leave() } else { hub.wake(&self.shared) }
+    }
+
+    fn inherit(&mut self, heirlooms: Vec<Heirloom>) -> Result<(), Error> {
+        self.shared.lock().receive(heirlooms, &self.shared)
+    }
+
+    fn inherited(&mut self) {
+        self.shared.lock().own(&self.shared);
     }
 }

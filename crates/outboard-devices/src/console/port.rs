@@ -34,7 +34,7 @@ const PIECE: usize = 4096;
 pub(super) struct Port {
     pub(super) name: String,
     pub(super) is_console: bool,
-    side: Side,
+    pub(super) side: Side,
     pub(super) output: VecDeque<u8>,
     pub(super) input: VecDeque<u8>,
     /// The driver has made it.
@@ -50,13 +50,15 @@ pub(super) struct Port {
 }
 
 impl Port {
+    /// `awaited`: what another process may give is not opened.
     pub(super) fn open(
         options: &PortOptions,
         size: Size,
         token: u64,
+        awaited: bool,
         watches: &Watches,
     ) -> Result<Self, Error> {
-        let side = Side::open(&options.host, token, watches)?;
+        let side = Side::open(&options.host, token, awaited, watches)?;
         Ok(Self {
             name: options.name.clone(),
             is_console: options.console,

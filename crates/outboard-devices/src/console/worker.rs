@@ -56,6 +56,7 @@ impl Worker for ConsoleWorker {
     fn wants(&mut self, queue: u16) -> bool {
         let mut hub = self.shared.lock();
         match Role::of(queue) {
+            _ if hub.rests => false,
             Role::Receive(port) => hub.has_input(port),
             Role::Transmit(port) => hub.has_room(port),
             Role::ControlReceive => hub.next_message().is_some(),

@@ -88,7 +88,17 @@ impl Guest {
 
     /// What comes next on a queue.
     pub(crate) fn receive(&mut self, queue: usize) -> Vec<u8> {
-        let (slot, length) = self.rig.back(queue);
+        let back = self.rig.back(queue);
+        self.took(queue, back)
+    }
+
+    /// What has come on a queue, if anything has.
+    pub(crate) fn received(&mut self, queue: usize) -> Option<Vec<u8>> {
+        let back = self.rig.if_back(queue)?;
+        Some(self.took(queue, back))
+    }
+
+    fn took(&mut self, queue: usize, (slot, length): (u64, u32)) -> Vec<u8> {
         let bytes = self.rig.load(self.slot(queue, slot), length);
         self.refill(queue, slot);
         bytes

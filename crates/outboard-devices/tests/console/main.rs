@@ -9,3 +9,4 @@ mod hostile;
 mod ports;
 mod state;
 mod terminal;
+mod upgrade;

@@ -9,14 +9,14 @@ use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::guest::{BOTH, Guest, options, read};
 
-fn open(link: &Path) -> File {
+pub(crate) fn open(link: &Path) -> File {
     let flags = i32::try_from(rustix::fs::OFlags::NOCTTY.bits()).expect("a flag");
     let mut options = File::options();
     std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, flags);
     options.read(true).write(true).open(link).expect("a terminal")
 }
 
-fn terminal(link: &Path) -> PortOptions {
+pub(crate) fn port(link: &Path) -> PortOptions {
     let host = Host::Pty { link: Some(link.to_owned()) };
     PortOptions { name: String::new(), console: true, host }
 }
@@ -26,7 +26,7 @@ fn a_terminal_can_be_left_and_opened_again_and_nothing_that_fits_is_lost() {
     for events in BOTH {
         let folder = tempfile::tempdir().expect("a folder");
         let link = folder.path().join("tty");
-        let mut guest = Guest::start(options(vec![terminal(&link)]), events);
+        let mut guest = Guest::start(options(vec![port(&link)]), events);
         guest.meet(1);
         guest.make(0);
         assert_eq!((guest.hear().1, guest.hear().1), (4, 5));
@@ -52,7 +52,7 @@ fn what_was_typed_before_the_terminal_was_left_arrives() {
     for events in BOTH {
         let folder = tempfile::tempdir().expect("a folder");
         let link = folder.path().join("tty");
-        let mut guest = Guest::start(options(vec![terminal(&link)]), events);
+        let mut guest = Guest::start(options(vec![port(&link)]), events);
         guest.say(0, 3, 1);
         let mut tty = open(&link);
         tty.write_all(b"halt\r").expect("typed");
@@ -68,7 +68,7 @@ fn a_terminals_new_size_is_told_with_the_next_key() {
     for events in BOTH {
         let folder = tempfile::tempdir().expect("a folder");
         let link = folder.path().join("tty");
-        let mut guest = Guest::start(options(vec![terminal(&link)]), events);
+        let mut guest = Guest::start(options(vec![port(&link)]), events);
         guest.meet(1);
         guest.make(0);
         assert_eq!((guest.hear().1, guest.hear().1), (4, 5));

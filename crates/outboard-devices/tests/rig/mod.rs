@@ -108,7 +108,12 @@ impl Rig {
 
     /// Whether something has come back.
     pub(crate) fn is_back(&mut self, queue: usize) -> bool {
-        self.queues.get_mut(queue).expect("active").pop().expect("a sound ring").is_some()
+        self.if_back(queue).is_some()
+    }
+
+    /// The next chain that has come back.
+    pub(crate) fn if_back(&mut self, queue: usize) -> Option<(u64, u32)> {
+        self.queues.get_mut(queue).expect("active").pop().expect("a sound ring")
     }
 
     pub(crate) fn store(&self, guest: u64, bytes: &[u8]) {
