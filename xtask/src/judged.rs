@@ -166,15 +166,26 @@ fn search_path(only: &[String]) -> Result<OsString> {
         folders.push(Root::prepare(false)?.wrappers());
     }
     if wanted("virtiofsd") && process::find("virtiofsd").is_none() {
-        folders.push(virtiofsd()?);
+        folders.push(virtiofsd_folder()?);
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     folders.extend(std::env::split_paths(&path));
     Ok(std::env::join_paths(folders)?)
 }
 
+/// virtiofsd: the machine's, or ours, built once.
+///
+/// # Errors
+/// When it does not build.
+pub fn virtiofsd() -> Result<PathBuf> {
+    match process::find("virtiofsd") {
+        Some(found) => Ok(found),
+        None => Ok(virtiofsd_folder()?.join("virtiofsd")),
+    }
+}
+
 /// Builds virtiofsd, once; the folder that it lies in.
-fn virtiofsd() -> Result<PathBuf> {
+fn virtiofsd_folder() -> Result<PathBuf> {
     let tools = paths::xtask()?.join("tools");
     let bin = tools.join("bin");
     if !bin.join("virtiofsd").exists() {

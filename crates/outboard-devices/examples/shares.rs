@@ -4,8 +4,9 @@
 //! outboard fs --socket-path a.sock --shared-dir A & virtiofsd --socket-path b.sock --shared-dir B &
 //! cargo run --release -p outboard-devices --example shares -- a.sock b.sock
 //! ```
+//! `cargo xtask bench --shares` does this and keeps what it says.
 //! Each of 4 KiB random reads and writes of a file of 64 MiB, and CREATE+RELEASE, LOOKUP (stat), UNLINK of files
-//! one after the other: in turns, five rounds of each; the medians and their ratio.
+//! one after the other: in short turns, `--rounds` of each (25); the medians and their ratio, as lines of a table.
 #![expect(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -20,9 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const FILE: u64 = 64 << 20;
 const PAGE: u32 = 4096;
 /// Requests of one turn; files of one turn.
-const REQUESTS: u32 = 20_000;
-const FILES: u32 = 2_000;
-const ROUNDS: usize = 5;
+const REQUESTS: u32 = 4_000;
+const FILES: u32 = 400;
 
 struct Share {
     vmm: Vmm,
@@ -107,27 +107,32 @@ impl Share {
         self.ask(15, node, &body, PAGE);
     }
 
-    /// Operations per second, of each kind.
-    fn turn(&mut self) -> [f64; 5] {
-        let mut seed = 1u64;
+    /// Operations per second of one kind, in a turn of round `round`.
+    fn turn(&mut self, kind: &str, round: u32) -> f64 {
+        let name = |at: u32| format!("file-{round}-{at}");
+        let ended = |at: u32| [name(at).as_bytes(), &[0]].concat();
+        let page = vec![9; PAGE as usize];
+        let mut seed = u64::from(round);
         let mut random = || {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             (seed >> 33) % (FILE / u64::from(PAGE)) * u64::from(PAGE)
         };
-        let page = vec![9; PAGE as usize];
-        let reads = rate(REQUESTS, |_| self.read(random()));
-        let writes = rate(REQUESTS, |_| self.write(random(), &page));
-        let creates = rate(FILES, |at| {
-            let (node, handle) = self.create(&format!("file-{at}"));
-            let body = [u64s(&[handle]), u32s(&[0, 0]), u64s(&[0])].concat();
-            self.ask(18, node, &body, 0);
-        });
-        let name = |at: u32| format!("file-{at}\0").into_bytes();
-        let stats = rate(FILES, |at| drop(self.ask(1, 1, &name(at), 128)));
-        let unlinks = rate(FILES, |at| drop(self.ask(10, 1, &name(at), 0)));
-        [reads, writes, creates, stats, unlinks]
+        match kind {
+            "4 KiB random read" => rate(REQUESTS, |_| self.read(random())),
+            "4 KiB random write" => rate(REQUESTS, |_| self.write(random(), &page)),
+            "create and close" => rate(FILES, |at| {
+                let (node, handle) = self.create(&name(at));
+                let body = [u64s(&[handle]), u32s(&[0, 0]), u64s(&[0])].concat();
+                self.ask(18, node, &body, 0);
+            }),
+            "stat" => rate(FILES, |at| drop(self.ask(1, 1, &ended(at), 128))),
+            _ => rate(FILES, |at| drop(self.ask(10, 1, &ended(at), 0))),
+        }
     }
 }
+
+const KINDS: [&str; 5] =
+    ["4 KiB random read", "4 KiB random write", "create and close", "stat", "unlink"];
 
 fn rate(count: u32, mut step: impl FnMut(u32)) -> f64 {
     let start = Instant::now();
@@ -141,24 +146,27 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 fn main() {
-    let sockets: Vec<_> = std::env::args().skip(1).collect();
+    let mut sockets: Vec<_> = std::env::args().skip(1).collect();
+    let mut rounds: u32 = 25;
+    if sockets.first().is_some_and(|first| first == "--rounds") {
+        rounds = sockets[1].parse().unwrap();
+        sockets.drain(..2);
+    }
     assert_eq!(sockets.len(), 2, "two sockets are wanted");
     let mut shares: Vec<_> = sockets.iter().map(|path| Share::mount(path)).collect();
-    let mut turns = [Vec::new(), Vec::new()];
-    for _ in 0..ROUNDS {
-        for (share, turns) in shares.iter_mut().zip(&mut turns) {
-            turns.push(share.turn());
+    let mut rates = vec![[Vec::new(), Vec::new()]; KINDS.len()];
+    for round in 0..rounds {
+        for (kind, rates) in KINDS.iter().zip(&mut rates) {
+            // Whoever comes second finds the processors warm: each is second as often.
+            for at in [round % 2, 1 - round % 2].map(|at| at as usize) {
+                rates[at].push(shares[at].turn(kind, round));
+            }
         }
     }
-    println!(
-        "| one at a time, per second | {} | {} | ratio |\n|---|---|---|---|",
-        sockets[0], sockets[1]
-    );
-    let kinds = ["4 KiB random read", "4 KiB random write", "create and close", "stat", "unlink"];
-    for (at, kind) in kinds.iter().enumerate() {
-        let of = |turns: &[[f64; 5]]| median(turns.iter().map(|turn| turn[at]).collect());
-        let (ours, theirs) = (of(&turns[0]), of(&turns[1]));
-        println!("| {kind} | {ours:.0} | {theirs:.0} | {:.2} |", ours / theirs);
+    println!("|---|---|---|---|");
+    for (kind, [ours, theirs]) in KINDS.iter().zip(rates) {
+        let (ours, theirs) = (median(ours), median(theirs));
+        println!("| {kind} | {ours:.0} | {theirs:.0} | **{:.2}** |", ours / theirs);
     }
     for share in shares {
         let Share { vmm, queue, .. } = share;

@@ -7,6 +7,7 @@
 mod network;
 mod page;
 mod plot;
+mod shares;
 mod table;
 
 use crate::backend::{Device, socket};
@@ -36,6 +37,9 @@ pub struct Options {
     /// Measure the switch beside DPDK instead, as docs/network.md
     #[arg(long, conflicts_with_all = ["peers", "only"])]
     net: bool,
+    /// Measure shared directories beside virtiofsd instead, as part of docs/shares.md
+    #[arg(long, conflicts_with_all = ["peers", "only", "net"])]
+    shares: bool,
     /// Only scenes whose name has this in it; the others' figures stay
     #[arg(long)]
     only: Option<String>,
@@ -61,6 +65,9 @@ struct Programs {
 pub fn run(options: &Options) -> Result<()> {
     if options.net {
         return network::run(options);
+    }
+    if options.shares {
+        return shares::run(options);
     }
     let file = paths::workspace().join(FIGURES);
     let mut figures: Value = match std::fs::read_to_string(&file) {
