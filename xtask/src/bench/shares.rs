@@ -2,7 +2,8 @@
 //! `docs/shares.md`.
 //!
 //! The driver is the example `shares` of `outboard-devices`: one FUSE request at a time, on the first processor; the
-//! back-end that is asked has the second one, the other one sleeps. Invariant: what stands between the two marks of the
+//! back-end that is asked has the second one, the other one sleeps. The directories are in memory, so that what
+//! differs is not the disk's. Invariant: what stands between the two marks of the
 //! page is what this command wrote.
 
 use super::{Options, outboard, pinned};
@@ -35,7 +36,7 @@ pub(super) fn run(options: &Options) -> Result<()> {
     let mut said = format!("\n{} beside ours, on {}.\n", version.trim(), super::machine()?);
     for &(name, told) in SCENES {
         println!("bench: shared directories, {name}");
-        let dir = tempfile::Builder::new().prefix("outboard-bench").tempdir_in(paths::target()?)?;
+        let dir = tempfile::Builder::new().prefix("outboard-bench").tempdir_in("/dev/shm")?;
         let ours = share(pinned(&outboard), dir.path(), "outboard", told, Some("fs"))?;
         let theirs = share(pinned(&virtiofsd), dir.path(), "virtiofsd", &[], None)?;
         let mut drive = Command::new("taskset");
