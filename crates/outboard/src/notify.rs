@@ -2,7 +2,7 @@
 //! (vhost-user messages SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR; virtio 1.3 §2.3).
 //!
 //! The peer chooses the descriptor, so any type is tolerated (rule R20): a kick is drained at most
-//! once per wake and without ever blocking, a call that cannot be delivered is counted and
+//! once per wake, where edges are reported now and then, and without ever blocking, a call that cannot be delivered is counted and
 //! forgotten. The flags of a received descriptor are never changed: they belong to the open file
 //! description, that is, also to the front-end.
 
@@ -49,7 +49,8 @@ impl AsFd for Waker {
 
 /// Empties a doorbell without blocking, whatever it is and whoever else reads from it.
 pub(crate) fn drain(fd: BorrowedFd<'_>) {
-    let mut counter = [0u8; 8];
+    // An eventfd gives its counter; a pipe, all that has come since it was last emptied.
+    let mut counter = [0u8; 1024];
     // Offset -1: the file's own position, as read(2). A descriptor that cannot promise not to block
     // (EOPNOTSUPP) is left as it is: our loops report edges, so it cannot make us spin.
     let _ = preadv2(fd, &mut [IoSliceMut::new(&mut counter)], u64::MAX, ReadWriteFlags::NOWAIT);
