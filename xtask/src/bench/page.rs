@@ -16,50 +16,8 @@ const HEAD: &str = "# How fast, beside others\n\n\
     otherwise. A floor is what the project asks of itself.\n\n\
     ![ratios](performance.svg)\n";
 
-const TAIL: &str = "\n## Tried, kept, left\n\
-    Figures of single interleaved runs, the change against the same program without it.\n\n\
-    - Kept: a look for events makes a system call only when the kernel has something to take or to give. No work, depth 1:\n\
-    p50 1.1 µs against 1.6, CPU 1.25 µs against 1.69 for each request. At depth 32 within the noise.\n\
-    - Kept: copies from the mapped file in place of `preadv`. /dev/shm, depth 32: CPU 0.9 to 1.0 µs against 2.1 in another run.\n\
-    - Left: guest memory as fixed buffers of io_uring. O_DIRECT, depth 1, 32 and 128: CPU 34.1 µs against 37.3, 5.1 against 5.8,\n\
-    3.3 against 3.8 (0.91, 0.88, 0.86). It pins all memory of the guest: a page that a balloon gave back and took again would be one page to the guest and another one to the ring, a guest's untouched memory would\n\
-    all be taken from the host, and a postcopy migration would fetch all of it at once.\n\
-    - Taken back: buffered writes made at once by the worker in place of io_uring (ext4, depth 32, on an overloaded machine:\n\
-    0.7 of qemu-storage-daemon's rate, p50 29.9 ms against 12.4).\n\
-    - Kept: after the last answer of io_uring the worker looks for the next request before it asks for a kick. O_DIRECT, depth\n\
-    1, on an overloaded machine: p50 59 to 61 µs against 84 to 86, kicks 0.05 to 0.12 for a request against 1, CPU 32 to 34 µs\n\
-    against 50; beside qemu-storage-daemon 1.35 of its rate at 0.62 to 0.71 of its CPU (before: 0.91 at 0.89, quiet machine).\n\
-    - Taken back: the same after every answer, with others under way. Depth 32 and 128: 0.81 to 0.84 of the rate without it,\n\
-    CPU the same. Again with a look at completions in between (10 and 30 µs): within the noise.\n\
-    - Kept: the kernel hears of every 4 operations while the batch is still being taken; until then it heard of all of them\n\
-    together, and the disk stood still meanwhile. O_DIRECT, depth 32, beside qemu-storage-daemon in the same run: 0.86 to 0.91\n\
-    before, 1.06 to 1.11 after; 1 operation 1.12 (at 0.76 of its CPU in place of 0.62), 2 1.04, 8 0.98. Random writes at\n\
-    depth 128: 1.35 to 1.82.\n\
-    - Taken back: waiting up to 8 µs until what was answered together has come again together. The batches became whole\n\
-    (31.9 of 32 requests for an interrupt of the disk, before 23 to 29), the rate stayed: the batch was not what was missing.\n\
-    - Taken back: registered files. O_DIRECT, depth 32 and 128: 0.98 of the rate and CPU 8.23 µs against 8.12, 5.36 against\n\
-    5.57, which is noise; and a killed process's ring would keep the image, and its lock, for longer than its writes last.\n\
-    - Kept: a request gathered in two loops, what is readable and what is writable, with the place of a region's slot in bytes:\n\
-    25 instructions fewer direct, 51 indirect (of 297 and 355); on packed rings 131 and 102 (of 529 and 498).\n\
-    - Taken back: pointers in place of offsets in the list of pieces: 7 instructions more.\n\
-    - Kept: places in a packed ring as pointers with the bytes up to its end, lengths in bytes, one bound for a walk in place of\n\
-    three: 30 to 40 instructions of 344; then packed rings inlined into the worker's loop as split ones are: 22 of them, and 6 on\n\
-    split rings (before the pointers: 13 to 23 fewer there, 4 to 10 more on split rings); the room of a list known beforehand: 5 to\n\
-    10. Split direct 247 (was 267), indirect 280 (299), packed direct 269 (348), indirect 281 (370), in batches of 32 198,\n\
-    231, 236, 246.\n\
-    - Kept: a buffer translated with two branches in place of three (the sign of the offset, then the end), and a piece that is not\n\
-    of the wanted length left to a function of its own: 6 to 13.\n\
-    - Taken back: a tag of its own for the layout of a ring in place of a niche: 3 more on split rings. Not tried, for they would\n\
-    cost one path what they save another: idle packed chains as a list through themselves (3 fewer, a recursive drop), room for 128\n\
-    pieces in each list beforehand (5 fewer, 2 KiB a chain that lie a page apart).\n\
-    - Order that was promised (VIRTIO_F_IN_ORDER) costs a device more than it saves: in batches of 32 451 instructions split and 358\n\
-    packed, against 198 and 236, for its requests go the way of those that are looked at twice (474 and 374 before a chain whose turn\n\
-    it is went by without being noted). The gain is the driver's; the sum of both is not measured. Nor is prefetching.\n\
-    - Where the 269 of a packed request go: 75 are the walk (three translations of 8), 44 reading the header and writing the status,\n\
-    35 what is done once a batch, 22 keeping and giving back the id. The 220 that the project asks of itself would want a request\n\
-    that is translated when it is used.\n\
-    - No work at depth 32 beside the framework: 1.22, 1.45 and, with fewer instructions, 1.64 in three runs; it moves with the distance\n\
-    of the two processors. Two queues on one worker: row \"two workers beside one\".\n";
+/// What was tried; written by hand.
+const TAIL: &str = include_str!("tried.md");
 
 /// The whole page.
 pub(super) fn page(figures: &Value) -> String {
@@ -85,7 +43,7 @@ pub(super) fn page(figures: &Value) -> String {
             let _ = writeln!(page, "{}", line(row));
         }
     }
-    page + &alone(figures) + TAIL
+    page + &alone(figures) + "\n" + TAIL
 }
 
 /// One request at a time, of all scenes: what a request waits for.
