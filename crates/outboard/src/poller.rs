@@ -2,6 +2,8 @@
 //!
 //! While requests come fast, sleeping costs more than looking: a kick and a wake-up take 5 to 50 µs,
 //! a look at a ring some nanoseconds, and with notifications off the driver saves its kicks too.
+//! Nor is it a kick alone that is looked for: while a worker has no use for a ring's requests (a socket without bytes), the
+//! thread looks whether its own descriptors have news, and when they had, at the rings for the driver's answer.
 //! The rule is that of the kernel's halt polling: a sleep that ended within the bound would have
 //! been worth spinning through, so the window doubles, up to the bound; one that lasted longer
 //! would not, so the window closes. An idle device therefore spins once, for at most the bound,

@@ -12,6 +12,7 @@
 //! flight and everything is published, or, when it is abandoned, when nothing of it can reach guest memory
 //! any more; a worker that panics costs its rings, not the thread.
 
+mod lane;
 mod port;
 mod token;
 
@@ -20,7 +21,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures_channel::oneshot;
 use rustix::io::Errno;
 use tracing::{debug, error, warn};
 
@@ -31,53 +31,14 @@ use crate::queue::Queue;
 use crate::request::Request;
 use crate::worker::{MakeWorker, Worker, WorkerContext};
 
+use lane::{Lane, poll_control, tell, turn, watch_kick};
 pub(crate) use port::{Order, Port};
 pub(crate) use token::device_token;
 
-/// Requests that one lane serves before the next one has its turn.
-const BUDGET: u32 = 64;
-/// Requests after which finished ones are shown to the driver although more are waiting.
-const BATCH: u32 = 16;
 /// Looks at the rings between two looks at the clock.
 const SPINS: u32 = 32;
 /// How often a ring without a doorbell is looked at.
 const POLL_EVERY: Duration = Duration::from_micros(500);
-
-/// A queue on this thread.
-struct Lane {
-    queue: Box<Queue>,
-    /// The ring may hold requests: it is to have a turn.
-    ready: bool,
-    /// A kick was asked for, and nothing has come since; or it rests.
-    armed: bool,
-    /// The worker did not want its requests when it was last asked.
-    resting: bool,
-    kick_watched: bool,
-    /// It is looked at again and again: nothing announces requests, or nothing that can be heard.
-    polled: bool,
-    /// Nor are changes heard, for want of a descriptor: they are looked for as well.
-    deaf: bool,
-    stopping: Option<oneshot::Sender<Box<Queue>>>,
-    /// It stops without finishing what is under way.
-    abandoning: bool,
-    /// The worker was told that its requests reach it.
-    told: bool,
-}
-
-impl Lane {
-    /// Whether the queue can be given back; called again and again while it stops.
-    fn has_stopped(&mut self, events: &dyn EventLoop) -> bool {
-        if self.stopping.is_none() {
-            return false;
-        }
-        if self.abandoning {
-            let queue = self.queue.index();
-            return self.queue.abandon() && events.flying(queue).into_memory == 0;
-        }
-        self.queue.scatter();
-        self.queue.is_idle() && !self.queue.owes()
-    }
-}
 
 /// The thread's state.
 struct Thread<W> {
@@ -152,7 +113,7 @@ impl<W: Worker> Thread<W> {
             self.turns();
             self.settle();
             // A change that was settled may have made a lane ready that is not asked for kicks.
-            if self.lanes.iter().any(|lane| lane.ready) || self.spin() || self.arm() {
+            if self.is_busy() || self.spin() || self.arm() {
                 self.look();
             } else {
                 self.sleep();
@@ -170,6 +131,18 @@ impl<W: Worker> Thread<W> {
                 self.rests |= lane.resting;
             }
         }
+    }
+
+    /// Whether a lane has more. Then those that nobody kicks for are looked at, too: they would wait for as long as one
+    /// of the others has always more.
+    fn is_busy(&mut self) -> bool {
+        let busy = self.lanes.iter().any(|lane| lane.ready);
+        if busy && self.lanes.len() > 1 {
+            for lane in self.lanes.iter_mut().filter(|lane| !lane.armed && !lane.ready) {
+                lane.ready = lane.stopping.is_none() && lane.queue.has_requests();
+            }
+        }
+        busy
     }
 
     /// Looks at the rings for as long as that pays; true when the events are to be looked at and then
@@ -195,6 +168,10 @@ impl<W: Worker> Thread<W> {
                     return true;
                 }
                 std::hint::spin_loop();
+            }
+            // What the worker waits for may come from elsewhere.
+            if self.rests && self.events.has_news() {
+                return true;
             }
             if Instant::now() >= until {
                 self.poller.looked_in_vain();
@@ -228,6 +205,9 @@ impl<W: Worker> Thread<W> {
             self.rests |= lane.resting;
             busy |= wanted;
         }
+        if busy {
+            self.expect_more();
+        }
         busy
     }
 
@@ -236,12 +216,13 @@ impl<W: Worker> Thread<W> {
         self.wait(Some(Duration::ZERO));
     }
 
-    /// Waits for events; the poller learns how long it took until a kick came.
+    /// Waits for events; the poller learns how long it took until there was work: a kick, or what the worker waited for.
     fn sleep(&mut self) {
         let before = Instant::now();
         self.wait(self.timeout());
-        if self.lanes.iter().any(|lane| lane.ready) {
-            self.poller.slept(before.elapsed());
+        let time = before.elapsed();
+        if self.lanes.iter().any(|lane| lane.ready) || self.rests && self.ask_again(false) {
+            self.poller.slept(time);
         } else {
             self.poller.slept_on();
         }
@@ -300,8 +281,8 @@ impl<W: Worker> Thread<W> {
         self.release();
     }
 
-    /// The kernel has answered the last request: a driver that waited for that has its next one ready soon. With a window
-    /// it is looked for, and needs no kick; said before the driver sees the answer.
+    /// The kernel has answered the last request, or there is something for the driver: if it waited for that, it has its
+    /// next request ready soon. With a window it is looked for, and needs no kick; said before the driver sees the answer.
     fn expect_more(&mut self) {
         let working = self.lanes.iter().any(|lane| !lane.queue.is_idle());
         if working || self.poller.window().is_zero() {
@@ -513,87 +494,4 @@ impl<W: Worker> Thread<W> {
             }
         }
     }
-}
-
-/// Serves what is in one ring, up to its budget; true when there may be more.
-fn turn<W: Worker>(worker: &mut W, lane: &mut Lane, events: &mut dyn EventLoop) -> bool {
-    let stopping = lane.stopping.is_some();
-    if stopping && (lane.abandoning || !lane.queue.owes()) {
-        return false;
-    }
-    lane.resting = false;
-    lane.queue.disarm();
-    let more = serve_batch(worker, lane, events, stopping);
-    lane.queue.publish();
-    worker.turned(lane.queue.index());
-    more
-}
-
-/// As [`turn`], without showing the end of it.
-#[inline(always)]
-fn serve_batch<W: Worker>(
-    worker: &mut W,
-    lane: &mut Lane,
-    events: &mut dyn EventLoop,
-    stopping: bool,
-) -> bool {
-    for served in 1..=BUDGET {
-        if !worker.wants(lane.queue.index()) && !stopping && !lane.queue.discards() {
-            lane.resting = true;
-            return false;
-        }
-        let Some(chain) = lane.queue.pop_chain() else { return false };
-        let request = Request::new(chain, &mut lane.queue, Some(&mut *events));
-        if let Err(error) = worker.serve(request) {
-            debug!(queue = lane.queue.index(), "request failed: {error}");
-        }
-        if served % BATCH == 0 {
-            lane.queue.publish();
-        }
-    }
-    true
-}
-
-/// Tells the worker whether requests of a lane reach it, if that has changed.
-fn tell<W: Worker>(worker: &mut W, lane: &mut Lane) {
-    let enabled = lane.queue.is_enabled();
-    if std::mem::replace(&mut lane.told, enabled) != enabled {
-        worker.serves(lane.queue.index(), enabled);
-    }
-}
-
-/// Takes changes of a lane and has the event loop follow.
-fn poll_control(lane: &mut Lane, events: &mut dyn EventLoop) {
-    let changed = lane.queue.poll_control();
-    if changed.kick {
-        watch_kick(lane, events);
-    }
-    lane.ready |= changed.look;
-}
-
-/// Waits for the lane's doorbell of the moment.
-fn watch_kick(lane: &mut Lane, events: &mut dyn EventLoop) {
-    let token = token::KICK | u64::from(lane.queue.index());
-    if lane.kick_watched {
-        events.unwatch(token);
-        lane.kick_watched = false;
-    }
-    lane.polled = lane.deaf || lane.queue.is_polled();
-    if let Some(kick) = lane.queue.kick_fd() {
-        match events.watch(kick.as_fd(), token) {
-            Ok(()) => lane.kick_watched = true,
-            Err(error) if is_want(&error) => {
-                warn!(queue = lane.queue.index(), "polled, its doorbell cannot be heard: {error}");
-                lane.polled = true;
-            }
-            // Any type is tolerated; one that cannot be waited for never kicks (case A58).
-            Err(error) => warn!(queue = lane.queue.index(), "the doorbell never rings: {error}"),
-        }
-    }
-}
-
-/// Whether the host lacks something: the peer is not to suffer for it (case C21).
-fn is_want(error: &std::io::Error) -> bool {
-    let lacks = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOSPC].map(Errno::raw_os_error);
-    error.raw_os_error().is_some_and(|errno| lacks.contains(&errno))
 }

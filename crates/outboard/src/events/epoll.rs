@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use outboard_queue::Chain;
-use rustix::event::{Timespec, epoll};
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::io::Errno;
 
 use super::{Event, EventLoop, FileId, FileOp, Flights};
@@ -82,6 +82,11 @@ impl EventLoop for EpollLoop {
         Flights::default()
     }
 
+    fn has_news(&mut self) -> bool {
+        let mut fds = [PollFd::new(&self.epoll, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready != 0)
+    }
+
     fn wait(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {
         self.ready.clear();
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
@@ -92,5 +97,27 @@ impl EventLoop for EpollLoop {
         }
         events.extend(self.ready.iter().map(|event| Event::Ready(event.data.u64())));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::notify::Waker;
+
+    #[test]
+    fn news_show_without_a_wait_and_are_over_once_they_were_taken() {
+        let mut events = EpollLoop::new().unwrap();
+        let waker = Waker::new().unwrap();
+        events.watch(waker.as_fd(), 7).unwrap();
+        for _ in 0..3 {
+            assert!(!events.has_news());
+            waker.wake();
+            assert!(events.has_news());
+            let mut happened = Vec::new();
+            events.wait(None, &mut happened).unwrap();
+            assert!(matches!(happened[..], [Event::Ready(7)]));
+            waker.drain();
+        }
     }
 }

@@ -125,6 +125,9 @@ pub(crate) trait EventLoop: fmt::Debug {
     /// The operations of a queue that have not ended.
     fn flying(&self, queue: u16) -> Flights;
 
+    /// Whether a look may bring events: asked every now and then while a thread looks at its rings.
+    fn has_news(&mut self) -> bool;
+
     /// Adds what happened to `events`; waits up to `timeout` for the first event, for ever without
     /// one. `Some(Duration::ZERO)` only looks.
     fn wait(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()>;

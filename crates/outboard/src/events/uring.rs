@@ -341,6 +341,10 @@ impl EventLoop for UringLoop {
         flights
     }
 
+    fn has_news(&mut self) -> bool {
+        self.has_errand() || !self.ring.completion().is_empty()
+    }
+
     fn wait(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {
         self.rearm()?;
         self.reap(events);
@@ -403,6 +407,21 @@ mod tests {
                 Event::Done { .. } => None,
             })
             .collect()
+    }
+
+    #[test]
+    fn news_show_without_a_wait_and_are_over_once_they_were_taken() {
+        let mut ring = UringLoop::new().unwrap();
+        let waker = Waker::new().unwrap();
+        ring.watch(waker.as_fd(), 7).unwrap();
+        assert!(ready(&mut ring).is_empty());
+        for _ in 0..3 {
+            assert!(!ring.has_news());
+            waker.wake();
+            assert!(ring.has_news());
+            assert_eq!(ready(&mut ring), [7]);
+            waker.drain();
+        }
     }
 
     #[test]
