@@ -1,7 +1,8 @@
 //! How fast is a socket device? Bytes to the host, bytes to the guest, round trips; of several back-ends in
 //! turns, as a Linux guest drives them (packets of 64 KiB, receive buffers of 4 KiB).
 //!
-//! `vsock_bench ROUNDS SOCKET=PATH [SOCKET=PATH]…`: the device's socket, and where it has its Unix sockets.
+//! `vsock_bench ROUNDS SOCKET=PATH [SOCKET=PATH]…`: the device's socket, and where it has its Unix sockets. One line for each
+//! kind of work: its name, and the medians, in the order of the back-ends. `cargo xtask bench --sockets` makes a page of it.
 #![expect(
     clippy::expect_used,
     clippy::cast_possible_truncation,
@@ -268,8 +269,7 @@ fn main() {
                 figures[place][figures[place].len() / 2]
             })
             .collect();
-        let shown: Vec<_> = medians.iter().map(|median| format!("{median:10.0}")).collect();
-        let ratio = medians.first().zip(medians.get(1)).map_or(1.0, |(a, b)| a / b);
-        println!("{name:20} {} ratio {ratio:.2}", shown.join(" "));
+        let shown: Vec<_> = medians.iter().map(|median| format!("{median:.0}")).collect();
+        println!("{name}: {}", shown.join(" "));
     }
 }

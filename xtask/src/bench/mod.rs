@@ -8,6 +8,7 @@ mod network;
 mod page;
 mod plot;
 mod shares;
+mod sockets;
 mod table;
 
 use crate::backend::{Device, socket};
@@ -40,6 +41,9 @@ pub struct Options {
     /// Measure shared directories beside virtiofsd instead, as part of docs/shares.md
     #[arg(long, conflicts_with_all = ["peers", "only", "net"])]
     shares: bool,
+    /// Measure sockets beside vhost-device-vsock instead, as docs/vsock.md
+    #[arg(long, conflicts_with_all = ["peers", "only", "net", "shares"])]
+    sockets: bool,
     /// Only scenes whose name has this in it; the others' figures stay
     #[arg(long)]
     only: Option<String>,
@@ -68,6 +72,9 @@ pub fn run(options: &Options) -> Result<()> {
     }
     if options.shares {
         return shares::run(options);
+    }
+    if options.sockets {
+        return sockets::run(options);
     }
     let file = paths::workspace().join(FIGURES);
     let mut figures: Value = match std::fs::read_to_string(&file) {
