@@ -65,7 +65,7 @@ impl QueueSpec {
         Self { name, max_size, when_disabled: WhenDisabled::Hold }
     }
 
-    /// A queue whose requests are dropped while it is disabled: it transmits.
+    /// A queue whose requests are dropped while it is disabled: it transmits packets that may be lost, as a network's.
     #[must_use]
     pub const fn transmit(name: &'static str, max_size: u16) -> Self {
         Self { name, max_size, when_disabled: WhenDisabled::Discard }

@@ -17,8 +17,7 @@ pub(super) struct Hub {
     pub(super) ports: Vec<Port>,
     /// The driver acknowledged [`feature::MULTIPORT`].
     pub(super) multiport: bool,
-    /// No driver has introduced itself to this process. If one uses a port all the same, it has done so
-    /// to a process before, which was killed: its ports are made and open.
+    /// Nothing is known of a driver: none has introduced itself, and no state has come.
     pub(super) fresh: bool,
     /// What waits belongs to another process, as far as this one knows.
     pub(super) moved: bool,
@@ -41,9 +40,9 @@ impl Hub {
 
     /// Whether the guest is to get bytes of this port.
     pub(super) fn has_input(&mut self, port: usize) -> bool {
-        let (multiport, fresh) = (self.multiport, self.fresh);
+        let multiport = self.multiport;
         let port = self.ports.get_mut(port).filter(|_| multiport || port == 0);
-        port.is_some_and(|port| (!multiport || port.guest_open || fresh) && port.has_input())
+        port.is_some_and(|port| (!multiport || port.guest_open) && port.has_input())
     }
 
     /// Whether the guest may transmit on this port.
@@ -66,6 +65,14 @@ impl Hub {
     pub(super) fn told(&mut self, port: usize, fact: Fact) {
         if let Some(port) = self.ports.get_mut(port) {
             port.told(fact);
+        }
+    }
+
+    /// A driver that has introduced itself to another process, which was killed: its ports are taken to be made and
+    /// open, and it hears again what may have changed.
+    pub(super) fn driver_returns(&mut self) {
+        if std::mem::take(&mut self.fresh) && self.multiport {
+            self.ports.iter_mut().for_each(Port::driver_returns);
         }
     }
 

@@ -44,6 +44,7 @@ use port::Port;
 pub use state::STATE_VERSION;
 use state::State;
 pub use worker::ConsoleWorker;
+use worker::Role;
 
 use crate::bell::Bell;
 use crate::watches::{Ask, Watches};
@@ -52,6 +53,9 @@ use crate::watches::{Ask, Watches};
 pub const MOST_PORTS: usize = 127;
 /// Bytes of a port's name.
 const NAME: usize = 128;
+
+/// Of a packed ring's index: whose turn it is to say what.
+const WRAPS: u32 = 0x8000_8000;
 
 /// What an operator can set about one port.
 #[derive(Clone, Debug)]
@@ -196,12 +200,12 @@ impl Model for Console {
         let size = self.queue_size;
         let mut queues = vec![
             QueueSpec::new("rx0", size),
-            QueueSpec::transmit("tx0", size),
+            QueueSpec::new("tx0", size),
             QueueSpec::new("control-rx", size),
             QueueSpec::new("control-tx", size),
         ];
         for _ in 1..self.ports {
-            queues.extend([QueueSpec::new("rx", size), QueueSpec::transmit("tx", size)]);
+            queues.extend([QueueSpec::new("rx", size), QueueSpec::new("tx", size)]);
         }
         queues
     }
@@ -247,6 +251,13 @@ impl Model for Console {
             port.push(&[character]);
         }
         Ok(())
+    }
+
+    fn ring_starts(&mut self, queue: u16, base: u32) {
+        if Role::of(queue) == Role::ControlTransmit && base & !WRAPS != 0 {
+            self.shared.lock().driver_returns();
+            self.shared.bell.ring();
+        }
     }
 
     fn resume(&mut self) -> Result<(), Error> {

@@ -5,6 +5,9 @@
 //!  transmit queue ─▶ output, up to 64 KiB ─▶ host's side         host's side ─▶ input, 4 KiB ─▶ receive queue
 //!        ▲ stays in the ring while it is full                          ▲ is not read while there is any
 //! ```
+//! Output is this process's: killed, it takes that with it. So a port that is no console has none while somebody is
+//! there, but for one request; a console has up to 64 KiB.
+//!
 //! Invariants: with nobody on the host's side the newest 64 KiB are kept and the guest never waits;
 //! with somebody there who does not read, it is this port alone that waits (case B71); the guest sees the
 //! host's side close after it has got everything that was sent before (case C28).
@@ -41,8 +44,8 @@ pub(super) struct Port {
     pub(super) made: bool,
     /// Somebody in the guest has it open.
     pub(super) guest_open: bool,
-    /// What the driver was last told of the host's side.
-    pub(super) told_open: bool,
+    /// What the driver was last told of the host's side; None: another process told it.
+    pub(super) told_open: Option<bool>,
     pub(super) untold: Untold,
     pub(super) size: Size,
     /// Bytes that found no room since that was last said.
@@ -68,7 +71,7 @@ impl Port {
             input: VecDeque::with_capacity(INPUT),
             made: false,
             guest_open: false,
-            told_open: false,
+            told_open: Some(false),
             untold: Untold::default(),
             lost: 0,
         })
@@ -108,12 +111,14 @@ impl Port {
         }
     }
 
-    /// Whether the guest may transmit.
+    /// Whether the guest may transmit. Linux waits for a console with a processor, and is spared that for 64 KiB;
+    /// what another port has taken is with the host's side before more is taken.
     pub(super) fn has_room(&mut self) -> bool {
-        if self.output.len() >= OUTPUT {
+        let most = if self.is_console { OUTPUT } else { 1 };
+        if self.output.len() >= most {
             self.flush();
         }
-        self.output.len() < OUTPUT || !self.side.is_present()
+        self.output.len() < most || !self.side.is_present()
     }
 
     /// Takes what the guest transmits.
@@ -175,16 +180,27 @@ impl Port {
 
     /// What the driver is to be told first.
     pub(super) fn next_fact(&mut self) -> Option<Fact> {
-        let open = self.side.is_open() || !self.input.is_empty();
-        self.untold.open = self.made && open != self.told_open;
+        let open = self.is_open();
+        self.untold.open = self.made && self.told_open != Some(open);
         self.untold.next(open)
     }
 
     pub(super) fn told(&mut self, fact: Fact) {
         self.untold.told(fact);
         if let Fact::Open(open) = fact {
-            self.told_open = open;
+            self.told_open = Some(open);
         }
+    }
+
+    /// Whether the host's side is open as far as the guest is concerned.
+    pub(super) fn is_open(&self) -> bool {
+        self.side.is_open() || !self.input.is_empty()
+    }
+
+    /// A driver made it under another process, which was killed.
+    pub(super) fn driver_returns(&mut self) {
+        (self.made, self.guest_open, self.told_open) = (true, true, None);
+        self.untold.size = self.is_console;
     }
 
     /// A driver has started and knows nothing yet.
@@ -210,7 +226,7 @@ impl Port {
 
     /// No driver is there. What it wrote still goes to the host.
     pub(super) fn forget_driver(&mut self) {
-        (self.made, self.guest_open, self.told_open) = (false, false, false);
+        (self.made, self.guest_open, self.told_open) = (false, false, Some(false));
         self.untold = Untold::default();
     }
 }

@@ -40,7 +40,7 @@ impl State {
             is_console: port.is_console,
             made: port.made,
             guest_open: port.guest_open,
-            told_open: port.told_open,
+            told_open: port.told_open.unwrap_or(!port.is_open()),
             untold: port.untold,
             size: port.size,
             output: port.output.iter().copied().collect(),
@@ -87,7 +87,7 @@ impl State {
         for (theirs, ours) in self.ports.into_iter().zip(ports) {
             ours.made = theirs.made;
             ours.guest_open = theirs.guest_open;
-            ours.told_open = theirs.told_open;
+            ours.told_open = Some(theirs.told_open);
             ours.untold = theirs.untold;
             // A terminal here has its own size.
             ours.untold.size |= theirs.made && theirs.is_console && theirs.size != ours.size;

@@ -208,11 +208,7 @@ impl Model for Vsock {
 
     fn queues(&self) -> Vec<QueueSpec> {
         let size = self.queue_size;
-        vec![
-            QueueSpec::new("rx", size),
-            QueueSpec::transmit("tx", size),
-            QueueSpec::new("event", size),
-        ]
+        vec![QueueSpec::new("rx", size), QueueSpec::new("tx", size), QueueSpec::new("event", size)]
     }
 
     fn make_worker(&self) -> MakeWorker<VsockWorker> {

@@ -108,6 +108,30 @@ fn b71_a_host_that_does_not_read_holds_up_its_own_port_only() {
     }
 }
 
+/// Front-ends start a ring before they enable it, also one that a guest has used before: no byte of it is lost.
+#[test]
+fn what_is_transmitted_on_a_disabled_ring_waits_until_it_is_enabled() {
+    for events in BOTH {
+        let folder = tempfile::tempdir().expect("a folder");
+        let ports = vec![socket(folder.path(), "a"), socket(folder.path(), "b")];
+        let mut guest = Guest::start(options(ports), events);
+        let (mut one, mut host) = (client(folder.path(), "a"), client(folder.path(), "b"));
+        guest.make(0);
+        guest.make(1);
+        guest.rig.vmm.connection().set_vring_enable(5, false).expect("disabled");
+        guest.send(TX, b"late", 3);
+        for text in [b"ping", b"pong"] {
+            guest.transmit(1, text);
+            assert_eq!(read(&mut one, 4), text);
+        }
+        assert!(!guest.rig.is_back(TX), "nobody has looked at it");
+        guest.rig.vmm.connection().set_vring_enable(5, true).expect("enabled");
+        assert_eq!(guest.rig.back(TX), (3, 0));
+        assert_eq!(read(&mut host, 4), b"late");
+        guest.rig.end();
+    }
+}
+
 /// The newest bytes wait for whoever comes, and the guest never does.
 #[test]
 fn with_nobody_there_the_newest_bytes_that_fit_are_kept_and_the_guest_goes_on() {

@@ -61,20 +61,3 @@ fn a_state_of_other_ports_is_refused_and_the_console_goes_on() {
     guest.meet(2);
     guest.rig.end();
 }
-
-/// After a kill nobody introduces himself again: who uses a port has made it.
-#[test]
-fn a_process_that_follows_a_killed_one_serves_the_ports_that_are_in_use() {
-    for events in BOTH {
-        let folder = tempfile::tempdir().expect("a folder");
-        let console = Console::new(ports(folder.path())).expect("a console");
-        let mut guest = Guest::of(console, events, u64::MAX);
-        guest.activate(&[0, 1, 2, 3, 4, 5]);
-        let mut host = client(folder.path(), "org.a");
-        host.write_all(b"still there?").expect("sent");
-        assert_eq!(guest.receive_all(4, 12), b"still there?");
-        guest.transmit(5, b"yes");
-        assert_eq!(read(&mut host, 3), b"yes");
-        guest.rig.end();
-    }
-}
