@@ -88,11 +88,16 @@ fn write(file: (u64, u64), offset: u64, flags: u32, bytes: &[u8]) -> Asked {
     Asked(op::WRITE, file.0, [&head, bytes].concat(), 8)
 }
 
-fn start(folder: &Path) -> Killed {
+fn start(folder: &Path, take_over: bool) -> Killed {
     let mut program = Command::new(env!("CARGO_BIN_EXE_outboard"));
-    program.args(["fs", "--socket-path"]).arg(folder.join("s"));
-    program.arg("--shared-dir").arg(folder.join("share"));
+    program.arg("fs").arg("--shared-dir").arg(folder.join("share"));
     program.arg("--recovery-file").arg(folder.join("notes"));
+    if take_over {
+        program.arg("--take-over").arg(folder.join("control"));
+    } else {
+        program.arg("--socket-path").arg(folder.join("s"));
+        program.arg("--control").arg(folder.join("control"));
+    }
     Killed(program.env("OUTBOARD_LOG", "error").stdin(Stdio::null()).spawn().unwrap())
 }
 
@@ -100,7 +105,7 @@ impl Bench {
     fn mount() -> Self {
         let folder = tempfile::tempdir().unwrap();
         fs::create_dir(folder.path().join("share")).unwrap();
-        let program = Some(start(folder.path()));
+        let program = Some(start(folder.path(), false));
         let connection =
             Connection::connect_patiently(folder.path().join("s"), PATIENCE, PATIENCE).unwrap();
         let mut vmm = Vmm::new(connection, Wanted::default().with_inflight()).unwrap();
@@ -121,10 +126,21 @@ impl Bench {
     /// The program is killed; another one takes its place.
     fn kill(&mut self) {
         drop(self.program.take());
-        self.program = Some(start(self.folder.path()));
+        self.program = Some(start(self.folder.path(), false));
         let socket = self.folder.path().join("s");
         let connection = Connection::connect_patiently(socket, PATIENCE, PATIENCE).unwrap();
         self.vmm.reconnect(connection).unwrap();
+    }
+
+    /// Another program takes everything over.
+    fn upgrade(&mut self) {
+        let mut newer = start(self.folder.path(), true);
+        let mut old = self.program.take().unwrap();
+        while old.0.try_wait().unwrap().is_none() {
+            assert_eq!(newer.0.try_wait().unwrap(), None, "it takes over and stays");
+            std::thread::sleep(Duration::from_millis(5)); // nothing tells of either
+        }
+        self.program = Some(newer);
     }
 
     fn ask(&mut self, asked: Asked) -> Said {
@@ -227,6 +243,22 @@ fn open_files_and_nodes_go_on_in_the_process_that_follows_a_killed_one() {
     bench.kill();
     assert!(bench.read(kept).is_err(), "it was closed");
     assert_eq!(fs::read(bench.share().join("d/kept")).unwrap(), b"WHAT was written");
+}
+
+#[test]
+fn what_was_handed_over_is_noted_by_the_process_that_has_it_now() {
+    let mut bench = Bench::mount();
+    let before = bench.create(ROOT, "before");
+    bench.ask(write(before, 0, 0, b"before")).unwrap();
+    for round in 0..3 {
+        bench.upgrade();
+        let after = bench.create(ROOT, &format!("after-{round}"));
+        bench.ask(write(after, 0, 0, b"after")).unwrap();
+        bench.kill();
+        assert_eq!(bench.read(before).unwrap(), b"before", "round {round}");
+        assert_eq!(bench.read(after).unwrap(), b"after");
+        assert_eq!(bench.lookup(ROOT, "before"), Ok(before.0), "it is the same node");
+    }
 }
 
 fn rounds() -> usize {
