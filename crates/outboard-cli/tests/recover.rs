@@ -49,6 +49,7 @@ impl Drop for Killed {
 struct Bench {
     folder: tempfile::TempDir,
     program: Option<Killed>,
+    notes: String,
     vmm: Vmm,
     queue: Virtqueue,
     memory: SharedMemory,
@@ -88,10 +89,10 @@ fn write(file: (u64, u64), offset: u64, flags: u32, bytes: &[u8]) -> Asked {
     Asked(op::WRITE, file.0, [&head, bytes].concat(), 8)
 }
 
-fn start(folder: &Path, take_over: bool) -> Killed {
+fn start(folder: &Path, notes: &str, take_over: bool) -> Killed {
     let mut program = Command::new(env!("CARGO_BIN_EXE_outboard"));
     program.arg("fs").arg("--shared-dir").arg(folder.join("share"));
-    program.arg("--recovery-file").arg(folder.join("notes"));
+    program.arg("--recovery-file").arg(folder.join(notes));
     if take_over {
         program.arg("--take-over").arg(folder.join("control"));
     } else {
@@ -105,7 +106,7 @@ impl Bench {
     fn mount() -> Self {
         let folder = tempfile::tempdir().unwrap();
         fs::create_dir(folder.path().join("share")).unwrap();
-        let program = Some(start(folder.path(), false));
+        let program = Some(start(folder.path(), "notes", false));
         let connection =
             Connection::connect_patiently(folder.path().join("s"), PATIENCE, PATIENCE).unwrap();
         let mut vmm = Vmm::new(connection, Wanted::default().with_inflight()).unwrap();
@@ -114,7 +115,8 @@ impl Bench {
         vmm.share_memory(memory.clone()).unwrap();
         let setup = |index| QueueSetup { index, size: 128, indirect: 0 };
         let queue = vmm.activate(&[setup(0), setup(1)]).unwrap().remove(1);
-        let mut bench = Self { folder, program, vmm, queue, memory, arena, unique: 0 };
+        let notes = "notes".to_owned();
+        let mut bench = Self { folder, program, notes, vmm, queue, memory, arena, unique: 0 };
         bench.ask(Asked(op::INIT, ROOT, u32s(&[7, 38, 65536, 0]), 64)).unwrap();
         bench
     }
@@ -126,15 +128,16 @@ impl Bench {
     /// The program is killed; another one takes its place.
     fn kill(&mut self) {
         drop(self.program.take());
-        self.program = Some(start(self.folder.path(), false));
+        self.program = Some(start(self.folder.path(), &self.notes, false));
         let socket = self.folder.path().join("s");
         let connection = Connection::connect_patiently(socket, PATIENCE, PATIENCE).unwrap();
         self.vmm.reconnect(connection).unwrap();
     }
 
-    /// Another program takes everything over.
+    /// Another program takes everything over, with another file for its notes.
     fn upgrade(&mut self) {
-        let mut newer = start(self.folder.path(), true);
+        self.notes += "-new";
+        let mut newer = start(self.folder.path(), &self.notes, true);
         let mut old = self.program.take().unwrap();
         while old.0.try_wait().unwrap().is_none() {
             assert_eq!(newer.0.try_wait().unwrap(), None, "it takes over and stays");
