@@ -1,5 +1,5 @@
-//! `outboard console` that is killed, under a front-end that connects anew (the in-flight region), with bytes going both
-//! ways; and upgraded. `OUTBOARD_ROUNDS=100` kills it so many times.
+//! `outboard console` (and `rng`) that is killed, under a front-end that connects anew (the in-flight region), with bytes going both
+//! ways; upgraded; and moved to another process. `OUTBOARD_ROUNDS=100` kills it so many times.
 //!
 //! What is promised of a port that is no console, while somebody is at its host's side: bytes of an answered request are
 //! with the host's side, but for those of one request when that takes no more; what was not answered is said again from
@@ -40,16 +40,26 @@ fn rounds() -> usize {
 }
 
 fn console(folder: &Path, more: &[&str]) -> Program {
-    let port = format!("socket:port-{NAME},name={NAME}");
+    started(folder, more, "")
+}
+
+/// Its host's sides have `there` behind their names: those of another host.
+fn started(folder: &Path, more: &[&str], there: &str) -> Program {
+    let port = format!("socket:port-{NAME}{there},name={NAME}");
+    let terminal = format!("pty:tty{there}");
     let mut command = Command::new(env!("CARGO_BIN_EXE_outboard"));
-    command.args(["console", "--port", "pty:tty", "--port", &port]).args(more);
+    command.args(["console", "--port", &terminal, "--port", &port]).args(more);
     let mut program = Program::run(&mut command, folder);
     program.says("serving").expect("it serves");
     program
 }
 
 fn connect(folder: &Path) -> Connection {
-    Connection::connect_patiently(folder.join("s"), PATIENCE, PATIENCE).expect("connected")
+    connect_to(folder, "s")
+}
+
+fn connect_to(folder: &Path, socket: &str) -> Connection {
+    Connection::connect_patiently(folder.join(socket), PATIENCE, PATIENCE).expect("connected")
 }
 
 /// Bytes of which each place of each stream has its own.
@@ -70,7 +80,10 @@ struct Host {
 
 impl Host {
     fn connect(folder: &Path, number: usize) -> Self {
-        let mut reader = guest::client(folder, NAME);
+        Self::of(guest::client(folder, NAME), number)
+    }
+
+    fn of(mut reader: UnixStream, number: usize) -> Self {
         let mut writer = reader.try_clone().expect("a socket");
         let stream = reader.try_clone().expect("a socket");
         let reads = std::thread::spawn(move || {
@@ -130,14 +143,18 @@ impl Driver {
 
     /// Takes what has come back; `host` is whose bytes come.
     fn take(&mut self, host: usize) {
-        while let Some((token, _)) = self.guest.rig.if_back(TX) {
-            assert_eq!(token, (self.answered / PIECE % 16) as u64, "in order, each once");
-            self.answered += PIECE;
-        }
+        self.take_answers();
         while let Some(bytes) = self.guest.received(RX) {
             let right = bytes_at(host, self.received, bytes.len());
             assert!(bytes == right, "to the guest, behind byte {}", self.received);
             self.received += bytes.len();
+        }
+    }
+
+    fn take_answers(&mut self) {
+        while let Some((token, _)) = self.guest.rig.if_back(TX) {
+            assert_eq!(token, (self.answered / PIECE % 16) as u64, "in order, each once");
+            self.answered += PIECE;
         }
     }
 
@@ -264,4 +281,118 @@ fn a_stream_goes_on_while_the_program_is_upgraded() {
     drop(program);
     let read = host.read();
     assert!(read == bytes_at(GUEST, 0, read.len()) && read.len() + PIECE >= sent, "to the host");
+}
+
+/// The guest's stream arrives on both hosts together, each byte once; of the host's streams it gets the beginning of one, with
+/// what the first process had read for it, and then the other.
+#[test]
+fn a_guest_moves_to_another_host_in_the_middle_of_its_streams_and_loses_none_of_its_own() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let here = console(folder.path(), &["--socket-path", "s"]);
+    let there = started(folder.path(), &["--socket-path", "s-there"], "-there");
+    let mut driver = Driver::start(folder.path());
+    let first = Host::connect(folder.path(), 0);
+    driver.hears_of_a_client();
+    driver.pump(100 * PIECE, 0);
+    driver.offer();
+    let vmm = &mut driver.guest.rig.vmm;
+    vmm.sleep().expect("stops").expect("was active");
+    let state = vmm.connection().save_state().expect("saved");
+    driver.take(0);
+    let second = Host::of(guest::client(folder.path(), "org.a-there"), 1);
+    let vmm = &mut driver.guest.rig.vmm;
+    vmm.reconnect(connect_to(folder.path(), "s-there")).expect("the same features");
+    vmm.connection().load_state(&state).expect("loaded");
+    vmm.wake().expect("goes on");
+    let (begin, mut bytes) = (driver.received, Vec::new());
+    let answered = driver.answered + 100 * PIECE;
+    guest::until("bytes go both ways", || {
+        driver.offer();
+        driver.take_answers();
+        bytes.extend(driver.guest.received(RX).into_iter().flatten());
+        driver.answered >= answered && bytes.len() >= 100 * PIECE
+    });
+    let (of_first, of_second) = (bytes_at(0, begin, 4096), bytes_at(1, 0, bytes.len()));
+    let late = (0..=4096).find(|late| {
+        let (read_ahead, rest) = bytes.split_at(*late);
+        of_first.starts_with(read_ahead) && of_second.starts_with(rest)
+    });
+    late.expect("first what had been read on the first host, then the second host's stream");
+    drop((here, there));
+    driver.take_answers();
+    let (first, second) = (first.read(), second.read());
+    let both = [&first[..], &second].concat();
+    assert!(both == bytes_at(GUEST, 0, both.len()), "each byte once, in order");
+    assert!(both.len() + PIECE >= driver.answered);
+}
+
+fn entropy(folder: &Path, more: &[&str]) -> Program {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_outboard"));
+    command.args(["rng", "--max-bytes", "64", "--period", "20"]).args(more);
+    let mut program = Program::run(&mut command, folder);
+    program.says("serving").expect("it serves");
+    program
+}
+
+/// To another process, where the requests from `token` on are answered, and back.
+fn there_and_back(rig: &mut Rig, folder: &Path, token: u64) {
+    let there = entropy(folder, &["--socket-path", "s-there"]);
+    rig.vmm.sleep().expect("stops").expect("was active");
+    let state = rig.vmm.connection().save_state().expect("saved");
+    rig.vmm.reconnect(connect_to(folder, "s-there")).expect("the same features");
+    rig.vmm.connection().load_state(&state).expect("loaded");
+    rig.vmm.wake().expect("goes on");
+    let answered: Vec<_> = (0..2).map(|_| rig.back(0)).collect();
+    assert_eq!(answered, [(token, 32), (token + 1, 32)], "over there");
+    rig.vmm.sleep().expect("stops").expect("was active");
+    rig.vmm.reconnect(connect(folder)).expect("the same features");
+    rig.vmm.wake().expect("goes on");
+    drop(there);
+}
+
+/// Requests that wait for the next period of a limit: in the ring, wherever the device is.
+#[test]
+fn requests_for_entropy_outlive_kills_upgrades_and_moves_and_each_is_answered_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let first = ["--socket-path", "s", "--control", "c"];
+    let mut program = entropy(folder, &first);
+    let nobody = std::thread::spawn(|| ());
+    let mut rig = Rig::with(connect(folder), nobody, u64::MAX, Wanted::default().with_inflight());
+    rig.activate(&[0], 64);
+    for round in 0..9 {
+        // Three periods' worth is asked for at once.
+        let tokens = round * 6..round * 6 + 6;
+        for token in tokens.clone() {
+            let room = rig.at(token % 6 * 32);
+            rig.store(room, &[0; 32]);
+            rig.offer(0, &[], &[(room, 32)], token);
+        }
+        let mut expected = tokens.clone();
+        assert_eq!(rig.back(0), (expected.next().expect("six"), 32));
+        match round % 3 {
+            0 => {
+                drop(program);
+                program = entropy(folder, &first);
+                rig.vmm.reconnect(connect(folder)).expect("goes on");
+            }
+            1 => {
+                let mut heir = entropy(folder, &["--take-over", "c"]);
+                heir.says("taken over").expect("it takes over");
+                assert_eq!(program.ends(), Some(0));
+                program = heir;
+            }
+            _ => {
+                there_and_back(&mut rig, folder, tokens.start + 1);
+                expected = tokens.start + 3..tokens.end;
+            }
+        }
+        for token in expected {
+            assert_eq!(rig.back(0), (token, 32), "in order, each once, round {round}");
+        }
+        for token in tokens {
+            let bytes = rig.load(rig.at(token % 6 * 32), 32);
+            assert!(bytes.iter().any(|byte| *byte != 0), "entropy, round {round}");
+        }
+    }
 }
