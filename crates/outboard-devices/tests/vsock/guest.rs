@@ -22,7 +22,7 @@ pub(crate) const TX: usize = 1;
 pub(crate) const EVENT: usize = 2;
 
 const SIZE: u16 = 64;
-const BUFFERS: u64 = 32;
+pub(crate) const BUFFERS: u64 = 32;
 /// Bytes of a receive buffer: as Linux has them.
 pub(crate) const BUFFER: u64 = 4096;
 /// Where packets are sent from.

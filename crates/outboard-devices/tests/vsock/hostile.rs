@@ -1,12 +1,19 @@
 //! Drivers that do not keep to the rules (cases B66, B67, B68).
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use outboard_devices::vsock::{Address, HOST_CID, Header, Kind, Op, Told, shut};
 use zerocopy::IntoBytes;
 
-use crate::guest::{BOTH, CID, Guest, ROOM, answer, client, options, patient, server};
-use crate::guest::{BUFFER, RX, Socket, TRANSMIT, TX};
+use crate::guest::{BOTH, CID, Guest, ROOM, answer, bytes, client, options, patient, server};
+use crate::guest::{BUFFER, BUFFERS, RX, Socket, TRANSMIT, TX};
+
+/// Connections that are refused and of which the guest was not told yet, at most.
+const REFUSALS: u64 = 256;
+/// How long nothing happens when nothing is to happen.
+const SILENCE: Duration = Duration::from_millis(200);
 
 const HOST: Address = Address { cid: HOST_CID, port: 1 };
 
@@ -240,19 +247,18 @@ fn b68_a_guest_that_posts_no_buffers_waits_with_its_requests() {
         let from = Address { cid: CID, port: 5000 };
         guest.rig.store(at, Header::new(from, HOST, Kind::Stream, Op::Data).as_bytes());
         let (mut sent, mut taken) = (0_u64, 0_u64);
-        // As many as the ring holds are left in the end, whatever was taken before.
-        while sent < taken + 60 {
-            guest.rig.offer(TX, &[(at, 44)], &[], sent);
-            sent += 1;
-            if sent > 250 {
-                while guest.rig.is_back(TX) {
-                    taken += 1;
-                }
-            } else {
-                guest.rig.back(TX);
+        // Each is to be refused: what the ring of receive buffers holds, and as many as may wait, are taken.
+        loop {
+            if sent < taken + 60 {
+                guest.rig.offer(TX, &[(at, 44)], &[], sent);
+                sent += 1;
+            } else if !guest.rig.queues[TX].wait(SILENCE).expect("waits") {
+                break;
+            }
+            while guest.rig.is_back(TX) {
                 taken += 1;
             }
-            assert!(sent < 10_000, "it never waits");
+            assert!(taken <= BUFFERS + REFUSALS, "{taken} were taken");
         }
         // With buffers it goes on.
         let mut heard = 0;
@@ -265,6 +271,51 @@ fn b68_a_guest_that_posts_no_buffers_waits_with_its_requests() {
         while taken < sent {
             guest.rig.back(TX);
             taken += 1;
+        }
+        guest.rig.end();
+    }
+}
+
+/// Writes until there is no room; what it was.
+fn fill(host: &mut UnixStream, seed: u64) -> Vec<u8> {
+    rustix::net::sockopt::set_socket_send_buffer_size(&*host, 64 << 10).expect("a size");
+    host.set_nonblocking(true).expect("a socket");
+    let (all, mut count) = (bytes(4 << 20, seed), 0);
+    loop {
+        assert!(count < all.len(), "somebody takes all of it");
+        match host.write(&all[count..]) {
+            Ok(more) => count += more,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Interrupted),
+        }
+    }
+    host.set_nonblocking(false).expect("a socket");
+    all[..count].to_vec()
+}
+
+#[test]
+fn b68_a_guest_without_receive_buffers_holds_up_its_hosts_and_nothing_it_sends() {
+    for events in BOTH {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut guest = Guest::start(options(folder.path()), events);
+        let mut connect = |port| {
+            let host = client(folder.path(), port);
+            let socket = guest.accept(port);
+            assert_eq!(answer(&host), socket.peer.port);
+            (socket, host)
+        };
+        let mut pairs: Vec<_> = (100..104).map(&mut connect).collect();
+        // More than its buffers hold. It takes none of them, and gives no others.
+        let sent: Vec<_> =
+            (0..).zip(&mut pairs).map(|(seed, (_, host))| fill(host, seed)).collect();
+        let all: u64 = sent.iter().map(|bytes| bytes.len() as u64).sum();
+        assert!(all > BUFFERS * BUFFER, "{all} bytes");
+        for (socket, host) in &mut pairs {
+            guest.say_with(socket, Op::Data, 0, b"x");
+            host.read_exact(&mut [0; 1]).expect("read");
+        }
+        for ((socket, _host), sent) in pairs.iter_mut().zip(&sent) {
+            assert!(guest.receive(socket, sent.len()) == *sent, "other bytes came");
         }
         guest.rig.end();
     }
