@@ -23,4 +23,5 @@ mod share_rules;
 mod share_tools;
 mod uml;
 mod vsock;
+mod vsock_moves;
 mod vsock_pair;
