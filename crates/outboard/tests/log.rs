@@ -102,6 +102,8 @@ fn a_ring_that_starts_while_the_log_is_on_notes_from_its_first_request() {
     );
     // A stop and a start keep it; a reset of the device ends it.
     rig.front.get_vring_base(0).unwrap();
+    // It may have asked for a kick since its answer, which is noted.
+    assert!(taken(&log).iter().all(|page| *page == 0x1000));
     let mut again = rig.started(1);
     again.round(b"another");
     assert_eq!(taken(&log), [page(again.data.guest() + 4096)]);
