@@ -2,7 +2,7 @@
 //! (vhost-user messages SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR; virtio 1.3 §2.3).
 //!
 //! The peer chooses the descriptor, so any type is tolerated (rule R20): a kick is drained at most
-//! once per wake, where edges are reported now and then, and without ever blocking, a call that cannot be delivered is counted and
+//! once per wake and without ever blocking, a call that cannot be delivered is counted and
 //! forgotten. The flags of a received descriptor are never changed: they belong to the open file
 //! description, that is, also to the front-end.
 

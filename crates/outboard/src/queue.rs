@@ -44,9 +44,6 @@ pub enum WhenDisabled {
     Discard,
 }
 
-/// Wakes by a doorbell for one that empties it.
-const KICKS: u32 = 64;
-
 /// A queue of a device, as its author declares it.
 #[derive(Clone, Copy, Debug)]
 pub struct QueueSpec {
@@ -107,8 +104,6 @@ pub struct Queue {
     translation: Translation,
     /// Finished requests that have not been counted.
     uncounted: u32,
-    /// Wakes by the doorbell.
-    kicks: u32,
 }
 
 impl Queue {
@@ -137,7 +132,6 @@ impl Queue {
             gathering: gather::Gathering::default(),
             translation: Translation::default(),
             uncounted: 0,
-            kicks: 0,
         })
     }
 
@@ -229,15 +223,6 @@ impl Queue {
     pub fn drain_kick(&self) {
         if let Kick::Fd(fd) = &self.setup.kick {
             drain(fd.as_fd());
-        }
-    }
-
-    /// The doorbell rang, said a loop that reports edges: such a loop need not empty it each time. An eventfd never has
-    /// to be, a pipe would be full some time.
-    pub(crate) fn kicked(&mut self) {
-        self.kicks = self.kicks.wrapping_add(1);
-        if self.kicks.is_multiple_of(KICKS) {
-            self.drain_kick();
         }
     }
 

@@ -315,7 +315,7 @@ impl<W: Worker> Thread<W> {
         match token::kind(token) {
             token::KICK => {
                 if let Some(lane) = self.lane(token::low(token)) {
-                    lane.queue.kicked();
+                    lane.queue.drain_kick();
                     lane.ready = true;
                 }
             }
@@ -438,8 +438,6 @@ impl<W: Worker> Thread<W> {
             }
             let mut lane = self.lanes.swap_remove(at);
             lane.queue.publish();
-            // Whoever watches it next is not told of what was served.
-            lane.queue.drain_kick();
             if lane.told {
                 self.worker.serves(lane.queue.index(), false);
             }
