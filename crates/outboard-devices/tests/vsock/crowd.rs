@@ -7,11 +7,7 @@ use std::thread::Builder;
 
 use outboard_devices::vsock::{Header, Op, shut};
 
-use crate::guest::{BOTH, Guest, Socket, options, patient, server};
-
-fn number(name: &str, usual: usize) -> usize {
-    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual)
-}
+use crate::guest::{BOTH, Guest, Socket, number, options, patient, server};
 
 /// The byte at a place of a stream.
 fn byte(stream: usize, at: usize) -> u8 {
