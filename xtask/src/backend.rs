@@ -64,17 +64,25 @@ impl Device {
     /// Ends it with SIGTERM and waits.
     ///
     /// # Errors
-    /// When it does not end with 0 within 30 s: with what it said.
-    pub fn terminate(mut self) -> Result<()> {
+    /// As [`Self::ended`].
+    pub fn terminate(self) -> Result<()> {
         self.child.terminate()?;
+        self.ended()
+    }
+
+    /// Waits until it has ended by itself: another one has taken its place.
+    ///
+    /// # Errors
+    /// When it does not end with 0 within 30 s: with what it said.
+    pub fn ended(mut self) -> Result<()> {
         let end = Instant::now() + Duration::from_secs(30);
         loop {
             if let Some(status) = self.child.0.try_wait()? {
                 ensure!(status.success(), "the device ended with {status}\n{}", self.said());
                 return Ok(());
             }
-            ensure!(Instant::now() < end, "the device hears no SIGTERM\n{}", self.said());
-            std::thread::sleep(Duration::from_millis(5));
+            ensure!(Instant::now() < end, "the device does not end\n{}", self.said());
+            std::thread::sleep(Duration::from_millis(5)); // std has no wait with a bound
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Invariants: nothing here waits; a side that breaks off takes no bytes with it that were not handed
 //! to it; edges are remembered (`readable`, `writable`) until a call says that there is no more.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -21,6 +22,9 @@ use tracing::{info, warn};
 use super::config::Size;
 use crate::names::{self, Name};
 use crate::watches::{Ask, Edge, Watches};
+
+/// Bytes of clients that have left which wait for the guest while another one is there; and a piece.
+pub(super) const LAST_WORDS: usize = 64 << 10;
 
 /// What a port is connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -161,11 +165,18 @@ impl Side {
         }
     }
 
-    /// Something has happened to one of its descriptors.
-    pub(super) fn edge(&mut self, part: Part, edge: Edge, watches: &Watches) {
+    /// Something has happened to one of its descriptors. What a client that is followed by another one had sent goes
+    /// behind `input`.
+    pub(super) fn edge(
+        &mut self,
+        part: Part,
+        edge: Edge,
+        input: &mut VecDeque<u8>,
+        watches: &Watches,
+    ) {
         match (&self.way, part) {
             (Way::Pty { .. }, _) => self.look_at_pty(),
-            (Way::Socket { .. }, Part::Other) => self.accept(watches),
+            (Way::Socket { .. }, Part::Other) => self.accept(input, watches),
             // Nobody listens any more; what was sent before can still be read.
             (Way::Socket { .. }, Part::Main) if edge.hung_up => {
                 (self.readable, self.present) = (true, false);
@@ -274,7 +285,7 @@ impl Side {
         self.writable = self.present;
     }
 
-    fn accept(&mut self, watches: &Watches) {
+    fn accept(&mut self, input: &mut VecDeque<u8>, watches: &Watches) {
         let Way::Socket { listener, client, .. } = &mut self.way else { return };
         loop {
             match listener.accept() {
@@ -291,7 +302,9 @@ impl Side {
                         warn!("a client of a port cannot be served: {error}");
                         continue;
                     }
-                    *client = Some(new);
+                    if let Some(old) = client.replace(new) {
+                        read_last_words(&old, input);
+                    }
                     (self.present, self.ended) = (true, false);
                     (self.readable, self.writable) = (true, true);
                 }
@@ -309,6 +322,19 @@ impl Drop for Side {
             let _ = tcsetattr(input, OptionalActions::Now, before);
         }
     }
+}
+
+/// Reads what a client that has left had sent, as far as it is to be kept.
+fn read_last_words(old: &UnixStream, input: &mut VecDeque<u8>) {
+    let mut bytes = [0; 4096];
+    while input.len() < LAST_WORDS {
+        match rustix::io::read(old, &mut bytes) {
+            Ok(got @ 1..) => input.extend(bytes.iter().take(got)),
+            Err(Errno::INTR) => {}
+            Ok(0) | Err(_) => return,
+        }
+    }
+    info!("a client of a port was followed by another one before all was read that it had sent");
 }
 
 /// Whether the other end is closed altogether.

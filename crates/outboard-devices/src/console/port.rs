@@ -21,7 +21,7 @@ use tracing::warn;
 use super::PortOptions;
 use super::config::Size;
 use super::control::{Fact, Untold};
-use super::host::{Part, Side};
+use super::host::{LAST_WORDS, Part, Side};
 use crate::watches::{Edge, Watches};
 
 /// Bytes that wait for the host before the guest does.
@@ -29,7 +29,9 @@ pub(super) const OUTPUT: usize = 64 << 10;
 /// Bytes that one request can add to them. No driver sends more at once; the rest is lost.
 pub(super) const REQUEST: u64 = 1 << 20;
 /// Bytes that are read ahead of the guest.
-pub(super) const INPUT: usize = 4096;
+const AHEAD: usize = 4096;
+/// Bytes that wait for the guest at most.
+pub(super) const INPUT: usize = LAST_WORDS + AHEAD;
 /// Bytes of a copy.
 const PIECE: usize = 4096;
 
@@ -68,7 +70,7 @@ impl Port {
             size: side.size().unwrap_or(size),
             side,
             output: VecDeque::new(),
-            input: VecDeque::with_capacity(INPUT),
+            input: VecDeque::with_capacity(AHEAD),
             made: false,
             guest_open: false,
             told_open: Some(false),
@@ -79,7 +81,7 @@ impl Port {
 
     pub(super) fn edge(&mut self, part: Part, edge: Edge, watches: &Watches) {
         let before = self.side.is_present();
-        self.side.edge(part, edge, watches);
+        self.side.edge(part, edge, &mut self.input, watches);
         if edge.hung_up {
             // Finds the end, unless there are bytes before it.
             self.has_input();
@@ -154,7 +156,7 @@ impl Port {
     /// Whether there is something for the guest to read; reads ahead.
     pub(super) fn has_input(&mut self) -> bool {
         if self.input.is_empty() {
-            let mut bytes = [0; INPUT];
+            let mut bytes = [0; AHEAD];
             let got = self.side.read(&mut bytes);
             self.input.extend(bytes.iter().take(got));
         }

@@ -175,6 +175,28 @@ fn a_client_that_breaks_off_is_followed_by_another_and_nothing_that_fits_is_lost
     }
 }
 
+/// What fits 64 KiB, of as many as there were.
+#[test]
+fn what_clients_had_sent_who_are_followed_by_others_waits_for_the_guest() {
+    for events in BOTH {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut guest = Guest::start(options(vec![socket(folder.path(), "a")]), events);
+        let mut all = Vec::new();
+        for round in 0..3_u8 {
+            let words = [round; 20_000];
+            let mut host = client(folder.path(), "a");
+            host.write_all(&words).expect("sent");
+            all.extend(words);
+            // The device has seen this one: it may read what the guest says.
+            guest.transmit(1, b"!");
+            assert_eq!(read(&mut host, 1), b"!");
+        }
+        guest.make(0);
+        assert!(guest.receive_all(0, all.len()) == all, "in order, each byte once");
+        guest.rig.end();
+    }
+}
+
 /// C28: the host's last words come before the news that it has gone.
 #[test]
 fn c28_the_guest_hears_of_a_hosts_end_after_all_that_it_sent() {
