@@ -48,6 +48,10 @@ struct Stream {
     taken: u64,
     /// The most that may have been received, by what the guest has told.
     limit: u64,
+    /// What it has told last.
+    told: Told,
+    /// Answers to a request for credit.
+    updates: u64,
 }
 
 struct Guest {
@@ -200,7 +204,8 @@ impl Guest {
         if room == 0 {
             reached("vsock no room".into());
         }
-        Told { room, taken: stream.taken as u32 }
+        stream.told = Told { room, taken: stream.taken as u32 };
+        stream.told
     }
 
     /// What the packet means for what may come back.
@@ -267,6 +272,7 @@ impl Guest {
         reached(format!("vsock heard {op:?}"));
         let Some(stream) = self.streams.get_mut(&header.destination().port) else { return };
         stream.received += bytes.len() as u64;
+        stream.updates += u64::from(op == Op::CreditUpdate);
         if !stream.honest || header.source() != (Address { cid: HOST_CID, port: ECHO }) {
             return;
         }
@@ -288,10 +294,45 @@ impl Guest {
         }
     }
 
+    /// What there is room for comes, and nothing more: bytes would come before the answer to a request for credit.
+    fn settle(&mut self, port: u32) {
+        let until = Instant::now() + PATIENCE;
+        let goes = |stream: &Stream| stream.honest && stream.open && !stream.sent.is_empty();
+        loop {
+            let stream = self.stream(port);
+            let room = u64::from(stream.told.taken) + u64::from(stream.told.room);
+            let due = room.min(stream.sent.len() as u64);
+            if !goes(stream) || stream.received >= due {
+                break;
+            }
+            assert!(Instant::now() < until, "{} bytes of {due}", stream.received);
+            self.wait();
+        }
+        if !goes(self.stream(port)) {
+            return;
+        }
+        let (told, updates) = (self.stream(port).told, self.stream(port).updates);
+        let from = Address { cid: CID, port };
+        let header = Header::new(
+            from,
+            Address { cid: HOST_CID, port: ECHO },
+            Kind::Stream,
+            Op::CreditRequest,
+        );
+        let header = header.with_credit(told);
+        self.send(header.as_bytes(), &[(SENT, header.as_bytes().len() as u32)]);
+        while goes(self.stream(port)) && self.stream(port).updates == updates {
+            assert!(Instant::now() < until, "no answer to a request for credit");
+            self.wait();
+        }
+    }
+
     /// Ends all connections; then a new one has to carry bytes.
     fn end(&mut self) {
         self.hoards = false;
         let echo = Address { cid: HOST_CID, port: ECHO };
+        let ports: Vec<_> = self.streams.keys().copied().collect();
+        ports.into_iter().for_each(|port| self.settle(port));
         for (port, peer, kind) in std::mem::take(&mut self.asked) {
             self.plain(port, peer, kind, Op::Reset, &[]);
         }
