@@ -17,7 +17,8 @@ use std::time::Duration;
 use clap::ValueEnum;
 use outboard::protocol::{ProtocolFeatures, virtio};
 use outboard::{
-    Error, HandlerOptions, Inspect, LoopKind, Model, Server, WorkerDevice, WorkerOptions,
+    Error, HandlerOptions, Inspect, LoopKind, Model, Server, SharedOptions, SharedThread,
+    WorkerDevice, WorkerOptions,
 };
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tracing::info;
@@ -152,14 +153,23 @@ pub(crate) fn run<K: Kind, M: Model>(
 pub(crate) enum Origin<'a> {
     /// The program is this device.
     Alone,
-    /// It is one of many, of this name; with a way to the process that has it now, if one has.
-    Among(&'a str, Option<OwnedFd>),
+    /// It is one of many.
+    Among(Among<'a>),
+}
+
+/// One device of many.
+pub(crate) struct Among<'a> {
+    pub(crate) name: &'a str,
+    /// The way to the process that has it now, if one has.
+    pub(crate) gate: Option<OwnedFd>,
+    /// The threads that serve it beside others; none: it has its own.
+    pub(crate) shared: Vec<SharedThread>,
 }
 
 impl Origin<'_> {
     /// Whether the device takes the place of one that runs elsewhere.
     pub(crate) fn takes_over(&self) -> bool {
-        matches!(self, Self::Among(_, Some(_)))
+        matches!(self, Self::Among(Among { gate: Some(_), .. }))
     }
 }
 
@@ -191,12 +201,17 @@ pub(crate) fn prepare<K: Kind, M: Model>(
 ) -> Result<Prepared, Failure> {
     let inspect = Inspect::new();
     let Made { model, described } = make()?;
-    let options = WorkerOptions { inspect: inspect.clone(), ..args.threads.options() };
+    let mut options = WorkerOptions { inspect: inspect.clone(), ..args.threads.options() };
+    if let Origin::Among(Among { name, shared, .. }) = &origin {
+        (options.name, options.shared) = ((*name).to_owned(), shared.clone());
+    }
     let device = WorkerDevice::with_options(model, options).map_err(Failure::usage)?;
     let server = match origin {
         Origin::Alone => args.socket.server(service::NAME)?,
-        Origin::Among(name, None) => args.socket.server(&service::name_among(name))?,
-        Origin::Among(_, Some(gate)) => Server::take_over_from(gate).map_err(Failure::failed)?,
+        Origin::Among(Among { gate: Some(gate), .. }) => {
+            Server::take_over_from(gate).map_err(Failure::failed)?
+        }
+        Origin::Among(Among { name, .. }) => args.socket.server(&service::name_among(name))?,
     };
     let options = HandlerOptions { inspect: inspect.clone(), ..args.handler_options() };
     let (server, described) = (server.with_options(options), described());
@@ -266,6 +281,13 @@ impl ThreadArgs {
             pin: self.pin.clone(),
             ..WorkerOptions::default()
         }
+    }
+}
+
+impl From<&ThreadArgs> for SharedOptions {
+    /// One thread, which may run on any of the processors.
+    fn from(args: &ThreadArgs) -> Self {
+        Self { event_loop: args.event_loop.into(), poll: args.poll_us.0, pin: args.pin.clone() }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Invariant: all that can be wrong with the ports and the interface is found before a guest is served; the first
 //! port that fails ends the others.
 
+use std::num::NonZero;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -11,7 +12,9 @@ use std::time::Duration;
 use std::{io, thread};
 
 use outboard::memory::Tap;
-use outboard::{Error, HandlerOptions, Server, WorkerDevice};
+use outboard::{
+    Error, HandlerOptions, Server, SharedOptions, SharedThread, WorkerDevice, WorkerOptions,
+};
 use outboard_devices::net::{Net, NetOptions, Switch, Uplink, Wire};
 use tracing::info;
 
@@ -27,6 +30,8 @@ Examples:
 Each port is a network card as that of `outboard net`, without offloads; see there for the guests' side.
 Packets go from one guest's memory to the other's without a system call for each. A guest that takes nothing
 holds up those who send to it for --patience, and is then passed over until it takes something.
+Ports share worker threads: one for each processor but one, which is the guests', unless --workers or --pin says
+otherwise. Two ports on one thread hand packets to each other without waking anybody.
 SIGTERM and SIGINT end the switch and remove its sockets.";
 
 /// Give guests network cards that are connected to each other.
@@ -47,6 +52,10 @@ pub(crate) struct Args {
     patience: u64,
     #[command(flatten, next_help_heading = "Threads")]
     threads: ThreadArgs,
+    /// Threads that serve the ports, in turn; by default one for each processor but one, or for each of --pin,
+    /// and no more than ports.
+    #[arg(long, value_name = "NUMBER", help_heading = "Threads", value_parser = clap::value_parser!(u16).range(1..))]
+    workers: Option<u16>,
 }
 
 /// A card and the socket of its front-end.
@@ -86,6 +95,25 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 }
 
 impl Args {
+    /// The threads of the ports.
+    fn workers(&self) -> Result<Vec<SharedThread>, Failure> {
+        let options = SharedOptions::from(&self.threads);
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        let count = self.workers.map_or_else(
+            || match options.pin.len() {
+                0 => (processors - 1).max(1),
+                pinned => pinned,
+            },
+            usize::from,
+        );
+        let worker = |number: usize| {
+            let pin = options.pin.iter().cycle().nth(number).into_iter().copied().collect();
+            let options = SharedOptions { pin, ..options.clone() };
+            SharedThread::start(&format!("worker{number}"), &options).map_err(Failure::usage)
+        };
+        (0..count.min(self.port.len())).map(worker).collect()
+    }
+
     fn make(&self) -> Result<(Vec<Served>, Option<Uplink>), Failure> {
         let count = self.port.len() + usize::from(self.tap.is_some());
         let switch = Switch::with_patience(count, self.mtu, Duration::from_millis(self.patience))
@@ -98,11 +126,13 @@ impl Args {
             Uplink::new(place, Arc::new(tap)).map_err(Failure::usage)
         });
         let uplink = uplink.transpose()?;
-        let cards = places.into_iter().map(|place| {
+        let workers = self.workers()?;
+        let cards = places.into_iter().zip(workers.iter().cycle()).map(|(place, worker)| {
             let mut options = NetOptions::new(Wire::Port(place));
             options.mtu = Some(self.mtu);
             let card = Net::new(&options).map_err(Failure::usage)?;
-            let threads = self.threads.options();
+            let shared = vec![worker.clone()];
+            let threads = WorkerOptions { shared, ..WorkerOptions::default() };
             WorkerDevice::with_options(card, threads).map_err(Failure::usage)
         });
         let cards = cards.collect::<Result<Vec<_>, _>>()?;

@@ -176,6 +176,11 @@ fn what_is_wrong_with_any_device_is_one_line_and_nothing_was_made() {
             "[[device]]\ntype = 'rng'\nsocket-path = 's'\nqueue-size = 'x'\n",
             "bad.toml:15: invalid value 'x'",
         ),
+        ("[[worker]]\nname = 'w'\npin = 9999\n", "bad.toml:12: no thread can be pinned to"),
+        (
+            "[[worker]]\nname = 'w'\n[[device]]\ntype = 'fs'\nsocket-path = 's'\nshared-dir = '.'\nsandbox = 'none'\nworker = 'w'\n",
+            "bad.toml:14: its workers need threads of their own",
+        ),
     ] {
         file(at, "bad.toml", &format!("{TWO_DISKS}{more}"));
         let output = outboard(at).args(["serve", "bad.toml"]).output().expect("it ends");
@@ -208,10 +213,26 @@ fn under_load<T>(folder: &Path, body: impl FnOnce(&Live) -> T) -> T {
     done.expect("the load found no error").1
 }
 
+/// The same two disks on one thread.
+fn on_one_worker() -> String {
+    let shared = TWO_DISKS.replace("type = 'block'\n", "type = 'block'\nworker = 'both'\n");
+    format!("{shared}[[worker]]\nname = 'both'\npoll-us = 20\n")
+}
+
 #[test]
 fn a_new_program_takes_all_devices_over_under_load() {
+    taken_over_under_load(TWO_DISKS);
+}
+
+#[test]
+fn a_new_program_takes_devices_over_under_load_that_share_a_worker() {
+    taken_over_under_load(&on_one_worker());
+}
+
+fn taken_over_under_load(devices: &str) {
     let folder = two_disks();
     let at = folder.path();
+    file(at, "vm.toml", devices);
     let mut program = serving(at, &["vm.toml"]);
     program.says("serving root").expect("it serves");
     let mut data = open(at, "d");
@@ -232,6 +253,51 @@ fn a_new_program_takes_all_devices_over_under_load() {
     let mut back = [0; 4096];
     data.read(8, &mut back).expect("the other guest goes on too");
     assert_eq!(back, [5; 4096]);
+}
+
+#[test]
+fn one_device_of_a_worker_is_looked_at_resized_and_removed_under_the_load_of_another() {
+    let folder = two_disks();
+    let at = folder.path();
+    file(at, "vm.toml", &on_one_worker());
+    let mut program = serving(at, &["vm.toml"]);
+    program.says("serving root").expect("it serves");
+    file(
+        at,
+        "again.toml",
+        "[[device]]\nname = 'data'\ntype = 'block'\nsocket-path = 'd'\nimage = 'data.img'\nworker = ['both', 'more']\n\
+         num-queues = 2\n[[worker]]\nname = 'more'\n",
+    );
+    under_load(at, |live| {
+        for round in 1..=5 {
+            let mut data = open(at, "d");
+            data.write(8, &[round; 4096]).expect("written");
+            let grown = 16 * MIB + u64::from(round) * MIB;
+            let image = std::fs::OpenOptions::new().write(true).open(at.join("data.img"));
+            image.expect("there").set_len(grown).expect("room");
+            told(at, &["resize", "data"]);
+            data.refresh_config().expect("the new one");
+            data.write(grown / SECTOR - 8, &[9; 4096]).expect("there is room now");
+            let stats = told(at, &["stats"]);
+            let shown = &stats["stats"]["worker/both"]["devices"];
+            assert!(shown["root"]["0"]["turns"].as_u64() > Some(0), "{stats}");
+            assert!(shown["data"]["0"]["turns"].as_u64() > Some(0), "{stats}");
+            drop(data);
+            told(at, &["remove", "data"]);
+            let stats = told(at, &["stats", "worker/both"]);
+            assert!(stats["stats"]["worker/both"]["devices"]["data"].is_null(), "{stats}");
+            live.progress(32).expect("the other one goes on");
+            told(at, &["add", "again.toml"]);
+            file(
+                at,
+                "again.toml",
+                &std::fs::read_to_string(at.join("again.toml"))
+                    .expect("there")
+                    .replace("[[worker]]\nname = 'more'\n", ""),
+            );
+        }
+    });
+    assert!(refused(at, &["stats", "worker/none"]).contains("worker/none"));
 }
 
 #[test]

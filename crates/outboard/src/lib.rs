@@ -50,6 +50,7 @@ mod request;
 mod server;
 mod serving;
 mod shared_memory;
+mod shared_thread;
 mod snapshot;
 mod take_over;
 mod thread;
@@ -75,6 +76,7 @@ pub use server::{Gate, Server, StopHandle, inherited_descriptor};
 pub use shared_memory::{
     Access, MappingError, MappingSource, SharedMemoryMapper, SharedMemoryRegion,
 };
+pub use shared_thread::{SharedOptions, SharedThread};
 pub use snapshot::{
     DeviceState, STATE_FORMAT, STATE_HEADER, STATE_MAGIC, Saved, Snapshot, StateError,
 };

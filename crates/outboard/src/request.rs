@@ -121,7 +121,7 @@ impl<'a> Request<'a> {
             return Err(self);
         };
         let apart = self.queue.is_abandonable();
-        match events.submit(op, (self.queue.index(), token), apart, chain) {
+        match events.submit(op, (self.queue.index().into(), token), apart, chain) {
             Ok(()) => Ok(Served(())),
             Err(chain) => {
                 self.chain = Some(chain);

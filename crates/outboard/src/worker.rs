@@ -31,8 +31,8 @@ pub trait Worker {
 
     /// Whether requests of `queue` are of any use now. Those that are not stay in the ring, where they
     /// outlive a stop, a migration and a crash: receive buffers with nothing to receive, bytes to
-    /// transmit while the host's side is full. Asked before each request; after a no, whenever the
-    /// thread is about to sleep, so an answer is to be quick and without a system call in the long run.
+    /// transmit while the host's side is full. Asked before each request; after a no, with every round of the
+    /// thread, so an answer is to be quick and without a system call in the long run.
     ///
     /// A request may be served after a no: one that an earlier process had taken, when its queue is to
     /// stop.
@@ -179,6 +179,12 @@ pub trait Model: Send + 'static {
     /// How many threads serve the queues.
     fn threads(&self) -> usize {
         1
+    }
+
+    /// Whether workers may sit at a thread with those of other devices. Not if they change what belongs to a thread: its
+    /// umask, its user, its directory.
+    fn shares_threads(&self) -> bool {
+        true
     }
 
     /// Which of them serves this queue, counted modulo their number: by turns, if nothing else is said.

@@ -4,7 +4,7 @@
 //! its event loop and costs nothing. Which queue is served by which thread the model says. Dropping the
 //! device ends its threads; queues that still run are finished first.
 
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use crate::events::{LoopKind, event_loop};
 use crate::hooks::Hooks;
 use crate::inspect::Inspect;
 use crate::queue::{Queue, QueueSpec};
+use crate::shared_thread::SharedThread;
 use crate::snapshot::{Saved, Snapshot};
 use crate::thread::{self, Order, Place, Port};
 use crate::worker::{MakeWorker, Model, Plain, Worker, WorkerContext};
@@ -37,6 +38,11 @@ pub struct WorkerOptions {
     pub pin: Vec<usize>,
     /// Where the model and its workers show themselves.
     pub inspect: Inspect,
+    /// Threads that serve other devices too: the first worker sits at the first one, and so on, round and round. None:
+    /// each worker has a thread of its own. With some, `event_loop`, `poll` and `pin` are theirs.
+    pub shared: Vec<SharedThread>,
+    /// What the device is called there.
+    pub name: String,
 }
 
 impl WorkerOptions {
@@ -51,6 +57,8 @@ impl Default for WorkerOptions {
             poll: Duration::from_micros(50),
             pin: Vec::new(),
             inspect: Inspect::new(),
+            shared: Vec::new(),
+            name: "device".to_owned(),
         }
     }
 }
@@ -62,10 +70,45 @@ impl From<LoopKind> for WorkerOptions {
     }
 }
 
-/// One worker thread.
+/// The way to a worker.
 struct Handle {
     port: Arc<Port>,
-    join: Option<JoinHandle<()>>,
+    life: Life,
+}
+
+/// What a worker lives on.
+enum Life {
+    /// A thread of its own, until somebody has waited for its end.
+    Own(Option<JoinHandle<()>>),
+    /// A place at a thread of many; the channel ends with it.
+    Shared {
+        ended: Mutex<mpsc::Receiver<()>>,
+        /// It is not to end before.
+        _thread: SharedThread,
+    },
+}
+
+impl Life {
+    fn has_ended(&self) -> bool {
+        match self {
+            Self::Own(join) => join.as_ref().is_none_or(JoinHandle::is_finished),
+            Self::Shared { ended, .. } => {
+                let ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
+                ended.try_recv() == Err(mpsc::TryRecvError::Disconnected)
+            }
+        }
+    }
+
+    fn wait(&mut self) {
+        match self {
+            // What it panicked with was logged there.
+            Self::Own(join) => join.take().into_iter().for_each(|join| drop(join.join())),
+            Self::Shared { ended, .. } => {
+                let ended = ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+                let _ = ended.recv();
+            }
+        }
+    }
 }
 
 /// Where a queue is.
@@ -128,6 +171,9 @@ impl<M: Model> WorkerDevice<M> {
     /// # Errors
     /// As [`WorkerDevice::new`]; the event loop is refused.
     pub fn with_options(mut model: M, options: WorkerOptions) -> Result<Self, Error> {
+        if !options.shared.is_empty() && !model.shares_threads() {
+            return Err(Error::refused("its workers need threads of their own"));
+        }
         model.shows(&options.inspect);
         let queues = model.queues();
         let count = model.threads().clamp(1, queues.len().max(1));
@@ -142,9 +188,12 @@ impl<M: Model> WorkerDevice<M> {
         // One after the other: where memory is short it is a thread's stack that is refused, not
         // some small thing of a thread that is just starting.
         for number in 0..count {
-            room_for_a_thread()?;
             let (built, result) = mpsc::channel();
-            let handle = spawn(device.model.make_worker(), options.clone(), number, built)?;
+            let make = device.model.make_worker();
+            let handle = match options.shared.iter().cycle().nth(number) {
+                Some(thread) => sit(make, &options, number, thread, built)?,
+                None => spawn(make, options.clone(), number, built)?,
+            };
             device.threads.push(handle);
             match result.recv() {
                 Ok(result) => result?,
@@ -202,7 +251,7 @@ impl<M: Model> WorkerDevice<M> {
 /// Where address space is limited (RLIMIT_AS), whether a thread fits beside what it allocates as it
 /// starts. The system refuses a stack, which can be told; small things that nobody can do without,
 /// which end the process, are short when the last of the space went into a stack.
-fn room_for_a_thread() -> Result<(), Error> {
+pub(crate) fn room_for_a_thread() -> Result<(), Error> {
     if getrlimit(Resource::As).current.is_none() {
         return Ok(());
     }
@@ -215,17 +264,44 @@ fn room_for_a_thread() -> Result<(), Error> {
 }
 
 /// Has the calling thread, the `number`-th, run on its processor of the list, if there is one.
-fn pin(processors: &[usize], number: usize) -> Result<(), Error> {
-    let Some(&processor) = processors.iter().cycle().nth(number) else { return Ok(()) };
+fn pin(list: &[usize], number: usize) -> Result<(), Error> {
+    list.iter().cycle().nth(number).map_or(Ok(()), |processor| processors(&[*processor]))
+}
+
+/// Has the calling thread run on these processors only, if there are any.
+pub(crate) fn processors(list: &[usize]) -> Result<(), Error> {
+    let names: Vec<_> = list.iter().map(usize::to_string).collect();
     let refused = |why: &dyn std::fmt::Display| {
-        Error::refused(format!("no thread can be pinned to processor {processor}: {why}"))
+        let names = names.join(", ");
+        Error::refused(format!("no thread can be pinned to processor {names}: {why}"))
     };
-    if processor >= CpuSet::MAX_CPU {
-        return Err(refused(&format_args!("there are at most {}", CpuSet::MAX_CPU)));
-    }
     let mut set = CpuSet::new();
-    set.set(processor);
-    sched_setaffinity(None, &set).map_err(|errno| refused(&errno))
+    for &processor in list {
+        if processor >= CpuSet::MAX_CPU {
+            return Err(refused(&format_args!("there are at most {}", CpuSet::MAX_CPU)));
+        }
+        set.set(processor);
+    }
+    match list.is_empty() {
+        true => Ok(()),
+        false => sched_setaffinity(None, &set).map_err(|errno| refused(&errno)),
+    }
+}
+
+/// Has a worker sit at a thread that serves others too.
+fn sit<W: Worker + 'static>(
+    make: MakeWorker<W>,
+    options: &WorkerOptions,
+    number: usize,
+    thread: &SharedThread,
+    built: mpsc::Sender<Result<(), Error>>,
+) -> Result<Handle, Error> {
+    let port = Arc::new(Port::new()?);
+    let place = Place { number, inspect: options.inspect.clone() };
+    let (end, ended) = mpsc::channel();
+    let (theirs, name) = (Arc::clone(&port), format!("{}/{number}", options.name));
+    thread.admit(thread::admission(theirs, make, place, name, built, end));
+    Ok(Handle { port, life: Life::Shared { ended: Mutex::new(ended), _thread: thread.clone() } })
 }
 
 fn spawn<W: Worker + 'static>(
@@ -234,6 +310,7 @@ fn spawn<W: Worker + 'static>(
     number: usize,
     built: mpsc::Sender<Result<(), Error>>,
 ) -> Result<Handle, Error> {
+    room_for_a_thread()?;
     let port = Arc::new(Port::new()?);
     let theirs = Arc::clone(&port);
     let join = Builder::new().name(format!("worker{number}")).spawn(move || {
@@ -243,13 +320,13 @@ fn spawn<W: Worker + 'static>(
             Ok(events) => {
                 let (poll, inspect) = (options.poll, options.inspect);
                 let place = Place { number, inspect };
-                thread::run(theirs, events, &make, place, poll, &built);
+                thread::run(theirs, events, make, place, poll, &built);
             }
             Err(error) => drop(built.send(Err(error))),
         }
     });
     let join = join.map_err(HostError::io("cannot start a thread"))?;
-    Ok(Handle { port, join: Some(join) })
+    Ok(Handle { port, life: Life::Own(Some(join)) })
 }
 
 impl<M: Model> VhostUserDevice for WorkerDevice<M> {
@@ -295,7 +372,7 @@ impl<M: Model> VhostUserDevice for WorkerDevice<M> {
             Some(_) => {}
         }
         let thread = self.thread_of(index).ok_or_else(|| self.no_such(index))?;
-        if thread.join.as_ref().is_none_or(JoinHandle::is_finished) {
+        if thread.life.has_ended() {
             return Err(HostError::WorkerGone(index).into());
         }
         let port = Arc::clone(&thread.port);
@@ -390,9 +467,8 @@ impl<M: Model> Drop for WorkerDevice<M> {
         for (thread, stuck) in self.threads.iter_mut().zip(stuck) {
             // A thread that never gave its queue back hangs in the kernel: it is left to itself,
             // and keeps what it uses mapped.
-            if let Some(join) = thread.join.take().filter(|_| !stuck) {
-                // What it panicked with was logged there.
-                let _ = join.join();
+            if !stuck {
+                thread.life.wait();
             }
         }
     }

@@ -22,7 +22,6 @@ use super::bell::Ear;
 use super::fleet::Fleet;
 use super::order::{LONGEST, Order, Reply};
 use super::plan::Plan;
-use crate::device::Origin;
 
 /// How long somebody may take for an order, or to take the answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -182,19 +181,23 @@ fn carry_out(order: Order, fleet: &Arc<Fleet>) -> Result<(Reply, Option<OwnedFd>
 
 /// Serves what a text asks for: all of its devices or none.
 fn add(text: &str, fleet: &Arc<Fleet>) -> Result<String, String> {
-    let plan = Plan::parse(text).map_err(|why| format!("line {why}"))?;
+    let known = |worker: &str| fleet.worker(worker).is_some();
+    let plan = Plan::parse(text, &known).map_err(|why| format!("line {why}"))?;
     if plan.control.is_some() {
         return Err("the control socket stays where it is".to_owned());
     }
     if let Some(taken) = plan.devices.iter().find(|entry| fleet.has(&entry.name)) {
         return Err(format!("line {}: there is a device '{}'", taken.line, taken.name));
     }
+    let placed = |line, why| format!("line {line}: {why}");
+    let workers = plan.start_workers().map_err(|(line, why)| placed(line, why))?;
     let mut ready = Vec::new();
     for entry in plan.devices {
-        let prepared = entry.prepare(Origin::Among(&entry.name, None));
-        let prepared = prepared.map_err(|why| format!("line {}: {why}", entry.line))?;
+        let worker = |name: &str| workers.get(name).cloned().or_else(|| fleet.worker(name));
+        let prepared = entry.prepare(None, &worker).map_err(|why| placed(entry.line, why))?;
         ready.push((entry, prepared));
     }
+    workers.into_iter().for_each(|(name, worker)| fleet.employ(name, worker));
     let mut names = Vec::new();
     for (entry, prepared) in ready {
         fleet.add(&entry.name, &entry.kind, prepared)?;

@@ -1,5 +1,4 @@
-//! The devices that run: each has a thread for its front-end and its own workers, so that none waits
-//! for another.
+//! The devices that run: each has a thread for its front-end, and workers of its own or that it shares.
 //!
 //! Invariant: a device is in the list from before its thread starts until after it has ended; names
 //! are unique.
@@ -10,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
-use outboard::{Fact, Gate, Inspect, StopHandle};
+use outboard::{Fact, Gate, Inspect, SharedThread, StopHandle};
 use serde_json::{Map, Value};
 use tracing::{error, info};
 
@@ -34,6 +33,8 @@ struct Running {
 /// See the module.
 pub(crate) struct Fleet {
     devices: Mutex<BTreeMap<String, Running>>,
+    /// Threads that devices share.
+    workers: Mutex<BTreeMap<String, SharedThread>>,
     /// Rung when the last device has left by itself.
     empty: Bell,
     failed: AtomicBool,
@@ -42,12 +43,27 @@ pub(crate) struct Fleet {
 impl Fleet {
     /// Nothing runs yet; `empty` is rung when nothing is left.
     pub(crate) fn new(empty: Bell) -> Arc<Self> {
-        Arc::new(Self { devices: Mutex::default(), empty, failed: AtomicBool::new(false) })
+        let (devices, workers) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { devices, workers, empty, failed: AtomicBool::new(false) })
     }
 
     /// Whether a device has ended with an error.
     pub(crate) fn has_failed(&self) -> bool {
         self.failed.load(Ordering::Relaxed)
+    }
+
+    /// Has a thread for devices that name it.
+    pub(crate) fn employ(&self, name: String, worker: SharedThread) {
+        self.workers().insert(name, worker);
+    }
+
+    /// The thread of this name.
+    pub(crate) fn worker(&self, name: &str) -> Option<SharedThread> {
+        self.workers().get(name).cloned()
+    }
+
+    fn workers(&self) -> MutexGuard<'_, BTreeMap<String, SharedThread>> {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Running>> {
@@ -187,17 +203,24 @@ impl Fleet {
         self.lock().iter().map(shown).collect()
     }
 
-    /// What one device shows of itself, or all of them, as trees.
+    /// What one device, or `worker/NAME`, shows of itself, or all of them, as trees.
     ///
     /// # Errors
-    /// There is no such device.
+    /// There is none of that name.
     pub(crate) fn stats(&self, name: Option<&str>) -> Result<BTreeMap<String, Value>, String> {
-        let devices = self.lock();
-        if let Some(name) = name.filter(|name| !devices.contains_key(*name)) {
-            return Err(no_such(name));
+        let mut shown: BTreeMap<_, _> =
+            self.lock().iter().map(|(own, device)| (own.clone(), device.inspect.clone())).collect();
+        // No device has such a name.
+        let workers = self.workers();
+        let workers = workers.iter().map(|(own, worker)| (format!("worker/{own}"), worker));
+        shown.extend(workers.map(|(own, worker)| (own, worker.inspect().clone())));
+        if let Some(name) = name {
+            shown.retain(|own, _| own == name);
+            if shown.is_empty() {
+                return Err(no_such(name));
+            }
         }
-        let wanted = devices.iter().filter(|(own, _)| name.is_none_or(|name| name == *own));
-        Ok(wanted.map(|(own, device)| (own.clone(), tree(device.inspect.facts()))).collect())
+        Ok(shown.into_iter().map(|(own, inspect)| (own, tree(inspect.facts()))).collect())
     }
 }
 

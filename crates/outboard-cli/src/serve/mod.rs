@@ -13,14 +13,17 @@ mod desk;
 mod fleet;
 pub(crate) mod order;
 mod plan;
+mod worker;
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use outboard::SharedThread;
 use tracing::{info, warn};
 
 use crate::ctl::Line;
-use crate::device::{Origin, Prepared, stop_on_signals};
+use crate::device::{Among, Origin, Prepared, stop_on_signals};
 use crate::{Failure, service};
 use bell::{Ear, bell};
 use desk::Desk;
@@ -40,8 +43,13 @@ A file:
   num-queues = 2
   without = [\"discard\", \"mq\"]         # an option that may be repeated
 
+  [[worker]]                          # a thread that devices share; by itself each has its own
+  name = \"first\"
+  pin = [2, 3]                        # processors that it may run on; also event-loop, poll-us
+
   [[device]]
   type = \"rng\"
+  worker = \"first\"                    # or several, for several queues: [\"first\", \"second\"]
   socket-path = \"/run/rng.sock\"
 
 Examples:
@@ -51,7 +59,9 @@ Examples:
   outboard ctl /run/outboard.ctl add more.toml
   outboard-new serve vm7.toml --take-over /run/outboard.ctl     a live upgrade of all of them
 
-Each device has a thread for its front-end and its own workers: none waits for another. Under systemd
+Each device has a thread for its front-end, and workers of its own: none waits for another. On a shared worker
+devices have their turns by the time that they take; one request of a device that takes long holds up the
+others for as long. (A shared directory, type fs, has threads of its own always.) Under systemd
 (Type=notify, FileDescriptorStoreMax=64, Restart=always) the listening sockets outlive a restart.
 SIGTERM and SIGINT finish what the guests have asked for; a second one ends at once.";
 
@@ -84,12 +94,13 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         return Err(Failure::Usage(format!("{file}: neither a [[device]] nor a control socket")));
     }
     let old = args.take_over.as_deref().map(|path| Predecessor::of(path, &plan)).transpose()?;
+    let place = |(line, why)| Failure::Usage(format!("{}:{line}: {why}", args.file.display()));
+    let workers = plan.start_workers().map_err(place)?;
     let mut ready = Vec::new();
     for entry in plan.devices {
         let gate = old.as_ref().map_or(Ok(None), |old| old.gate(&entry.name))?;
-        let prepared = entry.prepare(Origin::Among(&entry.name, gate));
-        let place = |why| format!("{}:{}: {why}", args.file.display(), entry.line);
-        ready.push((prepared.map_err(|why| Failure::Usage(place(why)))?, entry));
+        let prepared = entry.prepare(gate, &|name| workers.get(name).cloned());
+        ready.push((prepared.map_err(|why| place((entry.line, why)))?, entry));
     }
     // The old program's, when it has ended; otherwise before anything is served.
     let desk = match (&plan.control, &old) {
@@ -99,6 +110,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let (bell, ear) = bell().map_err(Failure::failed)?;
     stop_on_signals(|| bell.descriptor()).map_err(Failure::failed)?;
     let fleet = Fleet::new(bell);
+    workers.into_iter().for_each(|(name, worker)| fleet.employ(name, worker));
     for (prepared, entry) in ready {
         fleet.add(&entry.name, &entry.kind, prepared).map_err(Failure::Failed)?;
     }
@@ -115,7 +127,8 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 fn read(file: &Path) -> Result<Plan, Failure> {
     let failed = |why: String| Failure::Usage(format!("{}: {why}", file.display()));
     let text = std::fs::read_to_string(file).map_err(|error| failed(error.to_string()))?;
-    Plan::parse(&text).map_err(|why| Failure::Usage(format!("{}:{why}", file.display())))
+    Plan::parse(&text, &|_| false)
+        .map_err(|why| Failure::Usage(format!("{}:{why}", file.display())))
 }
 
 /// Takes orders, where there is a control socket, until the bell rings.
@@ -147,12 +160,18 @@ fn attend(
 }
 
 impl Entry {
-    /// Builds the device.
+    /// Builds the device, with `gate` in the place of one that runs elsewhere; `worker` has threads by their names.
     ///
     /// # Errors
     /// Why it cannot be built, in words.
-    fn prepare(&self, origin: Origin<'_>) -> Result<Prepared, String> {
-        let prepared = self.command.device(origin);
+    fn prepare(
+        &self,
+        gate: Option<OwnedFd>,
+        worker: &dyn Fn(&str) -> Option<SharedThread>,
+    ) -> Result<Prepared, String> {
+        let shared = self.workers.iter().filter_map(|name| worker(name)).collect();
+        let among = Among { name: &self.name, gate, shared };
+        let prepared = self.command.device(Origin::Among(among));
         let prepared = prepared.ok_or_else(|| format!("{} is no device", self.kind))?;
         prepared.map_err(|failure| match failure {
             Failure::Usage(why) | Failure::Failed(why) => why,
@@ -189,7 +208,7 @@ impl Predecessor {
     }
 
     /// The way to a device that it runs.
-    fn gate(&self, name: &str) -> Result<Option<std::os::fd::OwnedFd>, Failure> {
+    fn gate(&self, name: &str) -> Result<Option<OwnedFd>, Failure> {
         if !self.names.iter().any(|own| own == name) {
             return Ok(None);
         }

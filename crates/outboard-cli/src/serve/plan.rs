@@ -5,21 +5,25 @@
 //! checked and explained. An operand goes by its name in small letters (`image = "disk.img"`).
 //! Invariant: what is wrong is told with the line of the file that it stands on.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::error::{ContextKind, ContextValue};
 use clap::{Arg, ArgAction, CommandFactory, Parser};
+use outboard::SharedThread;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::worker::{self, WorkerEntry};
 use crate::{Cli, Command, one_line};
 
 /// What a file asks for.
 pub(crate) struct Plan {
     /// Where orders are taken.
     pub(crate) control: Option<PathBuf>,
+    pub(crate) workers: Vec<WorkerEntry>,
     pub(crate) devices: Vec<Entry>,
 }
 
@@ -28,66 +32,106 @@ pub(crate) struct Entry {
     pub(crate) name: String,
     /// The command that it is.
     pub(crate) kind: String,
+    /// The shared threads that serve it; none: its own.
+    pub(crate) workers: Vec<String>,
     pub(crate) command: Command,
     /// Where it begins, for what is found out later.
     pub(crate) line: usize,
 }
 
 /// What is wrong, and with which bytes of the text.
-struct Wrong(Range<usize>, String);
+pub(super) struct Wrong(pub(super) Range<usize>, pub(super) String);
 
-type Field<'t> = (&'t str, &'t Spanned<DeValue<'t>>, Range<usize>);
+/// Whether there is a worker of a name already.
+type Known<'a> = &'a dyn Fn(&str) -> bool;
+
+pub(super) type Field<'t> = (&'t str, &'t Spanned<DeValue<'t>>, Range<usize>);
 
 impl Plan {
-    /// Reads a file's text.
+    /// Reads a file's text; there may be workers beside those of the file.
     ///
     /// # Errors
     /// `LINE: what is wrong there`.
-    pub(crate) fn parse(text: &str) -> Result<Self, String> {
-        Self::read(text).map_err(|Wrong(at, why)| {
+    pub(crate) fn parse(text: &str, known: Known<'_>) -> Result<Self, String> {
+        Self::read(text, known).map_err(|Wrong(at, why)| {
             format!("{}: {}", line_of(text, at.start), why.lines().collect::<Vec<_>>().join(" "))
         })
     }
 
-    fn read(text: &str) -> Result<Self, Wrong> {
+    fn read(text: &str, known: Known<'_>) -> Result<Self, Wrong> {
         let parsed = DeTable::parse(text)
             .map_err(|error| Wrong(error.span().unwrap_or(0..0), error.message().to_owned()))?;
-        let mut plan = Self { control: None, devices: Vec::new() };
+        let mut plan = Self { control: None, workers: Vec::new(), devices: Vec::new() };
+        let mut devices = None;
         for (key, value, at) in fields(parsed.get_ref()) {
             match key {
                 "control" => plan.control = Some(string(key, value)?.into()),
-                "device" => {
-                    let wanted = "devices are written as [[device]]";
-                    let tables = value.get_ref().as_array();
-                    let tables = tables.ok_or_else(|| Wrong(value.span(), wanted.to_owned()))?;
-                    for table in tables.iter() {
-                        let entry = plan.entry(text, table)?;
-                        plan.devices.push(entry);
+                "worker" => {
+                    for table in tables("worker", value)? {
+                        let worker = WorkerEntry::read(text, table)?;
+                        if known(&worker.name) || plan.has_worker(&worker.name) {
+                            let why = format!("there is another worker '{}'", worker.name);
+                            return Err(Wrong(table.span(), why));
+                        }
+                        plan.workers.push(worker);
                     }
                 }
+                "device" => devices = Some(value),
                 other => {
-                    let why = format!("'{other}' is neither control nor [[device]]");
+                    let why = format!("'{other}' is neither control nor [[worker]] nor [[device]]");
                     return Err(Wrong(at, why));
                 }
             }
         }
+        // Their workers may be written behind them.
+        for table in devices.map(|value| tables("device", value)).transpose()?.unwrap_or_default() {
+            let entry = plan.entry(text, table, known)?;
+            plan.devices.push(entry);
+        }
         Ok(plan)
     }
 
+    fn has_worker(&self, name: &str) -> bool {
+        self.workers.iter().any(|worker| worker.name == name)
+    }
+
+    /// Starts its workers; by their names.
+    ///
+    /// # Errors
+    /// The line of one that cannot be started, and why.
+    pub(crate) fn start_workers(&self) -> Result<BTreeMap<String, SharedThread>, (usize, String)> {
+        let start = |worker: &WorkerEntry| {
+            let thread = SharedThread::start(&worker.name, &worker.options);
+            let thread = thread.map_err(|error| (worker.line, error.to_string()))?;
+            Ok((worker.name.clone(), thread))
+        };
+        self.workers.iter().map(start).collect()
+    }
+
     /// One device; its name is none of those before it.
-    fn entry(&self, text: &str, table: &Spanned<DeValue<'_>>) -> Result<Entry, Wrong> {
+    fn entry(
+        &self,
+        text: &str,
+        table: &Spanned<DeValue<'_>>,
+        known: Known<'_>,
+    ) -> Result<Entry, Wrong> {
         let at = table.span();
         let Some(all) = table.get_ref().as_table() else {
             return Err(Wrong(at, "a device is a table: [[device]]".to_owned()));
         };
         let (mut kind, mut name, mut options) = (None, None, Vec::new());
+        let mut workers = Vec::new();
         for field in fields(all) {
             match field.0 {
                 "type" => kind = Some((string("type", field.1)?, field.2)),
                 "name" => name = Some((string("name", field.1)?, field.2)),
+                "worker" => {
+                    workers = worker::names(field.1, &|name| self.has_worker(name) || known(name))?;
+                }
                 _ => options.push(field),
             }
         }
+        worker::no_threads_of_its_own(&workers, &options)?;
         let missing = || Wrong(at.clone(), "a device needs a type, as in type = \"block\"".into());
         let (kind, place) = kind.ok_or_else(missing)?;
         let (name, named) = name.unwrap_or_else(|| (self.free_name(&kind), at.clone()));
@@ -98,7 +142,7 @@ impl Plan {
             return Err(Wrong(named, format!("there is another device of the name '{name}'")));
         }
         let command = command(&kind, place, &options, &at)?;
-        Ok(Entry { name, kind, command, line: line_of(text, at.start) })
+        Ok(Entry { name, kind, workers, command, line: line_of(text, at.start) })
     }
 
     /// `block`, `block2`, `block3` …
@@ -115,7 +159,7 @@ impl Plan {
 }
 
 /// Names go into file names and into the service manager's: letters, digits, `-`, `_` and `.`.
-fn check_name(name: &str) -> Result<(), String> {
+pub(super) fn check_name(name: &str) -> Result<(), String> {
     let fits = |letter: char| letter.is_ascii_alphanumeric() || "-_.".contains(letter);
     if (1..=64).contains(&name.len()) && name.chars().all(fits) {
         return Ok(());
@@ -123,7 +167,16 @@ fn check_name(name: &str) -> Result<(), String> {
     Err(format!("the name '{name}' is not of 1 to 64 letters, digits, dots, dashes"))
 }
 
-fn fields<'t>(table: &'t DeTable<'t>) -> Vec<Field<'t>> {
+/// The tables of an array.
+fn tables<'t>(
+    key: &str,
+    value: &'t Spanned<DeValue<'t>>,
+) -> Result<Vec<&'t Spanned<DeValue<'t>>>, Wrong> {
+    let wanted = || Wrong(value.span(), format!("{key}s are written as [[{key}]]"));
+    Ok(value.get_ref().as_array().ok_or_else(wanted)?.iter().collect())
+}
+
+pub(super) fn fields<'t>(table: &'t DeTable<'t>) -> Vec<Field<'t>> {
     let mut all: Vec<_> =
         table.iter().map(|(key, value)| (key.get_ref().as_ref(), value, key.span())).collect();
     // In the order of the file, so that the first mistake is the one that is told.
@@ -131,7 +184,7 @@ fn fields<'t>(table: &'t DeTable<'t>) -> Vec<Field<'t>> {
     all
 }
 
-fn string(key: &str, value: &Spanned<DeValue<'_>>) -> Result<String, Wrong> {
+pub(super) fn string(key: &str, value: &Spanned<DeValue<'_>>) -> Result<String, Wrong> {
     let text = value.get_ref().as_str();
     text.map(str::to_owned).ok_or_else(|| Wrong(value.span(), format!("{key} wants a string")))
 }
@@ -170,11 +223,8 @@ fn command(
     }
     words.push("--".into());
     words.extend(operands);
-    Cli::try_parse_from(words).map(|cli| cli.command).map_err(|error| {
-        let place = blamed(&error, options).unwrap_or_else(|| at.clone());
-        let line = one_line(&error.to_string());
-        Wrong(place, line.strip_suffix("; see --help").unwrap_or(&line).to_owned())
-    })
+    let cli = Cli::try_parse_from(words);
+    cli.map(|cli| cli.command).map_err(|error| wrong(&error, options, at))
 }
 
 /// Commands that serve a socket are devices.
@@ -197,7 +247,7 @@ fn goes_by(option: &Arg, key: &str) -> bool {
 }
 
 /// What an option is given, once for each value; None: the option alone.
-fn values(
+pub(super) fn values(
     option: &Arg,
     key: &str,
     value: &Spanned<DeValue<'_>>,
@@ -228,6 +278,13 @@ fn scalar(key: &str, value: &Spanned<DeValue<'_>>) -> Result<String, Wrong> {
     text.ok_or_else(|| Wrong(value.span(), format!("{key} wants a string or a number")))
 }
 
+/// What the parser of command lines complains about, where it stands; `at`: the whole.
+pub(super) fn wrong(error: &clap::Error, options: &[Field<'_>], at: &Range<usize>) -> Wrong {
+    let place = blamed(error, options).unwrap_or_else(|| at.clone());
+    let line = one_line(&error.to_string());
+    Wrong(place, line.strip_suffix("; see --help").unwrap_or(&line).to_owned())
+}
+
 /// Where the option stands that the parser complains about.
 fn blamed(error: &clap::Error, options: &[Field<'_>]) -> Option<Range<usize>> {
     let name = match error.get(ContextKind::InvalidArg)? {
@@ -241,7 +298,7 @@ fn blamed(error: &clap::Error, options: &[Field<'_>]) -> Option<Range<usize>> {
 }
 
 /// The line that byte `at` stands on, from 1.
-fn line_of(text: &str, at: usize) -> usize {
+pub(super) fn line_of(text: &str, at: usize) -> usize {
     1 + text.bytes().take(at).filter(|byte| *byte == b'\n').count()
 }
 
@@ -250,7 +307,7 @@ mod tests {
     use super::*;
 
     fn wrong(text: &str) -> String {
-        Plan::parse(text).err().unwrap_or_else(|| panic!("sound:\n{text}"))
+        Plan::parse(text, &|name| name == "old").err().unwrap_or_else(|| panic!("sound:\n{text}"))
     }
 
     #[test]
@@ -261,6 +318,7 @@ mod tests {
              read-only = true\ndirect = false\nnum-queues = 0x10\nwithout = ['discard', 'mq']\n\
              [[device]]\ntype = 'rng'\nname = 'dice'\nsocket-path = 't'\n\
              [[device]]\ntype = 'block'\nsocket-path = 'u'\nblk-file = 'b'\n",
+            &|_| false,
         );
         let plan = plan.expect("sound");
         assert_eq!(plan.control.as_deref(), Some(std::path::Path::new("/run/c")));
@@ -274,7 +332,7 @@ mod tests {
     fn what_is_wrong_is_told_with_its_line() {
         for (text, told) in [
             ("control = 3", "1: control wants a string"),
-            ("\ncontrl = 'x'", "2: 'contrl' is neither control nor [[device]]"),
+            ("\ncontrl = 'x'", "2: 'contrl' is neither control nor [[worker]]"),
             ("[device]\ntype = 'block'", "1: devices are written as [[device]]"),
             ("[[device]]\nname = 'x'", "1: a device needs a type"),
             ("[[device]]\n\ntype = 'blok'", "3: no device 'blok'; there are block,"),
@@ -293,6 +351,16 @@ mod tests {
             ("[[device]]\ntype='rng'\nname = 'a b'", "3: the name 'a b'"),
             ("[[device]]\ntype='rng'\n[[device]]\ntype='rng'\nname='rng'", "5: there is another"),
             ("[[device]\n", "1: "),
+            ("worker = 'a'", "1: workers are written as [[worker]]"),
+            ("[[worker]]\npin = 1", "1: a worker needs a name"),
+            ("[[worker]]\nname='a'\n[[worker]]\nname='a'", "3: there is another worker 'a'"),
+            ("[[worker]]\nname='old'", "1: there is another worker 'old'"),
+            ("[[worker]]\nname='a'\npin = 'x'", "3: invalid value 'x' for '--pin"),
+            ("[[worker]]\nname='a'\npoll-us = -1", "3: invalid value '-1' for '--poll-us"),
+            ("[[worker]]\nname='a'\ncpus = 1", "3: a worker has no option 'cpus'"),
+            ("[[device]]\ntype='rng'\nworker='b'", "3: there is no worker 'b'"),
+            ("[[device]]\ntype='rng'\nworker=[]", "3: worker wants the name of a [[worker]]"),
+            ("[[device]]\ntype='rng'\nworker='old'\npin=1", "4: pin belongs into the [[worker]]"),
             ("[[device]]\ntype='rng'\nperiod = {a=1}", "3: period wants a string or a number"),
         ] {
             let why = wrong(text);

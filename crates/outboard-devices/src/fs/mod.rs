@@ -227,6 +227,11 @@ impl Model for Fs {
         hiprio.chain((0..self.request_queues).map(|_| requests)).collect()
     }
 
+    /// They have a directory and a umask of their own.
+    fn shares_threads(&self) -> bool {
+        false
+    }
+
     fn threads(&self) -> usize {
         1 + usize::from(self.request_queues)
     }

@@ -23,7 +23,6 @@ pub(crate) struct EpollLoop {
     /// A duplicate keeps each watched descriptor's number ours until it is unwatched, whatever its
     /// owner closes meanwhile.
     watched: Vec<(u64, OwnedFd)>,
-    files: Vec<Arc<File>>,
     ready: Vec<epoll::Event>,
 }
 
@@ -38,7 +37,6 @@ impl EpollLoop {
         Ok(Self {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             watched: Vec::new(),
-            files: Vec::new(),
             ready: Vec::with_capacity(BATCH),
         })
     }
@@ -63,22 +61,24 @@ impl EventLoop for EpollLoop {
         });
     }
 
-    fn add_file(&mut self, file: Arc<File>) -> FileId {
-        self.files.push(file);
-        FileId(u32::try_from(self.files.len() - 1).unwrap_or(u32::MAX))
+    /// None is ever used.
+    fn add_file(&mut self, _: Arc<File>) -> FileId {
+        FileId(0)
     }
+
+    fn remove_file(&mut self, _: FileId) {}
 
     fn can_submit(&self) -> bool {
         false
     }
 
-    fn submit(&mut self, _: FileOp, _: (u16, u64), _: bool, chain: Chain) -> Result<(), Chain> {
+    fn submit(&mut self, _: FileOp, _: (u64, u64), _: bool, chain: Chain) -> Result<(), Chain> {
         Err(chain)
     }
 
-    fn cancel(&mut self, _: u16) {}
+    fn cancel(&mut self, _: u64) {}
 
-    fn flying(&self, _: u16) -> Flights {
+    fn flying(&self, _: u64) -> Flights {
         Flights::default()
     }
 

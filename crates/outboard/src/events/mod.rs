@@ -8,6 +8,7 @@
 
 pub(crate) mod epoll;
 mod landing;
+pub(crate) mod shared;
 pub(crate) mod uring;
 
 use std::fmt;
@@ -78,7 +79,7 @@ pub(crate) enum Event {
     /// The descriptor watched under this token became ready.
     Ready(u64),
     /// A file operation finished; the request comes back.
-    Done { queue: u16, token: u64, chain: Chain, outcome: Outcome },
+    Done { queue: u64, token: u64, chain: Chain, outcome: Outcome },
 }
 
 /// Operations that the kernel has not ended.
@@ -101,10 +102,13 @@ pub(crate) trait EventLoop: fmt::Debug {
     /// Keeps a file for operations.
     fn add_file(&mut self, file: Arc<File>) -> FileId;
 
+    /// Keeps a file no longer; the kernel does, for operations that it works on.
+    fn remove_file(&mut self, file: FileId);
+
     /// Whether [`EventLoop::submit`] may succeed.
     fn can_submit(&self) -> bool;
 
-    /// Starts an operation and owns the request's memory until the kernel is done with it. `apart`:
+    /// Starts an operation of a queue (`of`: its number and a token) and owns the request's memory until the kernel is done with it. `apart`:
     /// a read goes through memory of the loop's own where that can be had, so that none of it comes
     /// into guest memory after [`EventLoop::cancel`].
     ///
@@ -113,17 +117,17 @@ pub(crate) trait EventLoop: fmt::Debug {
     fn submit(
         &mut self,
         op: FileOp,
-        of: (u16, u64),
+        of: (u64, u64),
         apart: bool,
         chain: Chain,
     ) -> Result<(), Chain>;
 
     /// Asks the kernel to end the operations of a queue; they end with an event each, soon or late.
     /// What was read apart is dropped.
-    fn cancel(&mut self, queue: u16);
+    fn cancel(&mut self, queue: u64);
 
     /// The operations of a queue that have not ended.
-    fn flying(&self, queue: u16) -> Flights;
+    fn flying(&self, queue: u64) -> Flights;
 
     /// Whether a look may bring events: asked every now and then while a thread looks at its rings.
     fn has_news(&mut self) -> bool;

@@ -52,7 +52,7 @@ struct Watch {
 /// A request that the kernel works on.
 #[derive(Debug)]
 struct Flying {
-    queue: u16,
+    queue: u64,
     /// Whether it writes to guest memory.
     into_memory: bool,
     /// Whether its request was left behind.
@@ -67,10 +67,12 @@ struct Flying {
 pub(crate) struct UringLoop {
     ring: IoUring,
     /// Asked whether a descriptor can be waited for; nothing ever stays in it.
-    waitable: OwnedFd,
+    waitable: Arc<File>,
     watches: Vec<Watch>,
     serial: u64,
     files: Vec<Arc<File>>,
+    /// Places in it that hold no file, but `waitable`.
+    vacant: Vec<FileId>,
     flying: Vec<Option<Flying>>,
     free: Vec<usize>,
     landings: Landings,
@@ -100,10 +102,11 @@ impl UringLoop {
         }
         Ok(Self {
             ring,
-            waitable: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            waitable: Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?.into()),
             watches: Vec::new(),
             serial: 0,
             files: Vec::new(),
+            vacant: Vec::new(),
             flying: Vec::new(),
             free: Vec::new(),
             landings: Landings::default(),
@@ -229,7 +232,7 @@ impl UringLoop {
     }
 }
 
-fn is_of(flying: &Option<Flying>, queue: u16) -> bool {
+fn is_of(flying: &Option<Flying>, queue: u64) -> bool {
     flying.as_ref().is_some_and(|flying| flying.queue == queue)
 }
 
@@ -247,8 +250,8 @@ impl EventLoop for UringLoop {
     fn watch(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         // A file that cannot be waited for (a regular file, /dev/zero) would be "ready" at once and
         // for ever. epoll knows such files and refuses them (EPERM).
-        epoll::add(&self.waitable, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
-        epoll::delete(&self.waitable, fd)?;
+        epoll::add(&*self.waitable, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+        epoll::delete(&*self.waitable, fd)?;
         let fd = fd.try_clone_to_owned()?;
         let (serial, raw) = (self.serial, fd.as_raw_fd());
         self.serial += 1;
@@ -269,8 +272,21 @@ impl EventLoop for UringLoop {
     }
 
     fn add_file(&mut self, file: Arc<File>) -> FileId {
+        if let Some(vacant) = self.vacant.pop()
+            && let Some(place) = self.files.get_mut(vacant.0 as usize)
+        {
+            *place = file;
+            return vacant;
+        }
         self.files.push(file);
         FileId(u32::try_from(self.files.len() - 1).unwrap_or(u32::MAX))
+    }
+
+    fn remove_file(&mut self, file: FileId) {
+        if let Some(place) = self.files.get_mut(file.0 as usize) {
+            *place = Arc::clone(&self.waitable);
+            self.vacant.push(file);
+        }
     }
 
     fn can_submit(&self) -> bool {
@@ -280,7 +296,7 @@ impl EventLoop for UringLoop {
     fn submit(
         &mut self,
         op: FileOp,
-        (queue, token): (u16, u64),
+        (queue, token): (u64, u64),
         apart: bool,
         mut chain: Chain,
     ) -> Result<(), Chain> {
@@ -320,7 +336,7 @@ impl EventLoop for UringLoop {
         }
     }
 
-    fn cancel(&mut self, queue: u16) {
+    fn cancel(&mut self, queue: u64) {
         for slot in 0..self.flying.len() {
             // One that cannot be asked for ends by itself, or not: as one that the kernel cannot end.
             if let Some(Some(flying)) = self.flying.get_mut(slot).filter(|f| is_of(f, queue)) {
@@ -332,7 +348,7 @@ impl EventLoop for UringLoop {
         let _ = self.ring.submit();
     }
 
-    fn flying(&self, queue: u16) -> Flights {
+    fn flying(&self, queue: u64) -> Flights {
         let mut flights = Flights::default();
         for flying in self.flying.iter().flatten().filter(|flying| flying.queue == queue) {
             flights.all += 1;

@@ -1,6 +1,9 @@
-//! One queue on a worker thread: its turn, its doorbell, its end.
+//! A queue on a worker thread: its turns, its doorbell, its end.
 //!
-//! Invariant: requests that the worker does not want stay in the ring; finished ones are shown after a batch at the latest.
+//! Invariants: a lane waits for its kick only after it has armed the ring and looked once more, or rests
+//! without kicks while the worker does not want its requests; a lane stops only when nothing of it is in
+//! flight and everything is published, or, when it is abandoned, when nothing of it can reach guest memory
+//! any more.
 
 use std::os::fd::AsFd;
 
@@ -14,10 +17,9 @@ use crate::queue::Queue;
 use crate::request::Request;
 use crate::worker::Worker;
 
-/// Requests that one lane serves before the next one has its turn.
-const BUDGET: u32 = 64;
 /// Requests after which finished ones are shown to the driver although more are waiting.
 const BATCH: u32 = 16;
+
 /// A queue on this thread.
 pub(super) struct Lane {
     pub(super) queue: Box<Queue>,
@@ -40,6 +42,29 @@ pub(super) struct Lane {
 }
 
 impl Lane {
+    /// A queue that starts: it is looked at, and `events` tells of its kicks and changes.
+    pub(super) fn start(queue: Box<Queue>, events: &mut dyn EventLoop) -> Self {
+        let index = u64::from(queue.index());
+        let watched = events.watch(queue.control_fd(), token::CONTROL | index);
+        if let Err(error) = &watched {
+            warn!(queue = queue.index(), "polled, changes cannot be waited for: {error}");
+        }
+        let mut lane = Self {
+            queue,
+            ready: true,
+            armed: false,
+            resting: false,
+            kick_watched: false,
+            polled: false,
+            deaf: watched.is_err(),
+            stopping: None,
+            abandoning: false,
+            told: false,
+        };
+        lane.watch_kick(events);
+        lane
+    }
+
     /// Whether the queue can be given back; called again and again while it stops.
     pub(super) fn has_stopped(&mut self, events: &dyn EventLoop) -> bool {
         if self.stopping.is_none() {
@@ -47,22 +72,70 @@ impl Lane {
         }
         if self.abandoning {
             let queue = self.queue.index();
-            return self.queue.abandon() && events.flying(queue).into_memory == 0;
+            return self.queue.abandon() && events.flying(queue.into()).into_memory == 0;
         }
         self.queue.scatter();
         self.queue.is_idle() && !self.queue.owes()
     }
+
+    /// Tells the worker whether requests of the lane reach it, if that has changed.
+    pub(super) fn tell<W: Worker>(&mut self, worker: &mut W) {
+        let enabled = self.queue.is_enabled();
+        if std::mem::replace(&mut self.told, enabled) != enabled {
+            worker.serves(self.queue.index(), enabled);
+        }
+    }
+
+    /// Takes changes and has the event loop follow.
+    pub(super) fn poll_control(&mut self, events: &mut dyn EventLoop) {
+        let changed = self.queue.poll_control();
+        if changed.kick {
+            self.watch_kick(events);
+        }
+        self.ready |= changed.look;
+    }
+
+    /// Waits for the doorbell of the moment.
+    fn watch_kick(&mut self, events: &mut dyn EventLoop) {
+        let token = token::KICK | u64::from(self.queue.index());
+        if self.kick_watched {
+            events.unwatch(token);
+            self.kick_watched = false;
+        }
+        self.polled = self.deaf || self.queue.is_polled();
+        if let Some(kick) = self.queue.kick_fd() {
+            match events.watch(kick.as_fd(), token) {
+                Ok(()) => self.kick_watched = true,
+                Err(error) if is_want(&error) => {
+                    warn!(
+                        queue = self.queue.index(),
+                        "polled, its doorbell cannot be heard: {error}"
+                    );
+                    self.polled = true;
+                }
+                // Any type is tolerated; one that cannot be waited for never kicks (case A58).
+                Err(error) => {
+                    warn!(queue = self.queue.index(), "the doorbell never rings: {error}");
+                }
+            }
+        }
+    }
 }
 
-/// Serves what is in one ring, up to its budget; true when there may be more.
-pub(super) fn turn<W: Worker>(worker: &mut W, lane: &mut Lane, events: &mut dyn EventLoop) -> bool {
+/// Serves what is in one ring, up to `budget` requests; true when there may be more.
+pub(super) fn turn<W: Worker>(
+    worker: &mut W,
+    lane: &mut Lane,
+    events: &mut dyn EventLoop,
+    budget: u32,
+) -> bool {
     let stopping = lane.stopping.is_some();
     if stopping && (lane.abandoning || !lane.queue.owes()) {
         return false;
     }
     lane.resting = false;
     lane.queue.disarm();
-    let more = serve_batch(worker, lane, events, stopping);
+    let more = serve_batch(worker, lane, events, (stopping, budget));
     lane.queue.publish();
     worker.turned(lane.queue.index());
     more
@@ -74,9 +147,9 @@ fn serve_batch<W: Worker>(
     worker: &mut W,
     lane: &mut Lane,
     events: &mut dyn EventLoop,
-    stopping: bool,
+    (stopping, budget): (bool, u32),
 ) -> bool {
-    for served in 1..=BUDGET {
+    for served in 1..=budget {
         if !worker.wants(lane.queue.index()) && !stopping && !lane.queue.discards() {
             lane.resting = true;
             return false;
@@ -91,44 +164,6 @@ fn serve_batch<W: Worker>(
         }
     }
     true
-}
-
-/// Tells the worker whether requests of a lane reach it, if that has changed.
-pub(super) fn tell<W: Worker>(worker: &mut W, lane: &mut Lane) {
-    let enabled = lane.queue.is_enabled();
-    if std::mem::replace(&mut lane.told, enabled) != enabled {
-        worker.serves(lane.queue.index(), enabled);
-    }
-}
-
-/// Takes changes of a lane and has the event loop follow.
-pub(super) fn poll_control(lane: &mut Lane, events: &mut dyn EventLoop) {
-    let changed = lane.queue.poll_control();
-    if changed.kick {
-        watch_kick(lane, events);
-    }
-    lane.ready |= changed.look;
-}
-
-/// Waits for the lane's doorbell of the moment.
-pub(super) fn watch_kick(lane: &mut Lane, events: &mut dyn EventLoop) {
-    let token = token::KICK | u64::from(lane.queue.index());
-    if lane.kick_watched {
-        events.unwatch(token);
-        lane.kick_watched = false;
-    }
-    lane.polled = lane.deaf || lane.queue.is_polled();
-    if let Some(kick) = lane.queue.kick_fd() {
-        match events.watch(kick.as_fd(), token) {
-            Ok(()) => lane.kick_watched = true,
-            Err(error) if is_want(&error) => {
-                warn!(queue = lane.queue.index(), "polled, its doorbell cannot be heard: {error}");
-                lane.polled = true;
-            }
-            // Any type is tolerated; one that cannot be waited for never kicks (case A58).
-            Err(error) => warn!(queue = lane.queue.index(), "the doorbell never rings: {error}"),
-        }
-    }
 }
 
 /// Whether the host lacks something: the peer is not to suffer for it (case C21).

@@ -1,0 +1,94 @@
+//! A `[[worker]]` of a file: a thread that devices share, and how they name it.
+//!
+//! Its options are those that `outboard TYPE` has for its threads, so that they are declared once. Invariant: as for
+//! devices, what is wrong is told with its line.
+
+use std::ffi::OsString;
+
+use clap::{CommandFactory, Parser};
+use outboard::SharedOptions;
+use toml::Spanned;
+use toml::de::DeValue;
+
+use super::plan::{Field, Wrong, check_name, fields, line_of, string, values, wrong};
+use crate::device::ThreadArgs;
+
+/// One `[[worker]]`.
+pub(crate) struct WorkerEntry {
+    pub(crate) name: String,
+    pub(crate) options: SharedOptions,
+    /// Where it begins.
+    pub(crate) line: usize,
+}
+
+/// Its options.
+#[derive(Parser)]
+struct Line {
+    #[command(flatten)]
+    threads: ThreadArgs,
+}
+
+impl WorkerEntry {
+    /// Reads a table.
+    pub(super) fn read(text: &str, table: &Spanned<DeValue<'_>>) -> Result<Self, Wrong> {
+        let at = table.span();
+        let Some(all) = table.get_ref().as_table() else {
+            return Err(Wrong(at, "a worker is a table: [[worker]]".to_owned()));
+        };
+        let (named, options): (Vec<_>, Vec<_>) =
+            fields(all).into_iter().partition(|field| field.0 == "name");
+        let missing = || Wrong(at.clone(), "a worker needs a name".to_owned());
+        let (_, value, place) = named.first().ok_or_else(missing)?;
+        let name = string("name", value)?;
+        check_name(&name).map_err(|why| Wrong(place.clone(), why))?;
+        let known = Line::command();
+        let mut words: Vec<OsString> = vec!["worker".into()];
+        for (key, value, key_at) in &options {
+            let Some(option) = known.get_arguments().find(|one| one.get_long() == Some(key)) else {
+                let why = format!("a worker has no option '{key}': there are name, {}", OPTIONS);
+                return Err(Wrong(key_at.clone(), why));
+            };
+            let given = values(option, key, value)?.into_iter().flatten();
+            words.extend(given.map(|value| OsString::from(format!("--{key}={value}"))));
+        }
+        let line = Line::try_parse_from(words).map_err(|error| wrong(&error, &options, &at))?;
+        let options = SharedOptions::from(&line.threads);
+        Ok(Self { name, options, line: line_of(text, at.start) })
+    }
+}
+
+/// What a device with a shared worker cannot say for itself.
+const OPTIONS: &str = "pin, poll-us, event-loop";
+
+/// The workers that a device names: one or several, all of them known.
+pub(super) fn names(
+    value: &Spanned<DeValue<'_>>,
+    known: &dyn Fn(&str) -> bool,
+) -> Result<Vec<String>, Wrong> {
+    let one = |value: &Spanned<DeValue<'_>>| {
+        let name = string("worker", value)?;
+        match known(&name) {
+            true => Ok(name),
+            false => Err(Wrong(value.span(), format!("there is no worker '{name}'"))),
+        }
+    };
+    match value.get_ref() {
+        DeValue::Array(all) if all.is_empty() => {
+            Err(Wrong(value.span(), "worker wants the name of a [[worker]]".to_owned()))
+        }
+        DeValue::Array(all) => all.iter().map(one).collect(),
+        _ => Ok(vec![one(value)?]),
+    }
+}
+
+/// A device on shared threads says nothing about threads of its own.
+pub(super) fn no_threads_of_its_own(
+    workers: &[String],
+    options: &[Field<'_>],
+) -> Result<(), Wrong> {
+    let theirs = options.iter().find(|(key, ..)| OPTIONS.split(", ").any(|own| own == *key));
+    match theirs.filter(|_| !workers.is_empty()) {
+        Some((key, _, at)) => Err(Wrong(at.clone(), format!("{key} belongs into the [[worker]]"))),
+        None => Ok(()),
+    }
+}
