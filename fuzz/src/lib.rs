@@ -7,6 +7,7 @@ pub mod backend;
 pub mod block;
 pub mod chains;
 pub mod channel;
+pub mod console;
 pub mod conversation;
 pub mod cover;
 pub mod decoder;
