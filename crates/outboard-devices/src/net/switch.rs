@@ -363,35 +363,41 @@ impl PortLink {
         }
         let found = if group { None } else { self.port.fabric.find(to) };
         match found {
-            Some(port) if port == number => return Sent::Refused,
+            Some(port) if port == number => Sent::Refused,
             Some(port) => {
                 let Some(mut empty) = self.own().and_then(|own| own.free.pop()) else {
                     return Sent::Refused;
                 };
                 std::mem::swap(&mut empty, frame);
-                return self.put(port, Parcel { frame: empty, home: number });
+                self.put(port, Parcel { frame: empty, home: number })
             }
-            None => self.flood(frame),
+            None if self.flood(frame) => Sent::Yes,
+            None => Sent::Refused,
         }
-        Sent::Yes
     }
 
-    /// A copy for every other port that has room.
-    fn flood(&mut self, frame: &Frame) {
+    /// A copy for every other port; false: one of them got none, for want of room.
+    fn flood(&mut self, frame: &Frame) -> bool {
+        let mut all = true;
         let fabric = Arc::clone(&self.port.fabric);
         for (port, other) in fabric.ports.iter().enumerate() {
             let number = self.port.number;
-            let takes = other.runs.load(Ordering::Relaxed) && other.inbox.len() < CROWDED;
-            if port == number || !takes {
+            if port == number || !other.runs.load(Ordering::Relaxed) {
                 continue;
             }
-            let Some(mut copy) = self.own().and_then(|own| own.free.pop()) else { return };
+            if other.inbox.len() >= CROWDED {
+                all = false;
+                continue;
+            }
+            let Some(mut copy) = self.own().and_then(|own| own.free.pop()) else { return false };
             if copy.copy_from(frame) {
                 self.push(other, port, Parcel { frame: copy, home: number });
             } else {
                 self.send_home(Parcel { frame: copy, home: number });
+                all = false;
             }
         }
+        all
     }
 
     /// Puts a packet into an inbox, or has it wait.
