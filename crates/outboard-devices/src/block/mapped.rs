@@ -23,6 +23,7 @@ use outboard::Request;
 use outboard::memory::{MapError, RESIDENT_PAGES, Window, page_size};
 
 use super::engine::{Engine, Op, SyncEngine};
+use super::turns::Turns;
 
 /// A mapped image, shared by its workers.
 #[derive(Debug)]
@@ -34,6 +35,7 @@ pub(crate) struct Mapped {
     present: Option<Pages>,
     /// Whether the log has it that the file was cut short.
     told: AtomicBool,
+    turns: Turns,
 }
 
 /// A bit for each page.
@@ -89,7 +91,7 @@ impl Mapped {
     ) -> Result<Self, MapError> {
         let window = Window::map(file, 0, size, writable)?;
         let present = holes.then(|| Pages::new(size));
-        Ok(Self { window, size, present, told: AtomicBool::new(false) })
+        Ok(Self { window, size, present, told: AtomicBool::new(false), turns: Turns::default() })
     }
 
     /// Whether these bytes may be touched.
@@ -129,6 +131,7 @@ pub(crate) struct MmapEngine {
 
 impl MmapEngine {
     pub(crate) fn new(sync: SyncEngine, map: Arc<Mapped>) -> Self {
+        map.turns.join();
         Self { sync, map }
     }
 
@@ -147,6 +150,7 @@ impl MmapEngine {
 
     fn write(&mut self, op: Op, offset: u64, request: &mut Request<'_>) -> io::Result<u64> {
         let mut from = request.readable();
+        let _turn = self.map.turns.take(offset, from.len());
         if self.map.may_touch(offset, from.len()) {
             match from.write_to_window(&self.map.window, offset) {
                 Ok(written) => return Ok(written),
@@ -170,6 +174,12 @@ impl MmapEngine {
     }
 }
 
+impl Drop for MmapEngine {
+    fn drop(&mut self) {
+        self.map.turns.leave();
+    }
+}
+
 impl Engine for MmapEngine {
     fn run(&mut self, op: Op, request: &mut Request<'_>) -> io::Result<u64> {
         match op {
@@ -177,11 +187,16 @@ impl Engine for MmapEngine {
             Op::Write { offset } => return self.write(op, offset, request),
             Op::Sync => self.whole()?,
             Op::Allocate { offset, length, .. } => {
+                let _turn = self.map.turns.take(offset, length);
                 if let Some(present) = &self.map.present {
                     present.remove(offset, length);
                 }
+                return self.sync.run(op, request);
             }
-            Op::WriteZeros { .. } => {}
+            Op::WriteZeros { offset, length } => {
+                let _turn = self.map.turns.take(offset, length);
+                return self.sync.run(op, request);
+            }
         }
         self.sync.run(op, request)
     }

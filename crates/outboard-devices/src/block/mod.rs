@@ -27,6 +27,7 @@ mod mapped;
 mod order;
 mod request;
 mod state;
+mod turns;
 mod worker;
 
 use std::sync::Arc;

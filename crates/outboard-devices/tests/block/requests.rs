@@ -283,7 +283,10 @@ fn b60_overlapping_writes_leave_no_mixed_sector() {
                 assert_eq!(ring.pop().expect("whole"), Some((round, 1)));
             }
             for sector in contents(file.as_file()).chunks(512) {
-                assert!(sector.iter().all(|byte| *byte == sector[0]), "round {round}: a mixture");
+                assert!(
+                    sector.iter().all(|byte| *byte == sector[0]),
+                    "{engine:?} on {events:?}, round {round}: a mixture"
+                );
             }
         }
         end(disk);

@@ -1,0 +1,86 @@
+//! Workers that write to one mapped image take turns where their writes may overlap: a copy writes byte by byte, where a
+//! system call has the whole file for itself (virtio 1.3 §5.2: a sector is written whole or not; case B60).
+//!
+//! The image is cut into stripes, dealt out to a few locks. Invariant: locks are taken in the order of their numbers, so
+//! that two writes never wait for each other. A worker that is alone takes none.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks; a power of two.
+const LOCKS: usize = 16;
+/// Bytes of a stripe, as a shift.
+const STRIPE: u32 = 16;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Turns {
+    locks: [Mutex<()>; LOCKS],
+    workers: AtomicUsize,
+}
+
+/// Nobody else writes to its bytes while it is there.
+pub(super) type Turn<'a> = [Option<MutexGuard<'a, ()>>; LOCKS];
+
+impl Turns {
+    /// One more worker writes. To be said before it does.
+    pub(super) fn join(&self) {
+        self.workers.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One fewer does.
+    pub(super) fn leave(&self) {
+        self.workers.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Waits until nobody writes to these bytes. None: there is nobody else.
+    pub(super) fn take(&self, at: u64, length: u64) -> Option<Turn<'_>> {
+        (self.workers.load(Ordering::Relaxed) > 1).then(|| self.lock(at, length))
+    }
+
+    fn lock(&self, at: u64, length: u64) -> Turn<'_> {
+        let first = at >> STRIPE;
+        let stripes = (at.saturating_add(length.max(1) - 1) >> STRIPE) - first;
+        let mut number = 0;
+        self.locks.each_ref().map(|lock| {
+            // How far behind the first stripe the first one of this lock is.
+            let behind = u64::wrapping_sub(number, first) % LOCKS as u64;
+            number += 1;
+            // Nothing is behind a lock that a panic could leave half done.
+            (behind <= stripes).then(|| lock.lock().unwrap_or_else(PoisonError::into_inner))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn held(turns: &Turns, at: u64, length: u64) -> Vec<usize> {
+        let turn = turns.lock(at, length);
+        turn.iter().enumerate().filter_map(|(at, lock)| lock.as_ref().map(|_| at)).collect()
+    }
+
+    #[test]
+    fn a_write_holds_the_locks_of_its_stripes_and_no_others() {
+        let turns = Turns::default();
+        assert_eq!(held(&turns, 0, 1), [0]);
+        assert_eq!(held(&turns, (1 << 16) - 1, 1), [0]);
+        assert_eq!(held(&turns, (1 << 16) - 1, 2), [0, 1]);
+        assert_eq!(held(&turns, 15 << 16, 2 << 16), [0, 15], "round the end");
+        assert_eq!(held(&turns, 33 << 16, 1 << 16), [1]);
+        assert_eq!(held(&turns, 5, u64::MAX).len(), 16);
+        assert_eq!(held(&turns, 7 << 16, 0), [7]);
+    }
+
+    #[test]
+    fn a_worker_that_is_alone_takes_no_lock() {
+        let turns = Turns::default();
+        turns.join();
+        assert!(turns.take(0, 512).is_none());
+        turns.join();
+        assert!(turns.take(0, 512).is_some());
+        turns.leave();
+        assert!(turns.take(0, 512).is_none());
+    }
+}
