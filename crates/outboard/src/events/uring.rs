@@ -416,13 +416,8 @@ mod tests {
     fn ready(ring: &mut UringLoop) -> Vec<u64> {
         let mut events = Vec::new();
         ring.wait(Some(Duration::from_millis(200)), &mut events).unwrap();
-        events
-            .into_iter()
-            .filter_map(|event| match event {
-                Event::Ready(token) => Some(token),
-                Event::Done { .. } => None,
-            })
-            .collect()
+        let token = |event| if let Event::Ready(token) = event { Some(token) } else { None };
+        events.into_iter().filter_map(token).collect()
     }
 
     #[test]
