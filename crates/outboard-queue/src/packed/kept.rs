@@ -75,6 +75,8 @@ impl PackedDevice {
         if let Some(inflight) = &mut self.inflight
             && let Err(error) = inflight.taken(id, pieces)
         {
+            // It is not in flight after all.
+            self.left += self.chains.release(u32::from(id));
             return self.refuse(chain.0, error);
         }
         Some(chain)
