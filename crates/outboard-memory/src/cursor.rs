@@ -137,10 +137,12 @@ impl<'a> Cursor<'a> {
         self.each_piece(count, |_, _| ())
     }
 
-    /// Drops everything.
+    /// Drops everything. Returns the bytes.
     #[inline(always)]
-    pub(crate) fn spend_all(&mut self) {
+    pub fn spend_all(&mut self) -> u64 {
+        let bytes = self.len();
         self.span.next = self.span.end;
+        bytes
     }
 
     /// Copies `len` bytes to `to` and drops them.

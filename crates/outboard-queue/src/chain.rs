@@ -117,7 +117,7 @@ impl Chain {
     ///
     /// # Errors
     /// The tail is shorter; nothing is written.
-    #[inline]
+    #[inline(always)]
     pub fn write_tail(&mut self, bytes: &[u8]) -> Result<(), ShortBuffer> {
         let mut tail = self.0.buffers.tail();
         tail.write_all(bytes).ok_or_else(|| short(tail.segments(), bytes.len()))
@@ -181,6 +181,12 @@ impl Readable<'_> {
     #[inline]
     pub fn skip(&mut self, n: u64) -> Result<(), ShortBuffer> {
         self.0.advance(n).ok_or_else(|| ShortBuffer { needed: n, left: self.0.len() })
+    }
+
+    /// Leaves all of it out. Returns the bytes.
+    #[inline]
+    pub fn skip_to_end(&mut self) -> u64 {
+        self.0.spend_all()
     }
 
     /// The pieces that are left, for a transfer by the kernel; follow it with [`advance`](Self::advance).
@@ -260,6 +266,12 @@ impl Writable<'_> {
         self.cursor.is_empty()
     }
 
+    /// Bytes of room at first (the tail does not count).
+    #[inline]
+    pub fn room(&self) -> u64 {
+        self.room
+    }
+
     /// Bytes written so far (the tail does not count).
     #[inline]
     pub fn written(&self) -> u64 {
@@ -314,6 +326,12 @@ impl Writable<'_> {
     #[inline]
     pub fn advance(&mut self, n: u64) -> Result<(), ShortBuffer> {
         self.cursor.advance(n).ok_or_else(|| ShortBuffer { needed: n, left: self.cursor.len() })
+    }
+
+    /// Takes all that is left for written. Returns the bytes.
+    #[inline]
+    pub fn advance_to_end(&mut self) -> u64 {
+        self.cursor.spend_all()
     }
 
     /// Fills the room from `file` at `offset`, in one call. Returns the bytes; 0 is the end of the file.

@@ -53,16 +53,19 @@ impl<'a> Request<'a> {
 
     /// The feature bits in force.
     #[must_use]
+    #[inline]
     pub fn features(&self) -> u64 {
         self.queue.features()
     }
 
     /// What the driver wrote for the device: a cursor that copies values out.
+    #[inline]
     pub fn readable(&mut self) -> Readable<'_> {
         self.chain_mut().readable()
     }
 
     /// What the device may write for the driver: a cursor that copies values in.
+    #[inline]
     pub fn writable(&mut self) -> Writable<'_> {
         self.chain_mut().writable()
     }
@@ -72,6 +75,7 @@ impl<'a> Request<'a> {
     ///
     /// # Errors
     /// The driver offered fewer writable bytes.
+    #[inline]
     pub fn reserve_tail(&mut self, length: usize) -> Result<(), ShortBuffer> {
         self.chain_mut().reserve_tail(length)
     }
@@ -80,6 +84,7 @@ impl<'a> Request<'a> {
     ///
     /// # Errors
     /// `bytes` is longer than that.
+    #[inline]
     pub fn write_tail(&mut self, bytes: &[u8]) -> Result<(), ShortBuffer> {
         self.chain_mut().write_tail(bytes)
     }
@@ -91,6 +96,7 @@ impl<'a> Request<'a> {
     }
 
     /// Answers: the device wrote the first `written` bytes.
+    #[inline]
     pub fn done(mut self, written: u32) -> Served {
         if let Some(chain) = self.chain.take() {
             self.queue.complete(chain, written);

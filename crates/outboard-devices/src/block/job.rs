@@ -97,6 +97,7 @@ impl Job {
     }
 
     /// The next operation.
+    #[inline]
     pub(crate) fn op(&self) -> Op {
         match self {
             Self::Read { at } => Op::Read { offset: *at },

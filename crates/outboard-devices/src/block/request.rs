@@ -100,6 +100,7 @@ pub(crate) struct Rules {
 impl Rules {
     /// Checks a header in front of `readable` and `writable` bytes of data, under the `features`
     /// that the driver acknowledged.
+    #[inline]
     pub(crate) fn check(
         &self,
         header: &Header,

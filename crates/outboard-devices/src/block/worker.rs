@@ -15,7 +15,7 @@ use tracing::{debug, warn};
 
 use super::config::SECTOR;
 use super::engine::{Engine, Op};
-use super::job::{Bytes, Job, Next};
+use super::job::{Job, Next};
 use super::order::{Turn, WriteOrder};
 use super::request::{Command, Header, Range, Rules, Segment, Status};
 use super::{Disk, ID_SIZE};
@@ -70,46 +70,54 @@ impl BlockWorker {
     }
 
     /// Parses a request whose status byte is set aside.
-    fn plan(&mut self, request: &mut Request<'_>) -> Result<Plan, Status> {
+    #[inline(always)]
+    fn command(&mut self, request: &mut Request<'_>) -> Result<Command, Status> {
         let features = request.features();
-        let writable = request.writable().len();
+        let writable = request.writable().room();
         let mut readable = request.readable();
         let header = readable.read_obj::<Header>().map_err(|_| Status::IoError)?;
         self.rules.capacity = self.disk.image().sectors();
-        let job = match self.rules.check(&header, readable.len(), writable, features)? {
-            Command::Read { .. } if writable == 0 => return Ok(Plan::Finish(Status::Ok)),
-            Command::Read { offset } => Job::Read { at: offset },
-            Command::Write { offset } => {
-                let durable = self.disk.writes_through(features);
-                if readable.is_empty() {
-                    return Ok(Plan::Finish(Status::Ok));
-                }
-                Job::Write { at: offset, durable }
+        self.rules.check(&header, readable.len(), writable, features)
+    }
+
+    /// What is to be done for a command. Transfers of nothing are over.
+    #[inline(always)]
+    fn plan(&mut self, command: Command, request: &mut Request<'_>) -> Result<Plan, Status> {
+        match command {
+            Command::Read { offset } if !request.writable().is_empty() => {
+                Ok(Plan::Run(Job::Read { at: offset }))
             }
-            Command::Flush => Job::Sync,
-            Command::GetId => {
-                let id = self.disk.id();
-                let part = id.get(..usize::try_from(writable).unwrap_or(ID_SIZE).min(ID_SIZE));
-                let written = request.writable().write_all(part.unwrap_or_default());
-                written.map_err(|_| Status::IoError)?;
-                return Ok(Plan::Finish(Status::Ok));
+            Command::Write { offset } if !request.readable().is_empty() => {
+                let durable = self.disk.writes_through(request.features());
+                Ok(Plan::Run(Job::Write { at: offset, durable }))
             }
+            Command::Read { .. } | Command::Write { .. } => Ok(Plan::Finish(Status::Ok)),
+            Command::Flush => Ok(Plan::Run(Job::Sync)),
+            Command::GetId => self.give_id(request),
             Command::Discard { segments } => {
                 let rules = self.rules;
                 let ranges = self.ranges(request, segments, |raw| rules.check_discard(raw))?;
-                return Ok(clear(ranges, true, false));
+                Ok(clear(ranges, true, false))
             }
             Command::WriteZeroes { segments } => {
-                let rules = self.rules;
+                let (rules, features) = (self.rules, request.features());
                 let check = |raw: &Segment| rules.check_write_zeroes(raw, features);
                 let ranges = self.ranges(request, segments, check)?;
-                return Ok(clear(ranges, false, self.disk.writes_through(features)));
+                Ok(clear(ranges, false, self.disk.writes_through(features)))
             }
-        };
-        Ok(Plan::Run(job))
+        }
+    }
+
+    #[cold]
+    fn give_id(&self, request: &mut Request<'_>) -> Result<Plan, Status> {
+        let (id, mut to) = (self.disk.id(), request.writable());
+        let part = id.get(..usize::try_from(to.room()).unwrap_or(ID_SIZE).min(ID_SIZE));
+        to.write_all(part.unwrap_or_default()).map_err(|_| Status::IoError)?;
+        Ok(Plan::Finish(Status::Ok))
     }
 
     /// Copies the segments out and checks each, before anything is done for the first.
+    #[inline(never)]
     fn ranges(
         &mut self,
         request: &mut Request<'_>,
@@ -126,15 +134,38 @@ impl BlockWorker {
         Ok(ranges)
     }
 
+    /// Runs the job, whose writes nobody waits for. Most transfers are over with their first operation; what is not
+    /// becomes a task.
+    #[inline(always)]
+    fn run(&mut self, job: Job, mut request: Request<'_>) -> Result<Served, Error> {
+        let now = self.attempt(job.op(), &mut request);
+        if matches!(now, Some(Ok(_))) && is_whole(&job, &mut request) {
+            return finish(request, Status::Ok);
+        }
+        self.go_on(Task { job, turn: None }, now, request)
+    }
+
+    /// The outcome of an operation that needs no waiting.
+    #[inline(always)]
+    fn attempt(&mut self, op: Op, request: &mut Request<'_>) -> Option<io::Result<u64>> {
+        if self.refuses(op) { Some(Err(lost())) } else { self.engine.now(op, request) }
+    }
+
     /// Runs the job to its end, or to the first operation that the engine starts.
-    fn advance(&mut self, mut task: Task, mut request: Request<'_>) -> Result<Served, Error> {
+    fn advance(&mut self, task: Task, mut request: Request<'_>) -> Result<Served, Error> {
+        let now = self.attempt(task.job.op(), &mut request);
+        self.go_on(task, now, request)
+    }
+
+    /// As [`advance`](Self::advance), from the outcome of the operation at hand on, if it has one.
+    fn go_on(
+        &mut self,
+        mut task: Task,
+        mut now: Option<io::Result<u64>>,
+        mut request: Request<'_>,
+    ) -> Result<Served, Error> {
         loop {
             let op = task.job.op();
-            let now = if self.refuses(op) {
-                Some(Err(lost()))
-            } else {
-                self.engine.now(op, &mut request)
-            };
             let outcome = match now {
                 Some(outcome) => outcome,
                 None => {
@@ -151,17 +182,15 @@ impl BlockWorker {
                 self.over(task);
                 return finish(request, status);
             }
+            now = self.attempt(task.job.op(), &mut request);
         }
     }
 
-    /// Begins a job, or lets it wait for older writes to the same bytes.
-    fn begin(
-        &mut self,
-        job: Job,
-        request: Request<'_>,
-        bytes: Option<Bytes>,
-    ) -> Result<Served, Error> {
-        let Some(bytes) = bytes else { return self.advance(Task { job, turn: None }, request) };
+    /// Begins a job that may be repeated by another process, or lets it wait for older writes to the same bytes.
+    fn begin(&mut self, job: Job, mut request: Request<'_>) -> Result<Served, Error> {
+        let Some(bytes) = job.writes(request.readable().len()) else {
+            return self.run(job, request);
+        };
         let (turn, now) = self.order.enter(bytes, self.jobs.vacant_key());
         let task = Task { job, turn: Some(turn) };
         if now {
@@ -216,12 +245,10 @@ impl Worker for BlockWorker {
             debug!("no room for a status: {short}");
             return Ok(request.done(0));
         }
-        match self.plan(&mut request) {
-            Ok(Plan::Run(job)) => {
-                let left = if request.is_tracked() { request.readable().len() } else { 0 };
-                let bytes = if request.is_tracked() { job.writes(left) } else { None };
-                self.begin(job, request, bytes)
-            }
+        let command = self.command(&mut request);
+        match command.and_then(|command| self.plan(command, &mut request)) {
+            Ok(Plan::Run(job)) if request.is_tracked() => self.begin(job, request),
+            Ok(Plan::Run(job)) => self.run(job, request),
             Ok(Plan::Finish(status)) => finish(request, status),
             Err(status) => {
                 debug!(?status, "request refused");
@@ -287,11 +314,23 @@ impl std::fmt::Debug for BlockWorker {
     }
 }
 
+/// Whether the first operation of the job, which ended well, was all there is to do: no data is left to be moved.
+#[inline]
+fn is_whole(job: &Job, request: &mut Request<'_>) -> bool {
+    match job {
+        Job::Read { .. } => request.writable().is_empty(),
+        Job::Write { durable, .. } => !durable && request.readable().is_empty(),
+        Job::Sync | Job::Clear(_) => false,
+    }
+}
+
 /// Answers with `status`, behind data that is filled with zeros where nothing else was written.
 fn finish(mut request: Request<'_>, status: Status) -> Result<Served, Error> {
     let mut data = request.writable();
-    data.fill_zero(data.len())?;
-    let written = data.written().saturating_add(1);
+    if !data.is_empty() {
+        data.fill_zero(data.len())?;
+    }
+    let written = data.room().saturating_add(1);
     request.write_tail(&[status as u8])?;
     Ok(request.done(u32::try_from(written).unwrap_or(u32::MAX)))
 }
