@@ -207,6 +207,7 @@ impl Virtqueue {
     ///
     /// # Errors
     /// [`Error::BadRequest`] when no ring of this size could ever hold it.
+    #[inline]
     pub fn add(
         &mut self,
         readable: &[(u64, u32)],
@@ -243,6 +244,7 @@ impl Virtqueue {
     ///
     /// # Errors
     /// [`Error::Ring`] when the device put something impossible into the used ring.
+    #[inline]
     pub fn pop(&mut self) -> Result<Option<(u64, u32)>, Error> {
         self.driver
             .pop_used()

@@ -71,6 +71,7 @@ impl DriverQueue {
     ///
     /// # Errors
     /// Too few descriptors are free.
+    #[inline]
     pub fn add(
         &mut self,
         readable: &[(u64, u32)],
@@ -94,6 +95,7 @@ impl DriverQueue {
     }
 
     /// Shows the device what was added since the last time. True: it wants a kick.
+    #[inline]
     pub fn publish(&mut self) -> bool {
         each!(&mut self.ring, ring => ring.publish())
     }
@@ -102,6 +104,7 @@ impl DriverQueue {
     ///
     /// # Errors
     /// The device broke a rule. Said each time.
+    #[inline]
     pub fn pop_used(&mut self) -> Result<Option<(u64, u32)>, RingError> {
         each!(&mut self.ring, ring => ring.pop_used())
     }

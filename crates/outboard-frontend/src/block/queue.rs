@@ -129,7 +129,7 @@ impl BlockQueue {
         }
         self.pairs.store(first + STATUS_PAIR, STATUS_UNSET.0, STATUS_UNSET.1);
         operation.chain(at, &mut self.readable, &mut self.writable);
-        let room = self.writable.iter().map(|&(_, len)| u64::from(len)).sum();
+        let room = operation.room();
         if !self.queue.add(&self.readable, &self.writable, u64::from(slot))? {
             return Ok(false);
         }

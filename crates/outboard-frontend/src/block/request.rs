@@ -116,6 +116,15 @@ impl Operation<'_> {
         }
     }
 
+    /// Bytes that the device may write, the status included.
+    pub(super) fn room(&self) -> u64 {
+        match *self {
+            Self::Read { data, .. } => data.iter().map(|&(_, len)| u64::from(len)).sum::<u64>() + 1,
+            Self::GetId => u64::from(ID_SIZE) + 1,
+            _ => 1,
+        }
+    }
+
     /// The descriptor chain of the request in the slot at `slot`: what the device reads, then what it
     /// writes.
     pub(super) fn chain(

@@ -37,6 +37,8 @@ pub(crate) struct SplitDriver {
     next_avail: u16,
     told_avail: u16,
     next_used: u16,
+    /// The used index when it was last looked at: what the device writes is not touched for each chain.
+    seen_used: u16,
     in_flight: u16,
     /// Guest address and entries of the indirect tables.
     tables: Option<(u64, u16)>,
@@ -77,6 +79,7 @@ impl SplitDriver {
             next_avail: index,
             told_avail: index,
             next_used: index,
+            seen_used: index,
             in_flight: 0,
             tables: None,
             armed: true,
@@ -94,21 +97,38 @@ impl SplitDriver {
         writable: &[(u64, u32)],
         token: u64,
     ) -> Result<u16, QueueFull> {
-        let needed = (readable.len() + writable.len()).max(1);
+        if readable.is_empty() && writable.is_empty() {
+            return self.add(&[(0, 0)], &[], token);
+        }
+        let needed = readable.len() + writable.len();
         let free = usize::from(self.free);
         let full = QueueFull { needed, free };
         let count = u16::try_from(needed).ok().filter(|&count| count <= self.free).ok_or(full)?;
         let head = self.first_free;
-        let mut at = head;
-        let mut left = count;
-        for (addr, len, write) in buffers(readable, writable) {
-            let next = self.slots.get(usize::from(at)).ok_or(full)?.next;
-            left -= 1;
-            let more = if left > 0 { Descriptor::NEXT } else { 0 };
-            self.desc.set(at, Descriptor { addr, len, flags: write | more, next }).ok_or(full)?;
-            at = next;
-        }
+        let (mut at, mut left) = (head, count);
+        self.describe(readable, 0, &mut at, &mut left).ok_or(full)?;
+        self.describe(writable, Descriptor::WRITE, &mut at, &mut left).ok_or(full)?;
         self.offer((head, count), at, writable, token).ok_or(full)
+    }
+
+    /// Puts buffers into the free descriptors from `at` on, as a part of a chain of which `left` are still to come. (Not a
+    /// loop over all buffers of a chain: that takes twice the instructions.)
+    #[inline(always)]
+    fn describe(
+        &self,
+        buffers: &[(u64, u32)],
+        write: u16,
+        at: &mut u16,
+        left: &mut u16,
+    ) -> Option<()> {
+        for &(addr, len) in buffers {
+            let next = self.slots.get(usize::from(*at))?.next;
+            *left -= 1;
+            let flags = if *left > 0 { write | Descriptor::NEXT } else { write };
+            self.desc.set(*at, Descriptor { addr, len, flags, next })?;
+            *at = next;
+        }
+        Some(())
     }
 
     pub(crate) fn add_indirect(
@@ -182,15 +202,18 @@ impl SplitDriver {
     }
 
     pub(crate) fn pop_used(&mut self) -> Result<Option<(u64, u32)>, RingError> {
-        let used = self.cells.used_idx.load(Ordering::Acquire);
         let (next, in_flight) = (self.next_used, self.in_flight);
-        let ahead = used.wrapping_sub(next);
-        if ahead == 0 {
-            return Ok(None);
+        if self.seen_used == next {
+            let used = self.cells.used_idx.load(Ordering::Acquire);
+            if used == next {
+                return Ok(None);
+            }
+            if used.wrapping_sub(next) > in_flight {
+                return Err(RingError::UsedIndex { used, next, in_flight });
+            }
+            self.seen_used = used;
         }
-        if ahead > in_flight {
-            return Err(RingError::UsedIndex { used, next, in_flight });
-        }
+        let ahead = self.seen_used.wrapping_sub(next);
         let (id, written) = self.next_done(ahead)?;
         let unknown = RingError::UsedHead { id };
         let head = u16::try_from(id).map_err(|_| unknown)?;
