@@ -48,11 +48,17 @@ pub struct Options {
     #[arg(long)]
     only: Option<String>,
     /// Length of one round
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 0.5)]
     seconds: f64,
-    /// Rounds of each
-    #[arg(long, default_value_t = 5)]
-    rounds: u32,
+    /// Rounds of each; 9 beside disks' peers, 5 otherwise
+    #[arg(long)]
+    rounds: Option<u32>,
+}
+
+impl Options {
+    fn rounds_or(&self, usual: u32) -> u32 {
+        self.rounds.unwrap_or(usual)
+    }
 }
 
 /// The programs to measure.
@@ -255,7 +261,7 @@ fn compare(
     command.args(["--driver", if row.sleeps { "sleep" } else { "poll" }]);
     command.args(row.how);
     command.args(["--seconds", &options.seconds.to_string()]);
-    command.args(["--rounds", &options.rounds.to_string()]);
+    command.args(["--rounds", &options.rounds_or(9).to_string()]);
     Ok(serde_json::from_str(&process::output(&mut command)?)?)
 }
 

@@ -70,7 +70,7 @@ pub(super) fn run(options: &Options) -> Result<()> {
     for work in WORK {
         println!("bench: {}, {} bytes", work.name, work.bytes);
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for _ in 0..options.rounds {
+        for _ in 0..options.rounds_or(5) {
             ours.push(round(work, Side::Outboard, &programs)?);
             theirs.push(round(work, Side::Dpdk, &programs)?);
         }

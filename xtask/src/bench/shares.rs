@@ -40,7 +40,10 @@ pub(super) fn run(options: &Options) -> Result<()> {
         let ours = share(pinned(&outboard), dir.path(), "outboard", told, Some("fs"))?;
         let theirs = share(pinned(&virtiofsd), dir.path(), "virtiofsd", &[], None)?;
         let mut drive = Command::new("taskset");
-        drive.args(["-c", "0"]).arg(&driver).args(["--rounds", &(5 * options.rounds).to_string()]);
+        drive
+            .args(["-c", "0"])
+            .arg(&driver)
+            .args(["--rounds", &(5 * options.rounds_or(5)).to_string()]);
         let table = process::output(drive.args([&ours.socket, &theirs.socket]))?;
         println!("{table}");
         let _ = write!(said, "\n| {name}, per second | outboard | virtiofsd | ratio |\n{table}");

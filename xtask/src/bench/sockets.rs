@@ -35,7 +35,7 @@ pub(super) fn run(options: &Options) -> Result<()> {
     let ours = serve(command.arg("vsock").arg("--socket-path"), dir.path(), "ours", 3)?;
     let theirs = serve(Command::new(peer).arg("--socket"), dir.path(), "theirs", 4)?;
     let mut page = HEAD.to_owned();
-    let rounds = options.rounds;
+    let rounds = options.rounds_or(5);
     let _ = writeln!(page, "Measured on {}, {rounds} rounds.\n", super::machine()?);
     page += "| | outboard | vhost-device-vsock | ratio |\n|---|---|---|---|\n";
     let mut command = Command::new(driver);

@@ -30,6 +30,9 @@ pub enum Driving {
 const SPINS: u32 = 4096;
 /// A request that takes longer is counted as this long.
 const LONGEST_NS: u64 = 60_000_000_000;
+/// Most requests that are taken back, and put anew, at a time: while the device serves those the driver goes on, where
+/// otherwise each of the two would wait for the other one's whole batch.
+const SHOWN: u64 = 8;
 /// How long nothing may come back before the device counts as stuck.
 pub(super) const STUCK: Duration = Duration::from_secs(10);
 /// How long the call of a completion that lies there may take.
@@ -45,6 +48,8 @@ pub(super) struct Counts {
     /// Longest time in which nothing came back to a thread.
     pub(super) stall: Duration,
     pub(super) latency: Histogram<u64>,
+    /// Requests that came back after the same time, one after the other: not yet in `latency`.
+    same: (u64, u64),
 }
 
 impl Counts {
@@ -52,7 +57,21 @@ impl Counts {
         let latency = Histogram::new_with_bounds(1, LONGEST_NS, 3)
             .map_err(|error| BenchError::Load(error.to_string()))?;
         let (elapsed, stall) = (Duration::ZERO, Duration::ZERO);
-        Ok(Self { reads: 0, writes: 0, kicks: 0, elapsed, stall, latency })
+        Ok(Self { reads: 0, writes: 0, kicks: 0, elapsed, stall, latency, same: (0, 0) })
+    }
+
+    /// A request took this long. (What was submitted together mostly comes back together: that is recorded once.)
+    fn took(&mut self, nanoseconds: u64) {
+        if self.same.0 != nanoseconds {
+            self.record();
+            self.same.0 = nanoseconds;
+        }
+        self.same.1 += 1;
+    }
+
+    fn record(&mut self) {
+        let (nanoseconds, count) = std::mem::take(&mut self.same);
+        self.latency.saturating_record_n(nanoseconds, count);
     }
 
     pub(super) fn add(&mut self, other: &Self) {
@@ -134,8 +153,10 @@ impl Lane {
     }
 
     fn home(&self, home: usize) -> Result<&Buffer, Error> {
-        let data = self.homes.get(home).and_then(|data| data.buffer.as_ref());
-        data.ok_or(Error::State("the data buffers are gone"))
+        let Some(buffer) = self.homes.get(home).and_then(|data| data.buffer.as_ref()) else {
+            return Err(Error::State("the data buffers are gone"));
+        };
+        Ok(buffer)
     }
 }
 
@@ -208,6 +229,7 @@ pub(super) fn drive(
         lane.queue.kick()?;
     }
     let last = work.pump(lanes, start, end)?;
+    work.counts.record();
     lanes.iter_mut().flat_map(|lane| &mut lane.homes).for_each(|data| data.in_use = false);
     work.counts.kicks = kicks(lanes).wrapping_sub(before);
     work.counts.elapsed = last.saturating_duration_since(start);
@@ -251,7 +273,7 @@ impl Work<'_> {
         Ok(last)
     }
 
-    /// Takes `done` and everything else that came back with it, and puts new requests in their places.
+    /// Takes `done` and what else came back with it, and puts new requests in their places.
     fn batch(
         &mut self,
         lane: &mut Lane,
@@ -267,7 +289,7 @@ impl Work<'_> {
             if !over {
                 self.submit(lane, place, now)?;
             }
-            next = lane.queue.pop()?;
+            next = if count < SHOWN { lane.queue.pop()? } else { None };
         }
         self.live.count(count);
         Ok(())
@@ -310,7 +332,7 @@ impl Work<'_> {
             let operation = operation(choice.write, sector, &[]).name();
             return Err(Error::Request { operation, sector, status: done.status }.into());
         }
-        self.counts.latency.saturating_record(now.saturating_sub(began));
+        self.counts.took(now.saturating_sub(began));
         if choice.write {
             self.counts.writes += 1;
         } else {
