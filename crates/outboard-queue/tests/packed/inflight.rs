@@ -241,6 +241,17 @@ fn a77_nonsense_in_a_region_is_refused_by_name() {
 }
 
 /// A76: the ring must fit, and be of the area's layout.
+/// Nothing is in flight, and the free entries do not lead on: they cannot hold a chain of two.
+#[test]
+fn a77_a_chain_that_cannot_be_noted_is_not_taken_and_not_in_flight() {
+    let region = Region::left((7, 7), (0, 0), &[]);
+    let (view, layout) = ring(2);
+    put(&view, 0, AVAIL | NEXT);
+    let mut device = device_on(&region, (view, layout)).unwrap();
+    assert_eq!(device.pop().unwrap_err(), inflight("free head", 8));
+    assert_eq!((device.in_flight(), device.is_idle(), region.in_flight().len()), (0, true, 0));
+}
+
 #[test]
 fn a76_a_ring_larger_than_its_area_or_of_another_layout_is_refused() {
     let region = Region::new();
