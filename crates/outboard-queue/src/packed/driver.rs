@@ -99,7 +99,10 @@ impl PackedDriver {
         writable: &[(u64, u32)],
         token: u64,
     ) -> Result<u16, QueueFull> {
-        let needed = (readable.len() + writable.len()).max(1);
+        if readable.is_empty() && writable.is_empty() {
+            return self.add(&[(0, 0)], &[], token);
+        }
+        let needed = readable.len() + writable.len();
         let full = QueueFull { needed, free: usize::from(self.free) };
         let count = u16::try_from(needed).ok().filter(|&count| count <= self.free).ok_or(full)?;
         let id = self.take_id(count, token).ok_or(full)?;
@@ -107,12 +110,26 @@ impl PackedDriver {
             offered.push(id, writable);
         }
         let mut left = count;
-        for (addr, len, write) in crate::split::driver::buffers(readable, writable) {
-            left -= 1;
-            let more = if left > 0 { Descriptor::NEXT } else { 0 };
-            self.write(PackedBody { addr, len, id }, write | more).ok_or(full)?;
-        }
+        self.describe(readable, 0, id, &mut left).ok_or(full)?;
+        self.describe(writable, Descriptor::WRITE, id, &mut left).ok_or(full)?;
         Ok(id)
+    }
+
+    /// Puts buffers into the next descriptors, as a part of a chain of which `left` are still to come.
+    #[inline(always)]
+    fn describe(
+        &mut self,
+        buffers: &[(u64, u32)],
+        write: u16,
+        id: u16,
+        left: &mut u16,
+    ) -> Option<()> {
+        for &(addr, len) in buffers {
+            *left -= 1;
+            let flags = if *left > 0 { write | Descriptor::NEXT } else { write };
+            self.write(PackedBody { addr, len, id }, flags)?;
+        }
+        Some(())
     }
 
     pub(crate) fn add_indirect(
@@ -158,6 +175,7 @@ impl PackedDriver {
     }
 
     /// Writes the next descriptor. The first of a batch gets its flags at last.
+    #[inline(always)]
     fn write(&mut self, body: PackedBody, flags: u16) -> Option<()> {
         let at = self.next_avail.at;
         let flags = flags | if self.next_avail.wrap { AVAIL } else { USED };
