@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use crate::Failure;
 use crate::report::{Table, say};
+use crate::serve;
 use crate::serve::order::{LONGEST, Listed, Order, Reply};
 
 /// The longest wait for an answer: a device that is removed finishes first.
@@ -29,8 +30,8 @@ Examples:
   outboard ctl /run/outboard.ctl add more.toml         serve the devices of another file too
   outboard ctl /run/outboard.ctl remove root           what its guest has asked for is finished first
   truncate -s 20G root.img && outboard ctl /run/outboard.ctl resize root
+  outboard-new ctl /run/outboard.ctl take-over vm7.toml     a live upgrade of all devices
 
-A new version takes all devices over with outboard-new serve FILE --take-over /run/outboard.ctl.
 Programs send one line of JSON and read one: {\"order\":\"list\"}, {\"order\":\"remove\",\"device\":\"root\"} …
 Exit code: 0 done, 1 refused, 2 the command line was wrong or nobody takes orders there.";
 
@@ -45,11 +46,25 @@ pub(crate) struct Args {
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
-    order: Wanted,
+    wanted: Wanted,
 }
 
 #[derive(clap::Subcommand)]
 enum Wanted {
+    #[command(flatten)]
+    Order(Asked),
+    /// Take the place of the program that takes orders there, with this one, which stays: the same as
+    /// outboard serve FILE --take-over CONTROL.
+    TakeOver {
+        /// A file as for outboard serve.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+}
+
+/// What the running program does, and answers.
+#[derive(clap::Subcommand)]
+enum Asked {
     /// All devices: is a front-end there, how much was done?
     List,
     /// What devices show of themselves: front-end, memory, rings, counters.
@@ -80,7 +95,12 @@ enum Wanted {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    let order = args.order.order()?;
+    let order = match &args.wanted {
+        Wanted::Order(asked) => asked.order()?,
+        Wanted::TakeOver { file } => {
+            return serve::run(&serve::Args::successor(file.clone(), args.control.clone()));
+        }
+    };
     let (reply, _) = Line::open(&args.control)?.ask(&order)?;
     if args.json {
         say(serde_json::to_string_pretty(&reply).map_err(Failure::failed)?);
@@ -94,7 +114,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-impl Wanted {
+impl Asked {
     fn order(&self) -> Result<Order, Failure> {
         Ok(match self {
             Self::List => Order::List,

@@ -238,8 +238,13 @@ fn taken_over_under_load(devices: &str) {
     let mut data = open(at, "d");
     data.write(8, &[5; 4096]).expect("written");
     let _last = under_load(at, |live| {
-        for _ in 0..3 {
-            let mut next = serving(at, &["vm.toml", "--take-over", "c"]);
+        let ways: [&[_]; 3] = [
+            &["serve", "vm.toml", "--take-over", "c"],
+            &["ctl", "c", "take-over", "vm.toml"],
+            &["serve", "vm.toml", "--take-over", "c"],
+        ];
+        for way in ways {
+            let mut next = Program::run(outboard(at).args(way), at);
             next.says("the old program has ended").expect("everything was taken over");
             assert_eq!(program.ends(), Some(0));
             live.progress(32).expect("the load goes on");

@@ -81,6 +81,13 @@ pub(crate) struct Args {
     take_over: Option<PathBuf>,
 }
 
+impl Args {
+    /// Of a program that takes the place of the one that takes orders on `control`.
+    pub(crate) fn successor(file: PathBuf, control: PathBuf) -> Self {
+        Self { file, check: false, take_over: Some(control) }
+    }
+}
+
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let plan = read(&args.file)?;
