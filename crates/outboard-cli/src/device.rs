@@ -23,6 +23,7 @@ use outboard::{
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tracing::info;
 
+use crate::serve::lan::Plugged;
 use crate::{Failure, service};
 
 /// What the common options have to know of a kind of device.
@@ -164,12 +165,22 @@ pub(crate) struct Among<'a> {
     pub(crate) gate: Option<OwnedFd>,
     /// The threads that serve it beside others; none: it has its own.
     pub(crate) shared: Vec<SharedThread>,
+    /// A card's place in a switch.
+    pub(crate) port: Option<Plugged>,
 }
 
 impl Origin<'_> {
     /// Whether the device takes the place of one that runs elsewhere.
     pub(crate) fn takes_over(&self) -> bool {
         matches!(self, Self::Among(Among { gate: Some(_), .. }))
+    }
+
+    /// The card's place in a switch, if it has one; once.
+    pub(crate) fn take_port(&mut self) -> Option<Plugged> {
+        match self {
+            Self::Alone => None,
+            Self::Among(among) => among.port.take(),
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use outboard_devices::net::{MOST_PAIRS, Net, NetOptions, Stream, Wire, feature};
 
 use crate::Failure;
 use crate::device::{self, DeviceArgs, Kind, Made, Origin, Prepared};
+use crate::serve::lan::Plugged;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -31,6 +32,7 @@ cloud-hypervisor:
 On an interface the guest leaves checksums and the cutting of large packets to the host, both ways (CSUM, TSO, USO).
 A stream speaks as QEMU's -netdev stream: each packet follows its length, four bytes, big endian. When the
 peer leaves the link is down; with --stream-listen the next peer brings it up again.
+Cards of several guests that are connected to each other: outboard switch, or [[switch]] in a file of outboard serve.
 SIGTERM and SIGINT end the device and remove its sockets.";
 
 /// Give a guest a network card.
@@ -100,21 +102,31 @@ impl Kind for Card {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    device::run(&args.device, || args.net.make())
+    device::run(&args.device, || args.net.make(None))
 }
 
 /// One of many devices.
-pub(crate) fn prepare(args: &Args, origin: Origin<'_>) -> Result<Prepared, Failure> {
-    device::prepare(&args.device, origin, || args.net.make())
+pub(crate) fn prepare(args: &Args, mut origin: Origin<'_>) -> Result<Prepared, Failure> {
+    let port = origin.take_port();
+    device::prepare(&args.device, origin, || args.net.make(port))
 }
 
 impl NetArgs {
-    fn make(&self) -> Result<Made<Net>, Failure> {
-        let (wire, link) = self.wire()?;
+    fn make(&self, port: Option<Plugged>) -> Result<Made<Net>, Failure> {
+        let most = port.as_ref().map(|plugged| plugged.mtu);
+        if let Some((mtu, most)) = self.mtu.zip(most).filter(|(mtu, most)| mtu > most) {
+            return Err(Failure::Usage(format!("MTU {mtu}: the switch takes {most} at most")));
+        }
+        let (wire, link) = match port {
+            Some(Plugged { port, switch, .. }) => {
+                (Wire::Port(port), format!("the switch {switch}"))
+            }
+            None => self.wire()?,
+        };
         let described = format!("a network card on {link}");
         let options = NetOptions {
             mac: self.mac,
-            mtu: self.mtu,
+            mtu: self.mtu.or(most),
             pcap: self.pcap.clone(),
             queue_size: self.queue_size,
             threads: self.threads,

@@ -6,7 +6,7 @@
 use std::num::NonZero;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use std::{io, thread};
@@ -15,7 +15,7 @@ use outboard::memory::Tap;
 use outboard::{
     Error, HandlerOptions, Server, SharedOptions, SharedThread, WorkerDevice, WorkerOptions,
 };
-use outboard_devices::net::{Net, NetOptions, Switch, Uplink, Wire};
+use outboard_devices::net::{MOST_PORTS, Net, NetOptions, Stream, Switch, Uplink, Wire};
 use tracing::info;
 
 use crate::Failure;
@@ -27,6 +27,7 @@ Examples:
   outboard switch --port /run/a.sock --port /run/b.sock --tap up0   and the host, on an interface that is made
                                                                     if it is not there. Then: ip link set up0 up
 
+As a part of a program with other devices, with ports that come and go: [[switch]] in a file of outboard serve.
 Each port is a network card as that of `outboard net`, without offloads; see there for the guests' side.
 Packets go from one guest's memory to the other's without a system call for each. A guest that takes nothing
 holds up those who send to it for --patience, and is then passed over until it takes something.
@@ -41,15 +42,8 @@ pub(crate) struct Args {
     /// Make a port: a card for the front-end that connects to this path (repeatable).
     #[arg(long, value_name = "PATH", required = true)]
     port: Vec<PathBuf>,
-    /// Connect this TAP interface of the host to one more port.
-    #[arg(long, value_name = "NAME")]
-    tap: Option<String>,
-    /// The largest packet, without its header, that the switch takes; guests are told.
-    #[arg(long, value_name = "BYTES", default_value_t = 1500, value_parser = clap::value_parser!(u16).range(68..))]
-    mtu: u16,
-    /// How long those who send to a guest wait while it takes nothing.
-    #[arg(long, value_name = "MILLISECONDS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=60_000))]
-    patience: u64,
+    #[command(flatten)]
+    switch: SwitchArgs,
     #[command(flatten, next_help_heading = "Threads")]
     threads: ThreadArgs,
     /// Threads that serve the ports, in turn; by default one for each processor but one, or for each of --pin,
@@ -58,12 +52,68 @@ pub(crate) struct Args {
     workers: Option<u16>,
 }
 
+/// What a switch is: `outboard switch`, and a `[[switch]]` of `outboard serve`.
+#[derive(clap::Args)]
+pub(crate) struct SwitchArgs {
+    /// Connect this TAP interface of the host to one more port (repeatable).
+    #[arg(long, value_name = "NAME")]
+    tap: Vec<String>,
+    /// Connect who listens on this path to one more port: passt, or QEMU's stream with server=on (repeatable).
+    #[arg(long, value_name = "PATH")]
+    stream: Vec<PathBuf>,
+    /// Connect who connects to this path, one at a time, to one more port (repeatable).
+    #[arg(long, value_name = "PATH")]
+    stream_listen: Vec<PathBuf>,
+    /// The largest packet, without its header, that the switch takes; guests are told.
+    #[arg(long, value_name = "BYTES", default_value_t = 1500, value_parser = clap::value_parser!(u16).range(68..))]
+    pub(crate) mtu: u16,
+    /// How long those who send to a guest wait while it takes nothing.
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    patience: u64,
+}
+
+impl SwitchArgs {
+    /// The switch, without its uplinks.
+    ///
+    /// # Errors
+    /// It has more uplinks than places.
+    pub(crate) fn make(&self) -> Result<Switch, String> {
+        let uplinks = self.tap.len() + self.stream.len() + self.stream_listen.len();
+        if uplinks >= MOST_PORTS {
+            return Err(format!("{uplinks} uplinks: a switch has {MOST_PORTS} ports"));
+        }
+        let patience = Duration::from_millis(self.patience);
+        Switch::with_patience(MOST_PORTS, self.mtu, patience).map_err(|error| error.to_string())
+    }
+
+    /// Connects what it is to be connected to.
+    ///
+    /// # Errors
+    /// Which link cannot be made, and why.
+    pub(crate) fn connect(&self, switch: &Switch) -> Result<Vec<Uplink>, String> {
+        let tap = |name: &String| {
+            let tap = Tap::open(name, false).map(Arc::new);
+            tap.map(|tap| Wire::Tap(vec![tap])).map_err(|why| format!("interface {name}: {why}"))
+        };
+        let connected = |path: &PathBuf| Ok(Wire::Stream(Stream::Connect(path.clone())));
+        let listened = |path: &PathBuf| Ok(Wire::Stream(Stream::Listen(path.clone())));
+        let (taps, streams) = (self.tap.iter().map(tap), self.stream.iter().map(connected));
+        let wires = taps.chain(streams).chain(self.stream_listen.iter().map(listened));
+        let uplink = |(number, wire): (usize, Result<Wire, String>)| {
+            let port = switch.plug(&format!("uplink:{}", number + 1));
+            let wire = wire?;
+            port.and_then(|port| Uplink::new(port, &wire)).map_err(|error| error.to_string())
+        };
+        wires.enumerate().map(uplink).collect()
+    }
+}
+
 /// A card and the socket of its front-end.
 type Served = (Server, WorkerDevice<Net>);
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    let (ports, uplink) = args.make()?;
+    let (ports, uplinks) = args.make()?;
     let (theirs, ours) = UnixStream::pair().map_err(Failure::failed)?;
     let stops: Vec<_> = ports.iter().map(|(server, _)| server.stop_handle()).collect();
     let theirs = Arc::new(theirs);
@@ -90,7 +140,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         let ended = port.join().unwrap_or_else(|_| Err(Error::refused("a port has died")));
         result = result.and(ended.map_err(Failure::failed));
     }
-    drop(uplink);
+    drop(uplinks);
     result
 }
 
@@ -114,32 +164,30 @@ impl Args {
         (0..count.min(self.port.len())).map(worker).collect()
     }
 
-    fn make(&self) -> Result<(Vec<Served>, Option<Uplink>), Failure> {
-        let count = self.port.len() + usize::from(self.tap.is_some());
-        let switch = Switch::with_patience(count, self.mtu, Duration::from_millis(self.patience))
-            .map_err(Failure::usage)?;
-        let mut places = switch.ports();
-        let uplink = self.tap.as_deref().zip(places.pop_if(|_| self.tap.is_some()));
-        let uplink = uplink.map(|(name, place)| {
-            let failed = |error: io::Error| Failure::Usage(format!("interface {name}: {error}"));
-            let tap = Tap::open(name, false).map_err(failed)?;
-            Uplink::new(place, Arc::new(tap)).map_err(Failure::usage)
-        });
-        let uplink = uplink.transpose()?;
+    fn make(&self) -> Result<(Vec<Served>, Vec<Uplink>), Failure> {
+        let switch = self.switch.make().map_err(Failure::Usage)?;
+        let uplinks = self.switch.connect(&switch).map_err(Failure::Usage)?;
         let workers = self.workers()?;
-        let cards = places.into_iter().zip(workers.iter().cycle()).map(|(place, worker)| {
-            let mut options = NetOptions::new(Wire::Port(place));
-            options.mtu = Some(self.mtu);
+        let card = |(path, worker): (&PathBuf, &SharedThread)| {
+            let port = switch.plug(&name_of(path)).map_err(Failure::usage)?;
+            let mut options = NetOptions::new(Wire::Port(port));
+            options.mtu = Some(self.switch.mtu);
             let card = Net::new(&options).map_err(Failure::usage)?;
             let shared = vec![worker.clone()];
             let threads = WorkerOptions { shared, ..WorkerOptions::default() };
             WorkerDevice::with_options(card, threads).map_err(Failure::usage)
-        });
+        };
+        let cards = self.port.iter().zip(workers.iter().cycle()).map(card);
         let cards = cards.collect::<Result<Vec<_>, _>>()?;
         let ports = self.port.iter().zip(cards).map(|(path, card)| {
             let server = Server::listen(path).map_err(Failure::usage)?;
             Ok((server.with_options(HandlerOptions::default()), card))
         });
-        Ok((ports.collect::<Result<_, Failure>>()?, uplink))
+        Ok((ports.collect::<Result<_, Failure>>()?, uplinks))
     }
+}
+
+/// What a port is called whose front-end connects there.
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }

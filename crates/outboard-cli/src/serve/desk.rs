@@ -21,7 +21,7 @@ use tracing::{info, warn};
 use super::bell::Ear;
 use super::fleet::Fleet;
 use super::order::{LONGEST, Order, Reply};
-use super::plan::Plan;
+use super::plan::{Known, Plan};
 
 /// How long somebody may take for an order, or to take the answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -181,8 +181,10 @@ fn carry_out(order: Order, fleet: &Arc<Fleet>) -> Result<(Reply, Option<OwnedFd>
 
 /// Serves what a text asks for: all of its devices or none.
 fn add(text: &str, fleet: &Arc<Fleet>) -> Result<String, String> {
-    let known = |worker: &str| fleet.worker(worker).is_some();
-    let plan = Plan::parse(text, &known).map_err(|why| format!("line {why}"))?;
+    let worker = |name: &str| fleet.worker(name).is_some();
+    let switch = |name: &str| fleet.switch(name).is_some();
+    let known = Known { worker: &worker, switch: &switch };
+    let mut plan = Plan::parse(text, known).map_err(|why| format!("line {why}"))?;
     if plan.control.is_some() {
         return Err("the control socket stays where it is".to_owned());
     }
@@ -191,13 +193,21 @@ fn add(text: &str, fleet: &Arc<Fleet>) -> Result<String, String> {
     }
     let placed = |line, why| format!("line {line}: {why}");
     let workers = plan.start_workers().map_err(|(line, why)| placed(line, why))?;
+    let switches = plan.make_switches().map_err(|(line, why)| placed(line, why))?;
+    switches.iter().try_for_each(|lan| lan.connect()).map_err(|(line, why)| placed(line, why))?;
     let mut ready = Vec::new();
     for entry in plan.devices {
         let worker = |name: &str| workers.get(name).cloned().or_else(|| fleet.worker(name));
-        let prepared = entry.prepare(None, &worker).map_err(|why| placed(entry.line, why))?;
+        let switch = |name: &str| {
+            let new = switches.iter().find(|lan| lan.name == name);
+            new.map(Arc::clone).or_else(|| fleet.switch(name))
+        };
+        let prepared =
+            entry.prepare(None, &worker, &switch).map_err(|why| placed(entry.line, why))?;
         ready.push((entry, prepared));
     }
     workers.into_iter().for_each(|(name, worker)| fleet.employ(name, worker));
+    switches.into_iter().for_each(|switch| fleet.lay(switch));
     let mut names = Vec::new();
     for (entry, prepared) in ready {
         fleet.add(&entry.name, &entry.kind, prepared)?;

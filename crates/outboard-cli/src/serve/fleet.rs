@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use tracing::{error, info};
 
 use super::bell::Bell;
+use super::lan::Lan;
 use super::order::Listed;
 use crate::device::{Prepared, Resize};
 use crate::service;
@@ -35,6 +36,8 @@ pub(crate) struct Fleet {
     devices: Mutex<BTreeMap<String, Running>>,
     /// Threads that devices share.
     workers: Mutex<BTreeMap<String, SharedThread>>,
+    /// What cards are connected to.
+    switches: Mutex<Vec<Arc<Lan>>>,
     /// Rung when the last device has left by itself.
     empty: Bell,
     failed: AtomicBool,
@@ -43,8 +46,8 @@ pub(crate) struct Fleet {
 impl Fleet {
     /// Nothing runs yet; `empty` is rung when nothing is left.
     pub(crate) fn new(empty: Bell) -> Arc<Self> {
-        let (devices, workers) = (Mutex::default(), Mutex::default());
-        Arc::new(Self { devices, workers, empty, failed: AtomicBool::new(false) })
+        let (devices, workers, switches) = Default::default();
+        Arc::new(Self { devices, workers, switches, empty, failed: AtomicBool::new(false) })
     }
 
     /// Whether a device has ended with an error.
@@ -60,6 +63,21 @@ impl Fleet {
     /// The thread of this name.
     pub(crate) fn worker(&self, name: &str) -> Option<SharedThread> {
         self.workers().get(name).cloned()
+    }
+
+    /// Has a switch for cards that name it.
+    pub(crate) fn lay(&self, switch: Arc<Lan>) {
+        self.switches.lock().unwrap_or_else(PoisonError::into_inner).push(switch);
+    }
+
+    /// The switch of this name.
+    pub(crate) fn switch(&self, name: &str) -> Option<Arc<Lan>> {
+        self.switches().into_iter().find(|switch| switch.name == name)
+    }
+
+    /// All switches.
+    pub(crate) fn switches(&self) -> Vec<Arc<Lan>> {
+        self.switches.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn workers(&self) -> MutexGuard<'_, BTreeMap<String, SharedThread>> {
@@ -203,7 +221,7 @@ impl Fleet {
         self.lock().iter().map(shown).collect()
     }
 
-    /// What one device, or `worker/NAME`, shows of itself, or all of them, as trees.
+    /// What one device, `worker/NAME` or `switch/NAME` shows of itself, or all of them, as trees.
     ///
     /// # Errors
     /// There is none of that name.
@@ -214,6 +232,9 @@ impl Fleet {
         let workers = self.workers();
         let workers = workers.iter().map(|(own, worker)| (format!("worker/{own}"), worker));
         shown.extend(workers.map(|(own, worker)| (own, worker.inspect().clone())));
+        let switches = self.switches();
+        let switches = switches.iter().map(|lan| (format!("switch/{}", lan.name), lan));
+        shown.extend(switches.map(|(own, lan)| (own, lan.switch.inspect().clone())));
         if let Some(name) = name {
             shown.retain(|own, _| own == name);
             if shown.is_empty() {

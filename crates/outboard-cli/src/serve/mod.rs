@@ -11,6 +11,7 @@
 mod bell;
 mod desk;
 mod fleet;
+pub(crate) mod lan;
 pub(crate) mod order;
 mod plan;
 mod worker;
@@ -28,8 +29,9 @@ use crate::{Failure, service};
 use bell::{Ear, bell};
 use desk::Desk;
 use fleet::Fleet;
+use lan::Lan;
 use order::{Order, Reply};
-use plan::{Entry, Plan};
+use plan::{Entry, Known, Plan};
 
 const EXAMPLES: &str = "\
 A file:
@@ -51,6 +53,16 @@ A file:
   type = \"rng\"
   worker = \"first\"                    # or several, for several queues: [\"first\", \"second\"]
   socket-path = \"/run/rng.sock\"
+
+  [[switch]]                          # connects network cards to each other, without a system call for a packet
+  name = \"lan\"
+  tap = \"up0\"                         # and to the host; also stream, stream-listen, mtu, patience
+
+  [[device]]
+  type = \"net\"
+  switch = \"lan\"                      # a port of the switch, in the place of tap and stream
+  worker = \"first\"                    # ports on one thread hand packets to each other without waking anybody
+  socket-path = \"/run/net.sock\"
 
 Examples:
   outboard serve vm7.toml --check              is the file in order?
@@ -90,7 +102,7 @@ impl Args {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    let plan = read(&args.file)?;
+    let mut plan = read(&args.file)?;
     if args.check {
         let count = plan.devices.len();
         println!("{}: {count} devices, in order", args.file.display());
@@ -103,10 +115,16 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let old = args.take_over.as_deref().map(|path| Predecessor::of(path, &plan)).transpose()?;
     let place = |(line, why)| Failure::Usage(format!("{}:{line}: {why}", args.file.display()));
     let workers = plan.start_workers().map_err(place)?;
+    let switches = plan.make_switches().map_err(place)?;
+    for switch in switches.iter().filter(|_| old.is_none()) {
+        switch.connect().map_err(place)?;
+    }
     let mut ready = Vec::new();
     for entry in plan.devices {
         let gate = old.as_ref().map_or(Ok(None), |old| old.gate(&entry.name))?;
-        let prepared = entry.prepare(gate, &|name| workers.get(name).cloned());
+        let prepared = entry.prepare(gate, &|name| workers.get(name).cloned(), &|name| {
+            switches.iter().find(|lan| lan.name == name).map(Arc::clone)
+        });
         ready.push((prepared.map_err(|why| place((entry.line, why)))?, entry));
     }
     // The old program's, when it has ended; otherwise before anything is served.
@@ -118,6 +136,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     stop_on_signals(|| bell.descriptor()).map_err(Failure::failed)?;
     let fleet = Fleet::new(bell);
     workers.into_iter().for_each(|(name, worker)| fleet.employ(name, worker));
+    switches.into_iter().for_each(|switch| fleet.lay(switch));
     for (prepared, entry) in ready {
         fleet.add(&entry.name, &entry.kind, prepared).map_err(Failure::Failed)?;
     }
@@ -134,7 +153,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 fn read(file: &Path) -> Result<Plan, Failure> {
     let failed = |why: String| Failure::Usage(format!("{}: {why}", file.display()));
     let text = std::fs::read_to_string(file).map_err(|error| failed(error.to_string()))?;
-    Plan::parse(&text, &|_| false)
+    Plan::parse(&text, Known::NOTHING)
         .map_err(|why| Failure::Usage(format!("{}:{why}", file.display())))
 }
 
@@ -151,6 +170,10 @@ fn attend(
             return Ok(());
         }
         info!("the old program has ended");
+        // It had their interfaces and sockets.
+        for (_, why) in fleet.switches().iter().filter_map(|lan| lan.connect().err()) {
+            warn!("a switch is not connected to the host: {why}");
+        }
         if let Some(path) = control {
             match Desk::listen(path) {
                 Ok(listening) => desk = Some(listening),
@@ -167,7 +190,8 @@ fn attend(
 }
 
 impl Entry {
-    /// Builds the device, with `gate` in the place of one that runs elsewhere; `worker` has threads by their names.
+    /// Builds the device, with `gate` in the place of one that runs elsewhere; `worker` has threads by their names,
+    /// `switch` has switches.
     ///
     /// # Errors
     /// Why it cannot be built, in words.
@@ -175,9 +199,12 @@ impl Entry {
         &self,
         gate: Option<OwnedFd>,
         worker: &dyn Fn(&str) -> Option<SharedThread>,
+        switch: &dyn Fn(&str) -> Option<Arc<Lan>>,
     ) -> Result<Prepared, String> {
         let shared = self.workers.iter().filter_map(|name| worker(name)).collect();
-        let among = Among { name: &self.name, gate, shared };
+        let lan = self.switch.as_deref().and_then(switch);
+        let port = lan.map(|lan| lan.plug(&self.name)).transpose()?;
+        let among = Among { name: &self.name, gate, shared, port };
         let prepared = self.command.device(Origin::Among(among));
         let prepared = prepared.ok_or_else(|| format!("{} is no device", self.kind))?;
         prepared.map_err(|failure| match failure {

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::error::{ContextKind, ContextValue};
 use clap::{Arg, ArgAction, CommandFactory, Parser};
@@ -16,6 +17,7 @@ use outboard::SharedThread;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::lan::{self, Lan, SwitchEntry};
 use super::worker::{self, WorkerEntry};
 use crate::{Cli, Command, one_line};
 
@@ -24,6 +26,7 @@ pub(crate) struct Plan {
     /// Where orders are taken.
     pub(crate) control: Option<PathBuf>,
     pub(crate) workers: Vec<WorkerEntry>,
+    pub(crate) switches: Vec<SwitchEntry>,
     pub(crate) devices: Vec<Entry>,
 }
 
@@ -34,6 +37,8 @@ pub(crate) struct Entry {
     pub(crate) kind: String,
     /// The shared threads that serve it; none: its own.
     pub(crate) workers: Vec<String>,
+    /// The switch that its card is on.
+    pub(crate) switch: Option<String>,
     pub(crate) command: Command,
     /// Where it begins, for what is found out later.
     pub(crate) line: usize,
@@ -42,13 +47,24 @@ pub(crate) struct Entry {
 /// What is wrong, and with which bytes of the text.
 pub(super) struct Wrong(pub(super) Range<usize>, pub(super) String);
 
-/// Whether there is a worker of a name already.
-type Known<'a> = &'a dyn Fn(&str) -> bool;
+/// What there is already beside a file.
+#[derive(Clone, Copy)]
+pub(crate) struct Known<'a> {
+    /// Whether there is a worker of a name.
+    pub(crate) worker: &'a dyn Fn(&str) -> bool,
+    /// Whether there is a switch of a name.
+    pub(crate) switch: &'a dyn Fn(&str) -> bool,
+}
+
+impl Known<'_> {
+    /// Nothing at all.
+    pub(crate) const NOTHING: Known<'static> = Known { worker: &|_| false, switch: &|_| false };
+}
 
 pub(super) type Field<'t> = (&'t str, &'t Spanned<DeValue<'t>>, Range<usize>);
 
 impl Plan {
-    /// Reads a file's text; there may be workers beside those of the file.
+    /// Reads a file's text; there may be workers and switches beside those of the file.
     ///
     /// # Errors
     /// `LINE: what is wrong there`.
@@ -61,7 +77,8 @@ impl Plan {
     fn read(text: &str, known: Known<'_>) -> Result<Self, Wrong> {
         let parsed = DeTable::parse(text)
             .map_err(|error| Wrong(error.span().unwrap_or(0..0), error.message().to_owned()))?;
-        let mut plan = Self { control: None, workers: Vec::new(), devices: Vec::new() };
+        let (workers, switches, devices) = (Vec::new(), Vec::new(), Vec::new());
+        let mut plan = Self { control: None, workers, switches, devices };
         let mut devices = None;
         for (key, value, at) in fields(parsed.get_ref()) {
             match key {
@@ -69,21 +86,33 @@ impl Plan {
                 "worker" => {
                     for table in tables("worker", value)? {
                         let worker = WorkerEntry::read(text, table)?;
-                        if known(&worker.name) || plan.has_worker(&worker.name) {
+                        if (known.worker)(&worker.name) || plan.has_worker(&worker.name) {
                             let why = format!("there is another worker '{}'", worker.name);
                             return Err(Wrong(table.span(), why));
                         }
                         plan.workers.push(worker);
                     }
                 }
+                "switch" => {
+                    for table in tables("switch", value)? {
+                        let switch = SwitchEntry::read(text, table)?;
+                        if (known.switch)(&switch.name) || plan.has_switch(&switch.name) {
+                            let why = format!("there is another switch '{}'", switch.name);
+                            return Err(Wrong(table.span(), why));
+                        }
+                        plan.switches.push(switch);
+                    }
+                }
                 "device" => devices = Some(value),
                 other => {
-                    let why = format!("'{other}' is neither control nor [[worker]] nor [[device]]");
+                    let why = format!(
+                        "'{other}' is neither control nor [[worker]] nor [[switch]] nor [[device]]"
+                    );
                     return Err(Wrong(at, why));
                 }
             }
         }
-        // Their workers may be written behind them.
+        // Their workers and switches may be written behind them.
         for table in devices.map(|value| tables("device", value)).transpose()?.unwrap_or_default() {
             let entry = plan.entry(text, table, known)?;
             plan.devices.push(entry);
@@ -93,6 +122,19 @@ impl Plan {
 
     fn has_worker(&self, name: &str) -> bool {
         self.workers.iter().any(|worker| worker.name == name)
+    }
+
+    fn has_switch(&self, name: &str) -> bool {
+        self.switches.iter().any(|switch| switch.name == name)
+    }
+
+    /// Makes its switches, which are not connected to the host yet.
+    ///
+    /// # Errors
+    /// The line of one that cannot be made, and why.
+    pub(crate) fn make_switches(&mut self) -> Result<Vec<Arc<Lan>>, (usize, String)> {
+        let switches = self.switches.drain(..);
+        switches.map(|switch| switch.make().map(Arc::new)).collect()
     }
 
     /// Starts its workers; by their names.
@@ -120,20 +162,25 @@ impl Plan {
             return Err(Wrong(at, "a device is a table: [[device]]".to_owned()));
         };
         let (mut kind, mut name, mut options) = (None, None, Vec::new());
-        let mut workers = Vec::new();
+        let (mut workers, mut switch) = (Vec::new(), None);
         for field in fields(all) {
             match field.0 {
                 "type" => kind = Some((string("type", field.1)?, field.2)),
                 "name" => name = Some((string("name", field.1)?, field.2)),
                 "worker" => {
-                    workers = worker::names(field.1, &|name| self.has_worker(name) || known(name))?;
+                    let known = |name: &str| self.has_worker(name) || (known.worker)(name);
+                    workers = worker::names(field.1, &known)?;
                 }
+                "switch" => switch = Some(field),
                 _ => options.push(field),
             }
         }
         worker::no_threads_of_its_own(&workers, &options)?;
         let missing = || Wrong(at.clone(), "a device needs a type, as in type = \"block\"".into());
         let (kind, place) = kind.ok_or_else(missing)?;
+        let known = |name: &str| self.has_switch(name) || (known.switch)(name);
+        let switch = switch.map(|field| lan::of_card(&kind, &field, &options, &known));
+        let switch = switch.transpose()?;
         let (name, named) = name.unwrap_or_else(|| (self.free_name(&kind), at.clone()));
         if let Err(why) = check_name(&name) {
             return Err(Wrong(named, why));
@@ -142,7 +189,8 @@ impl Plan {
             return Err(Wrong(named, format!("there is another device of the name '{name}'")));
         }
         let command = command(&kind, place, &options, &at)?;
-        Ok(Entry { name, kind, workers, command, line: line_of(text, at.start) })
+        let line = line_of(text, at.start);
+        Ok(Entry { name, kind, workers, switch, command, line })
     }
 
     /// `block`, `block2`, `block3` …
@@ -172,7 +220,15 @@ fn tables<'t>(
     key: &str,
     value: &'t Spanned<DeValue<'t>>,
 ) -> Result<Vec<&'t Spanned<DeValue<'t>>>, Wrong> {
-    let wanted = || Wrong(value.span(), format!("{key}s are written as [[{key}]]"));
+    let wanted = || {
+        Wrong(
+            value.span(),
+            format!(
+                "{key}{} are written as [[{key}]]",
+                if key.ends_with('h') { "es" } else { "s" }
+            ),
+        )
+    };
     Ok(value.get_ref().as_array().ok_or_else(wanted)?.iter().collect())
 }
 
@@ -307,7 +363,8 @@ mod tests {
     use super::*;
 
     fn wrong(text: &str) -> String {
-        Plan::parse(text, &|name| name == "old").err().unwrap_or_else(|| panic!("sound:\n{text}"))
+        let known = Known { worker: &|name| name == "old", switch: &|name| name == "attic" };
+        Plan::parse(text, known).err().unwrap_or_else(|| panic!("sound:\n{text}"))
     }
 
     #[test]
@@ -318,7 +375,7 @@ mod tests {
              read-only = true\ndirect = false\nnum-queues = 0x10\nwithout = ['discard', 'mq']\n\
              [[device]]\ntype = 'rng'\nname = 'dice'\nsocket-path = 't'\n\
              [[device]]\ntype = 'block'\nsocket-path = 'u'\nblk-file = 'b'\n",
-            &|_| false,
+            Known::NOTHING,
         );
         let plan = plan.expect("sound");
         assert_eq!(plan.control.as_deref(), Some(std::path::Path::new("/run/c")));
@@ -361,6 +418,22 @@ mod tests {
             ("[[device]]\ntype='rng'\nworker='b'", "3: there is no worker 'b'"),
             ("[[device]]\ntype='rng'\nworker=[]", "3: worker wants the name of a [[worker]]"),
             ("[[device]]\ntype='rng'\nworker='old'\npin=1", "4: pin belongs into the [[worker]]"),
+            ("switch = 'a'", "1: switches are written as [[switch]]"),
+            ("[[switch]]\nmtu = 1", "1: a switch needs a name"),
+            ("[[switch]]\nname='a'\n[[switch]]\nname='a'", "3: there is another switch 'a'"),
+            ("[[switch]]\nname='attic'", "1: there is another switch 'attic'"),
+            ("[[switch]]\nname='a'\nmtu = 9", "3: invalid value '9' for '--mtu"),
+            (
+                "[[switch]]\nname='a'\nports = 1",
+                "3: a switch has no option 'ports': there are name, tap,",
+            ),
+            ("[[device]]\ntype='net'\nswitch='b'", "3: there is no switch 'b'"),
+            ("[[device]]\ntype='net'\nswitch=['attic']", "3: switch wants a string"),
+            ("[[device]]\ntype='rng'\nswitch='attic'", "3: rng has no switch"),
+            (
+                "[[device]]\ntype='net'\nswitch='attic'\ntap='t'",
+                "4: tap: the card is on the switch 'attic'",
+            ),
             ("[[device]]\ntype='rng'\nperiod = {a=1}", "3: period wants a string or a number"),
         ] {
             let why = wrong(text);

@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 
-use clap::{CommandFactory, Parser};
+use clap::{Arg, Parser};
 use outboard::SharedOptions;
 use toml::Spanned;
 use toml::de::DeValue;
@@ -31,30 +31,41 @@ struct Line {
 impl WorkerEntry {
     /// Reads a table.
     pub(super) fn read(text: &str, table: &Spanned<DeValue<'_>>) -> Result<Self, Wrong> {
-        let at = table.span();
-        let Some(all) = table.get_ref().as_table() else {
-            return Err(Wrong(at, "a worker is a table: [[worker]]".to_owned()));
-        };
-        let (named, options): (Vec<_>, Vec<_>) =
-            fields(all).into_iter().partition(|field| field.0 == "name");
-        let missing = || Wrong(at.clone(), "a worker needs a name".to_owned());
-        let (_, value, place) = named.first().ok_or_else(missing)?;
-        let name = string("name", value)?;
-        check_name(&name).map_err(|why| Wrong(place.clone(), why))?;
-        let known = Line::command();
-        let mut words: Vec<OsString> = vec!["worker".into()];
-        for (key, value, key_at) in &options {
-            let Some(option) = known.get_arguments().find(|one| one.get_long() == Some(key)) else {
-                let why = format!("a worker has no option '{key}': there are name, {}", OPTIONS);
-                return Err(Wrong(key_at.clone(), why));
-            };
-            let given = values(option, key, value)?.into_iter().flatten();
-            words.extend(given.map(|value| OsString::from(format!("--{key}={value}"))));
-        }
-        let line = Line::try_parse_from(words).map_err(|error| wrong(&error, &options, &at))?;
-        let options = SharedOptions::from(&line.threads);
-        Ok(Self { name, options, line: line_of(text, at.start) })
+        let (name, parsed): (_, Line) = named("worker", table)?;
+        let options = SharedOptions::from(&parsed.threads);
+        Ok(Self { name, options, line: line_of(text, table.span().start) })
     }
+}
+
+/// A table of this kind with a name, whose other keys are options.
+pub(super) fn named<L: Parser>(
+    kind: &'static str,
+    table: &Spanned<DeValue<'_>>,
+) -> Result<(String, L), Wrong> {
+    let at = table.span();
+    let Some(all) = table.get_ref().as_table() else {
+        return Err(Wrong(at, format!("a {kind} is a table: [[{kind}]]")));
+    };
+    let (given, options): (Vec<_>, Vec<_>) =
+        fields(all).into_iter().partition(|field| field.0 == "name");
+    let missing = || Wrong(at.clone(), format!("a {kind} needs a name"));
+    let (_, value, place) = given.first().ok_or_else(missing)?;
+    let name = string("name", value)?;
+    check_name(&name).map_err(|why| Wrong(place.clone(), why))?;
+    let known = L::command();
+    let mut words: Vec<OsString> = vec![kind.into()];
+    for (key, value, key_at) in &options {
+        let Some(option) = known.get_arguments().find(|one| one.get_long() == Some(key)) else {
+            let known: Vec<_> = known.get_arguments().filter_map(Arg::get_long).collect();
+            let why =
+                format!("a {kind} has no option '{key}': there are name, {}", known.join(", "));
+            return Err(Wrong(key_at.clone(), why));
+        };
+        let given = values(option, key, value)?.into_iter().flatten();
+        words.extend(given.map(|value| OsString::from(format!("--{key}={value}"))));
+    }
+    let parsed = L::try_parse_from(words).map_err(|error| wrong(&error, &options, &at))?;
+    Ok((name, parsed))
 }
 
 /// What a device with a shared worker cannot say for itself.

@@ -42,6 +42,8 @@ pub struct Counters {
     pub link_down: Counter,
     /// Packets that the link did not take.
     pub refused: Counter,
+    /// Packets that were on their way to the guest as the device ended.
+    pub stopped: Counter,
 }
 
 impl Counters {
@@ -56,6 +58,7 @@ impl Counters {
             ("malformed", &self.malformed),
             ("dropped-link-down", &self.link_down),
             ("dropped-refused", &self.refused),
+            ("dropped-stopped", &self.stopped),
         ] {
             inspect.show(name, counter);
         }

@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 use outboard::Error;
 
 use super::frame::Frame;
+use super::port::PortLink;
 use super::stream;
-use super::switch::PortLink;
 use super::tap::TapLink;
 use crate::watches::{Ask, Edge, Watches};
 
@@ -99,6 +99,15 @@ impl Link {
             Self::Stream(link) => link.send(frame.packet()),
             Self::Tap(link) => link.send(frame),
             Self::Port(link) => link.send(frame),
+        }
+    }
+
+    /// Packets that came and had no room in a frame, since the last time that it was asked.
+    pub(super) fn take_too_long(&mut self) -> u64 {
+        match self {
+            Self::Stream(link) => std::mem::take(&mut link.too_long),
+            Self::Tap(link) => std::mem::take(&mut link.too_long),
+            Self::Port(_) => 0,
         }
     }
 

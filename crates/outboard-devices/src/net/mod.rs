@@ -27,6 +27,7 @@ mod filter;
 mod frame;
 mod link;
 mod pcap;
+mod port;
 mod state;
 mod stream;
 mod switch;
@@ -49,10 +50,10 @@ pub use config::{CONFIG_SIZE, feature};
 pub use frame::MOST;
 use link::Link;
 use pcap::Capture;
+use port::PortLink;
 pub use state::STATE_VERSION;
 use state::State;
 pub use stream::Stream;
-use switch::PortLink;
 pub use switch::{MOST_PORTS, Port, Switch};
 use tap::TapLink;
 pub use uplink::Uplink;
@@ -130,6 +131,8 @@ pub struct Net {
     /// What the wire carries beside plain packets.
     offloads: u64,
     wire: String,
+    /// Its place in a switch.
+    port: Option<Port>,
     /// Its state came from another process: the network does not know yet that it is here.
     arrived: bool,
 }
@@ -166,7 +169,11 @@ impl Net {
         let threads = if options.threads == 0 { pairs } else { options.threads.min(pairs) };
         let card = Arc::new(Card::new(links, capture, own_mac, options.mtu.unwrap_or(0))?);
         let (mtu, queue_size, arrived) = (options.mtu, size, false);
-        Ok(Self { card, own_mac, mtu, queue_size, threads, offloads, wire, arrived })
+        let port = match &options.wire {
+            Wire::Port(port) => Some(port.clone()),
+            Wire::Stream(_) | Wire::Tap(_) => None,
+        };
+        Ok(Self { card, own_mac, mtu, queue_size, threads, offloads, wire, port, arrived })
     }
 
     /// What goes through each pair of queues, also while it runs.
@@ -233,6 +240,9 @@ impl Model for Net {
         let wire = inspect.branch("wire");
         wire.set("name", self.wire.as_str());
         wire.set("pairs", self.card.pairs() as u64);
+        if let Some(port) = &self.port {
+            port.show(&inspect.branch("switch"));
+        }
         for (number, counters) in self.card.counters.iter().enumerate() {
             counters.show(&inspect.branch("pairs").branch(number));
         }

@@ -94,6 +94,8 @@ pub(super) struct Link {
     writable: bool,
     input: Bytes,
     output: Bytes,
+    /// Packets that were longer than the frame that they were to come in.
+    pub(super) too_long: u64,
     /// Of its descriptors: the peer's, and one more is the listener's.
     token: u64,
 }
@@ -108,6 +110,7 @@ impl Link {
             input: Bytes::new(INPUT),
             // One packet more than is waited for.
             output: Bytes::new(OUTPUT + PREFIX + MOST),
+            too_long: 0,
             token: 0,
         };
         let failed =
@@ -199,10 +202,15 @@ impl Link {
                     self.hang_up("a frame that is longer than any packet");
                     return false;
                 }
-                if let (Some(packet), Some(room)) = (rest.get(..length), frame.plain(length)) {
-                    room.copy_from_slice(packet);
+                if let Some(packet) = rest.get(..length) {
+                    let room = frame.plain(length);
+                    let fits = room.map(|room| room.copy_from_slice(packet)).is_some();
                     self.input.drop_first(PREFIX + length);
-                    return true;
+                    if fits {
+                        return true;
+                    }
+                    self.too_long += 1;
+                    continue;
                 }
             }
             if !self.read_ahead() {

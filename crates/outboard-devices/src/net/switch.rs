@@ -7,33 +7,25 @@
 //! ```
 //! Packets change hands and are not copied in between: what B had as an empty frame goes to A for it. Invariants: no
 //! lock, no allocation and no system call for a packet (a port that sleeps is woken once); each port sends from frames
-//! of its own, so that inboxes have room for all that there is; a port that takes nothing holds a sender up for
-//! a moment and is then passed over until it takes something again.
+//! of its own, and looks for room before it puts one into an inbox; a port that takes nothing holds a sender up for
+//! a moment and is then passed over until it takes something again; a packet that is lost is counted under a name:
+//! what was sent, with copies in the place of what was flooded, is what was received and what was dropped. Ports come
+//! and go while packets move (what a port does: `port.rs`).
 
-use std::os::fd::AsFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crossbeam_queue::ArrayQueue;
-use outboard::Error;
+use outboard::{Counter, Error, Inspect};
 
 use super::frame::{ETHERNET, Frame, HEADER};
-use super::link::Sent;
 use crate::bell::Bell;
-use crate::timer::Timer;
-use crate::watches::{Ask, Edge, Watches};
 
 /// The most ports of a switch: who waits for whom is told in the bits of one number.
 pub const MOST_PORTS: usize = 64;
 /// Frames of each port.
 const FRAMES: usize = 512;
-/// Packets that wait at a port before those who send to it wait too.
-const CROWDED: usize = 384;
-/// Packets that a port gets which takes nothing, so that it can show that it does again.
-const TRICKLE: usize = 16;
-/// Empty frames at which a port that had none goes on.
-const FED: usize = 32;
 /// How long they wait for a port that takes nothing, if nobody says otherwise.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// Places of the table of addresses, a power of two; and those that are looked at for an address.
@@ -44,58 +36,127 @@ const AROUND: usize = 64;
 
 /// A packet, and whose frame it is in.
 #[derive(Debug)]
-struct Parcel {
-    frame: Frame,
-    home: usize,
+pub(super) struct Parcel {
+    pub(super) frame: Frame,
+    pub(super) home: usize,
 }
 
 /// What a port shares with the others.
 #[derive(Debug)]
-struct Shared {
-    inbox: ArrayQueue<Parcel>,
+pub(super) struct Shared {
+    pub(super) inbox: ArrayQueue<Parcel>,
     /// Empty frames of this port.
-    free: ArrayQueue<Frame>,
-    bell: Bell,
+    pub(super) free: ArrayQueue<Frame>,
+    pub(super) bell: Bell,
     /// Nobody looks into the inbox before the bell rings.
-    asleep: AtomicBool,
+    pub(super) asleep: AtomicBool,
     /// Packets can be received.
-    runs: AtomicBool,
+    pub(super) runs: AtomicBool,
     /// Packets taken out of the inbox.
-    taken: AtomicU64,
+    pub(super) taken: AtomicU64,
     /// Ports that wait for room in it.
-    waiting: AtomicU64,
+    pub(super) waiting: AtomicU64,
     /// This port waits for frames of its own.
-    hungry: AtomicBool,
+    pub(super) hungry: AtomicBool,
 }
 
 /// What all ports share.
 #[derive(Debug)]
-struct Fabric {
-    ports: Vec<Shared>,
+pub(super) struct Fabric {
+    /// Places for ports; what a place has stays there for the next port.
+    places: Vec<OnceLock<Shared>>,
+    /// Places that are taken, as bits.
+    taken: Mutex<u64>,
     /// Addresses and where they are: the address, shifted by 16, and the port.
     table: Vec<AtomicU64>,
+    /// Bytes of a frame.
+    room: usize,
     /// How long a port is waited for that takes nothing.
-    patience: Duration,
+    pub(super) patience: Duration,
+    inspect: Inspect,
 }
 
-/// See the module.
-#[derive(Debug)]
+/// See the module. A clone is the same switch.
+#[derive(Clone, Debug)]
 pub struct Switch {
     fabric: Arc<Fabric>,
 }
 
-/// A port's place in a switch: what a card is plugged into.
+/// A port's place in a switch: what a card is plugged into. The place is free again once the card and all clones of
+/// this are gone.
 #[derive(Clone, Debug)]
-pub struct Port {
+pub struct Port(Arc<Plug>);
+
+#[derive(Debug)]
+struct Plug {
     fabric: Arc<Fabric>,
     number: usize,
+    tally: Tally,
+    inspect: Inspect,
+}
+
+/// What a port did with packets beside passing them on. Each is counted where it was sent from, but `stopped`.
+#[derive(Clone, Debug)]
+pub(super) struct Tally {
+    /// Packets that went to every other port.
+    pub(super) flooded: Counter,
+    /// Copies of them.
+    pub(super) copies: Counter,
+    /// Copies that were not made: there was no room.
+    pub(super) crowded: Counter,
+    /// Packets that waited at a port, or for it, which took nothing for too long.
+    pub(super) passed_over: Counter,
+    /// Packets that waited at this port, or went to another one, as it stopped.
+    pub(super) stopped: Counter,
+}
+
+impl Tally {
+    fn of(inspect: &Inspect) -> Self {
+        let counter = |name| inspect.counter(name);
+        Self {
+            flooded: counter("flooded"),
+            copies: counter("flooded-copies"),
+            crowded: counter("dropped-crowded"),
+            passed_over: counter("dropped-passed-over"),
+            stopped: counter("dropped-stopped"),
+        }
+    }
+
+    /// Shows the same on another branch.
+    fn show(&self, inspect: &Inspect) {
+        inspect.show("flooded", &self.flooded);
+        inspect.show("flooded-copies", &self.copies);
+        inspect.show("dropped-crowded", &self.crowded);
+        inspect.show("dropped-passed-over", &self.passed_over);
+        inspect.show("dropped-stopped", &self.stopped);
+    }
+}
+
+impl Shared {
+    fn new(room: usize) -> Result<Self, Error> {
+        let free = ArrayQueue::new(FRAMES);
+        for _ in 0..FRAMES {
+            // It is as large as what is put in.
+            let _ = free.push(Frame::with_room(room));
+        }
+        Ok(Self {
+            inbox: ArrayQueue::new(FRAMES),
+            free,
+            bell: Bell::new()?,
+            asleep: AtomicBool::new(false),
+            runs: AtomicBool::new(false),
+            taken: AtomicU64::new(0),
+            waiting: AtomicU64::new(0),
+            hungry: AtomicBool::new(false),
+        })
+    }
 }
 
 impl Switch {
-    /// A switch with so many ports for packets with so many bytes of payload.
+    /// A switch with places for so many ports, for packets with so many bytes of payload.
     ///
     /// # Errors
-    /// It is too many ports, or a bell cannot be made.
+    /// It is too many ports.
     pub fn new(ports: usize, mtu: u16) -> Result<Self, Error> {
         Self::with_patience(ports, mtu, PATIENCE)
     }
@@ -109,52 +170,121 @@ impl Switch {
             return Err(Error::refused(format!("{ports} ports: a switch has 1 to {MOST_PORTS}")));
         }
         let room = HEADER + AROUND + usize::from(mtu);
-        let port = |()| -> Result<Shared, Error> {
-            let free = ArrayQueue::new(FRAMES);
-            for _ in 0..FRAMES {
-                // It is as large as what is put in.
-                let _ = free.push(Frame::with_room(room));
-            }
-            Ok(Shared {
-                inbox: ArrayQueue::new(FRAMES * ports),
-                free,
-                bell: Bell::new()?,
-                asleep: AtomicBool::new(false),
-                runs: AtomicBool::new(false),
-                taken: AtomicU64::new(0),
-                waiting: AtomicU64::new(0),
-                hungry: AtomicBool::new(false),
-            })
-        };
-        let ports = vec![(); ports].into_iter().map(port).collect::<Result<_, _>>()?;
+        let places = vec![(); ports].into_iter().map(|()| OnceLock::new()).collect();
         let table = vec![(); PLACES].into_iter().map(|()| AtomicU64::new(0)).collect();
-        Ok(Self { fabric: Arc::new(Fabric { ports, table, patience }) })
+        let (taken, inspect) = (Mutex::new(0), Inspect::new());
+        let fabric = Fabric { places, taken, table, room, patience, inspect };
+        Ok(Self { fabric: Arc::new(fabric) })
     }
 
-    /// Its ports, to plug a card or an uplink into.
+    /// One more port, to plug a card or an uplink into; it is shown as `ports/NAME`. Packets go on meanwhile.
+    ///
+    /// # Errors
+    /// All places are taken, or a bell cannot be made.
+    pub fn plug(&self, name: &str) -> Result<Port, Error> {
+        let fabric = Arc::clone(&self.fabric);
+        let mut taken = fabric.taken();
+        let mut places = fabric.places.iter().enumerate();
+        let free = places.find(|(number, _)| *taken & (1 << number) == 0);
+        let most = fabric.places.len();
+        let full = || Error::refused(format!("all {most} ports of the switch are taken"));
+        let (number, place) = free.ok_or_else(full)?;
+        if place.get().is_none() {
+            // Nobody else does this meanwhile: `taken` is locked.
+            let _ = place.set(Shared::new(fabric.room)?);
+        }
+        *taken |= 1 << number;
+        drop(taken);
+        let inspect = fabric.inspect.branch("ports").branch(name);
+        let tally = Tally::of(&inspect);
+        Ok(Port(Arc::new(Plug { fabric, number, tally, inspect })))
+    }
+
+    /// What its ports did with packets, beside what their cards show.
     #[must_use]
-    pub fn ports(&self) -> Vec<Port> {
-        let ports = 0..self.fabric.ports.len();
-        ports.map(|number| Port { fabric: Arc::clone(&self.fabric), number }).collect()
+    pub fn inspect(&self) -> &Inspect {
+        &self.fabric.inspect
+    }
+}
+
+impl Port {
+    pub(super) fn fabric(&self) -> &Arc<Fabric> {
+        &self.0.fabric
+    }
+
+    pub(super) fn number(&self) -> usize {
+        self.0.number
+    }
+
+    pub(super) fn tally(&self) -> &Tally {
+        &self.0.tally
+    }
+
+    /// Where the switch shows this port.
+    pub(super) fn inspect(&self) -> &Inspect {
+        &self.0.inspect
+    }
+
+    /// Shows on `inspect` what the switch shows of this port.
+    pub(super) fn show(&self, inspect: &Inspect) {
+        self.0.tally.show(inspect);
+    }
+}
+
+impl Drop for Plug {
+    fn drop(&mut self) {
+        self.fabric.forget(self.number);
+        *self.fabric.taken() &= !(1 << self.number);
     }
 }
 
 /// Six bytes as a number.
-fn number_of(address: &[u8]) -> u64 {
+pub(super) fn number_of(address: &[u8]) -> u64 {
     address.iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 impl Fabric {
-    fn places(&self, address: u64) -> impl Iterator<Item = &AtomicU64> {
+    /// A port that somebody was plugged into.
+    pub(super) fn port(&self, number: usize) -> Option<&Shared> {
+        self.places.get(number).and_then(OnceLock::get)
+    }
+
+    /// All of them, with their numbers.
+    pub(super) fn ports(&self) -> impl Iterator<Item = (usize, &Shared)> {
+        let places = self.places.iter().enumerate();
+        places.filter_map(|(number, place)| Some((number, place.get()?)))
+    }
+
+    /// Places for ports.
+    pub(super) fn most(&self) -> usize {
+        self.places.len()
+    }
+
+    fn taken(&self) -> MutexGuard<'_, u64> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nothing is known of addresses at a port any more.
+    fn forget(&self, port: usize) {
+        for place in &self.table {
+            let held = place.load(Ordering::Relaxed);
+            if held != 0 && held & 0xffff == port as u64 {
+                // Whoever has learnt something meanwhile keeps it.
+                let _ = place.compare_exchange(held, 0, Ordering::Relaxed, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn near(&self, address: u64) -> impl Iterator<Item = &AtomicU64> {
         let first = (address.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize;
         (first..first + PROBES).filter_map(|place| self.table.get(place % PLACES))
     }
 
     /// An address was seen at a port.
-    fn learn(&self, address: u64, port: usize) {
+    pub(super) fn learn(&self, address: u64, port: usize) {
         let entry = address << 16 | port as u64;
         let mut empty = None;
-        for place in self.places(address) {
+        for place in self.near(address) {
             let held = place.load(Ordering::Relaxed);
             if held == entry {
                 return;
@@ -168,289 +298,20 @@ impl Fabric {
             }
         }
         // With none empty the first one is forgotten.
-        if let Some(place) = empty.or_else(|| self.places(address).next()) {
+        if let Some(place) = empty.or_else(|| self.near(address).next()) {
             place.store(entry, Ordering::Relaxed);
         }
     }
 
     /// Where an address was seen, if its port still takes packets.
-    fn find(&self, address: u64) -> Option<usize> {
-        let mut held = self.places(address).map(|place| place.load(Ordering::Relaxed));
+    pub(super) fn find(&self, address: u64) -> Option<usize> {
+        let mut held = self.near(address).map(|place| place.load(Ordering::Relaxed));
         let port = held.find(|held| *held != 0 && held >> 16 == address)?;
         let port = usize::try_from(port & 0xffff).ok()?;
-        self.ports.get(port).filter(|shared| shared.runs.load(Ordering::Relaxed)).map(|_| port)
-    }
-}
-
-/// One end of a port: who sends and receives there.
-#[derive(Debug)]
-pub(super) struct PortLink {
-    port: Port,
-    timer: Timer,
-    /// A packet that waits for room at another port.
-    pending: Option<(Parcel, usize)>,
-    /// What each port had taken when this one began to wait; it waits now if the timer runs.
-    before: Vec<u64>,
-    waits: bool,
-    /// What ports had taken that have not taken anything for long.
-    stalled: Vec<Option<u64>>,
-    /// Ports that got packets and may be asleep, as bits.
-    told: u64,
-    token: u64,
-}
-
-impl PortLink {
-    pub(super) fn new(port: Port) -> Result<Self, Error> {
-        let timer = Timer::new()?;
-        let ports = port.fabric.ports.len();
-        let (before, stalled) = (vec![0; ports], vec![None; ports]);
-        Ok(Self { port, timer, pending: None, before, waits: false, stalled, told: 0, token: 0 })
-    }
-
-    fn own(&self) -> Option<&Shared> {
-        self.port.fabric.ports.get(self.port.number)
-    }
-
-    /// Has `watches` report what happens, under `token` and the next one.
-    pub(super) fn watch(&mut self, watches: &Watches, token: u64) -> Result<(), Error> {
-        self.token = token;
-        if let Some(own) = self.own() {
-            watches.add(own.bell.as_fd(), token, Ask::Bytes)?;
-        }
-        watches.add(self.timer.as_fd(), token + 1, Ask::Bytes)?;
-        Ok(())
-    }
-
-    pub(super) fn edge(&mut self, edge: Edge) {
-        if edge.token == self.token {
-            if let Some(own) = self.own() {
-                own.bell.take();
-            }
-        } else if self.timer.take() {
-            self.give_up();
-        }
-    }
-
-    /// Begins to wait: for room elsewhere, or for frames.
-    fn wait(&mut self) {
-        if std::mem::replace(&mut self.waits, true) {
-            return;
-        }
-        for (before, port) in self.before.iter_mut().zip(&self.port.fabric.ports) {
-            *before = port.taken.load(Ordering::Relaxed);
-        }
-        // It cannot fail with such a time; without it the bell still wakes.
-        let _ = self.timer.start(self.port.fabric.patience);
-    }
-
-    /// Ports that took nothing while this one waited are passed over, and what they have goes home.
-    pub(super) fn give_up(&mut self) {
-        if !std::mem::take(&mut self.waits) {
-            return;
-        }
-        let fabric = Arc::clone(&self.port.fabric);
-        let ports = fabric.ports.iter().zip(&self.before).zip(&mut self.stalled);
-        let mut idle = Vec::new();
-        for ((port, before), stalled) in ports {
-            let taken = port.taken.load(Ordering::Relaxed);
-            if taken == *before && port.inbox.len() > TRICKLE {
-                *stalled = Some(taken);
-                idle.push(port);
-            }
-        }
-        for port in idle {
-            while let Some(parcel) = port.inbox.pop() {
-                self.send_home(parcel);
-            }
-        }
-        self.has_room();
-    }
-
-    /// Whether a port took nothing for long and has not since.
-    fn is_stalled(&self, port: usize, shared: &Shared) -> bool {
-        let stalled = self.stalled.get(port).copied().flatten();
-        stalled.is_some_and(|taken| taken == shared.taken.load(Ordering::Relaxed))
-    }
-
-    /// The port takes packets, or no more.
-    pub(super) fn runs(&mut self, runs: bool) {
-        let Some(own) = self.own() else { return };
-        own.runs.store(runs, Ordering::SeqCst);
-        if !runs {
-            while let Some(parcel) = own.inbox.pop() {
-                self.send_home(parcel);
-            }
-        }
-        self.wake_waiting(0);
-    }
-
-    fn send_home(&self, mut parcel: Parcel) {
-        parcel.frame.clear();
-        let Some(home) = self.port.fabric.ports.get(parcel.home) else { return };
-        // A port's frames have room there.
-        let _ = home.free.push(parcel.frame);
-        let fed = home.hungry.load(Ordering::SeqCst) && home.free.len() >= FED;
-        if fed && home.hungry.swap(false, Ordering::SeqCst) {
-            home.bell.ring();
-        }
-    }
-
-    /// Those who wait for room hear of it once at most `most` packets are left.
-    fn wake_waiting(&self, most: usize) {
-        let Some(own) = self.own() else { return };
-        if own.waiting.load(Ordering::Relaxed) == 0 || own.inbox.len() > most {
-            return;
-        }
-        let waiting = own.waiting.swap(0, Ordering::SeqCst);
-        let ports = self.port.fabric.ports.iter().enumerate();
-        for (_, other) in ports.filter(|(number, _)| waiting & (1 << number) != 0) {
-            other.bell.ring();
-        }
-    }
-
-    /// Nobody looks before the bell rings, from now on; false: there is something after all.
-    pub(super) fn may_sleep(&self) -> bool {
-        let Some(own) = self.own() else { return true };
-        own.asleep.store(true, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        own.inbox.is_empty()
-    }
-
-    /// The next packet, in the place of what `frame` was; false: there is none now.
-    pub(super) fn receive(&mut self, frame: &mut Frame) -> bool {
-        let Some(own) = self.own() else { return false };
-        let Some(mut parcel) = own.inbox.pop() else { return false };
-        own.taken.store(own.taken.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
-        std::mem::swap(frame, &mut parcel.frame);
-        self.send_home(parcel);
-        self.wake_waiting(CROWDED / 2);
-        true
-    }
-
-    /// Whether a packet can be sent now: none waits, and there is an empty frame.
-    pub(super) fn has_room(&mut self) -> bool {
-        if let Some((parcel, port)) = self.pending.take() {
-            self.put(port, parcel);
-            self.flush();
-        }
-        let has_room = self.pending.is_none() && self.has_frames();
-        if has_room {
-            self.waits = false;
-        } else {
-            self.wait();
-        }
-        has_room
-    }
-
-    fn has_frames(&self) -> bool {
-        let Some(own) = self.own().filter(|own| own.free.is_empty()) else { return true };
-        own.hungry.store(true, Ordering::SeqCst);
-        own.free.len() >= FED
-    }
-
-    /// Sends a packet; an empty frame takes its place.
-    pub(super) fn send(&mut self, frame: &mut Frame) -> Sent {
-        let packet = frame.packet();
-        let Some((to, from)) = packet.get(..12).and_then(|both| both.split_first_chunk::<6>())
-        else {
-            return Sent::Refused;
-        };
-        let (group, to, from) = (to[0] & 1 != 0, number_of(to), number_of(from));
-        let number = self.port.number;
-        // A group sends nothing.
-        if from >> 40 & 1 == 0 && from != 0 {
-            self.port.fabric.learn(from, number);
-        }
-        let found = if group { None } else { self.port.fabric.find(to) };
-        match found {
-            Some(port) if port == number => Sent::Refused,
-            Some(port) => {
-                let Some(mut empty) = self.own().and_then(|own| own.free.pop()) else {
-                    return Sent::Refused;
-                };
-                std::mem::swap(&mut empty, frame);
-                self.put(port, Parcel { frame: empty, home: number })
-            }
-            None if self.flood(frame) => Sent::Yes,
-            None => Sent::Refused,
-        }
-    }
-
-    /// A copy for every other port; false: one of them got none, for want of room.
-    fn flood(&mut self, frame: &Frame) -> bool {
-        let mut all = true;
-        let fabric = Arc::clone(&self.port.fabric);
-        for (port, other) in fabric.ports.iter().enumerate() {
-            let number = self.port.number;
-            if port == number || !other.runs.load(Ordering::Relaxed) {
-                continue;
-            }
-            if other.inbox.len() >= CROWDED {
-                all = false;
-                continue;
-            }
-            let Some(mut copy) = self.own().and_then(|own| own.free.pop()) else { return false };
-            if copy.copy_from(frame) {
-                self.push(other, port, Parcel { frame: copy, home: number });
-            } else {
-                self.send_home(Parcel { frame: copy, home: number });
-                all = false;
-            }
-        }
-        all
-    }
-
-    /// Puts a packet into an inbox, or has it wait.
-    fn put(&mut self, port: usize, parcel: Parcel) -> Sent {
-        let fabric = Arc::clone(&self.port.fabric);
-        let Some(other) = fabric.ports.get(port).filter(|it| it.runs.load(Ordering::Relaxed))
-        else {
-            self.send_home(parcel);
-            return Sent::Down;
-        };
-        let waits = other.inbox.len();
-        let stalled = waits >= TRICKLE && self.is_stalled(port, other);
-        // One that waits already is not to be lost: this comes out of its turn.
-        if stalled || self.pending.is_some() {
-            self.send_home(parcel);
-            return Sent::Refused;
-        }
-        if waits >= CROWDED {
-            other.waiting.fetch_or(1 << self.port.number, Ordering::SeqCst);
-            if other.inbox.len() >= CROWDED {
-                self.pending = Some((parcel, port));
-                return Sent::Yes;
-            }
-        }
-        self.push(other, port, parcel);
-        Sent::Yes
-    }
-
-    fn push(&mut self, other: &Shared, port: usize, parcel: Parcel) {
-        if let Err(parcel) = other.inbox.push(parcel) {
-            // It does not come to this: there is room for all frames.
-            self.send_home(parcel);
-        }
-        self.told |= 1 << port;
-    }
-
-    /// Wakes the ports that got packets and sleep.
-    pub(super) fn flush(&mut self) {
-        if self.told == 0 {
-            return;
-        }
-        fence(Ordering::SeqCst);
-        let told = std::mem::take(&mut self.told);
-        for (number, other) in self.port.fabric.ports.iter().enumerate() {
-            let got = told & (1 << number) != 0;
-            if got
-                && other.asleep.load(Ordering::Relaxed)
-                && other.asleep.swap(false, Ordering::SeqCst)
-            {
-                other.bell.ring();
-            }
-        }
+        self.port(port).filter(|shared| shared.runs.load(Ordering::Relaxed)).map(|_| port)
     }
 }
 
 const _: () = assert!(AROUND > ETHERNET + 4);
+// Whoever puts a packet into an inbox has seen room: each of the others may have done the same.
+const _: () = assert!(super::port::CROWDED + MOST_PORTS <= FRAMES);

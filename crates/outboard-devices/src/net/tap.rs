@@ -44,17 +44,22 @@ pub(super) struct TapLink {
     pub(super) tap: Arc<Tap>,
     pub(super) readable: bool,
     pub(super) gone: bool,
+    /// Packets that were longer than the frame that they were to come in.
+    pub(super) too_long: u64,
 }
 
 impl TapLink {
     pub(super) fn new(tap: Arc<Tap>) -> Self {
-        Self { tap, readable: true, gone: false }
+        Self { tap, readable: true, gone: false, too_long: 0 }
     }
 
     /// The next packet; false: there is none now.
     pub(super) fn receive(&mut self, frame: &mut Frame) -> bool {
         while self.readable {
+            let room = frame.room().len();
             match rustix::io::read(&*self.tap, frame.room()) {
+                // The kernel cuts what does not fit; a packet that fills the room is longer than any.
+                Ok(length) if length >= room => self.too_long += 1,
                 Ok(length) if length > HEADER => {
                     frame.set_length(length);
                     return true;

@@ -1,20 +1,21 @@
-//! An interface of the host as one more port of a switch.
+//! An interface of the host, or a stream socket, as one more port of a switch.
 //!
-//! Invariant: the thread sleeps when there is nothing to move, and ends with the [`Uplink`].
+//! Invariants: the thread sleeps when there is nothing to move, and ends with the [`Uplink`]; what it takes and cannot
+//! pass on is counted.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
-use outboard::Error;
-use outboard::memory::Tap;
+use outboard::{Counter, Error};
 use rustix::event::{PollFd, PollFlags, poll};
 use tracing::warn;
 
 use super::frame::Frame;
-use super::link::Sent;
-use super::switch::{Port, PortLink};
-use super::tap::TapLink;
+use super::link::{Link, Sent};
+use super::port::PortLink;
+use super::switch::Port;
+use super::{Wire, open};
 use crate::bell::Bell;
 use crate::watches::{Ask, Watches};
 
@@ -22,10 +23,10 @@ use crate::watches::{Ask, Watches};
 const BUDGET: u32 = 64;
 /// Tokens of what the thread waits for.
 const PORT: u64 = 0;
-const TAP: u64 = 2;
-const STOP: u64 = 3;
+const LINK: usize = 1;
+const STOP: u64 = 4;
 
-/// Moves packets between a switch and an interface of the host until it is dropped.
+/// Moves packets between a switch and an interface of the host, or a stream, until it is dropped.
 #[derive(Debug)]
 pub struct Uplink {
     stop: Arc<Bell>,
@@ -36,27 +37,59 @@ pub struct Uplink {
 #[derive(Debug)]
 struct Mover {
     port: PortLink,
-    tap: TapLink,
+    link: Link,
     watches: Watches,
     stop: Arc<Bell>,
     to_port: Frame,
-    to_tap: Frame,
+    to_link: Frame,
+    tally: Tally,
+}
+
+/// What went through it; received is what came out of the switch.
+#[derive(Debug)]
+struct Tally {
+    received: Counter,
+    sent: Counter,
+    /// Packets out of the switch while the link was down.
+    link_down: Counter,
+    /// Packets out of the switch that the link did not take.
+    refused: Counter,
+    /// Packets of the link that the switch did not take.
+    not_sent: Counter,
+    /// Packets of the link that are longer than those of the switch.
+    too_long: Counter,
 }
 
 impl Uplink {
-    /// Plugs an interface into a port.
+    /// Plugs an interface, of which one queue is used, or a stream into a port.
     ///
     /// # Errors
-    /// The kernel refuses what the thread needs.
-    pub fn new(port: Port, tap: Arc<Tap>) -> Result<Self, Error> {
-        tap.set_offloads(0)?;
-        let (mut port, tap, watches) = (PortLink::new(port)?, TapLink::new(tap), Watches::new()?);
-        let stop = Arc::new(Bell::new()?);
+    /// The kernel refuses what the thread needs, or the link cannot be made.
+    pub fn new(port: Port, wire: &Wire) -> Result<Self, Error> {
+        if let Wire::Tap(taps) = wire {
+            taps.first().map_or(Ok(()), |tap| tap.set_offloads(0))?;
+        }
+        let inspect = port.inspect();
+        let counter = |name| inspect.counter(name);
+        let tally = Tally {
+            received: counter("received-packets"),
+            sent: counter("sent-packets"),
+            link_down: counter("dropped-link-down"),
+            refused: counter("dropped-refused"),
+            not_sent: counter("dropped-not-sent"),
+            too_long: counter("dropped-too-long"),
+        };
+        let (links, _, name) = open(wire)?;
+        inspect.set("link", name);
+        let link = links.into_iter().next();
+        let mut link = link.ok_or_else(|| Error::refused("no queue of an interface"))?;
+        let (mut port, watches, stop) =
+            (PortLink::new(port)?, Watches::new()?, Arc::new(Bell::new()?));
         port.watch(&watches, PORT)?;
-        watches.add(tap.tap.as_fd(), TAP, Ask::Bytes)?;
+        link.watch(&watches, LINK)?;
         watches.add(stop.as_fd(), STOP, Ask::Bytes)?;
-        let (to_port, to_tap, told) = (Frame::new(), Frame::new(), Arc::clone(&stop));
-        let mut mover = Mover { port, tap, watches, stop: told, to_port, to_tap };
+        let (to_port, to_link, told) = (Frame::new(), Frame::new(), Arc::clone(&stop));
+        let mut mover = Mover { port, link, watches, stop: told, to_port, to_link, tally };
         let thread = Builder::new().name("uplink".to_owned()).spawn(move || mover.run())?;
         Ok(Self { stop, thread: Some(thread) })
     }
@@ -77,7 +110,7 @@ impl Mover {
         self.port.runs(true);
         loop {
             let moved = self.take_in() | self.send_out();
-            if !moved && self.port.may_sleep() && !self.goes_on() {
+            if !moved && self.may_sleep() && !self.goes_on() {
                 let mut watched = [PollFd::new(&self.watches, PollFlags::IN)];
                 // A signal wakes too.
                 let _ = poll(&mut watched, None);
@@ -94,34 +127,47 @@ impl Mover {
         self.port.runs(false);
     }
 
-    /// Whether there may be packets of the interface that can be moved.
+    /// Whether nothing can be moved out of the switch until something happens.
+    fn may_sleep(&mut self) -> bool {
+        self.port.may_sleep() || !self.link.has_room()
+    }
+
+    /// Whether there may be packets of the link that can be moved.
     fn goes_on(&mut self) -> bool {
-        self.tap.readable && self.port.has_room()
+        self.link.is_readable() && self.port.has_room()
     }
 
     fn take_in(&mut self) -> bool {
         let mut moved = false;
         for _ in 0..BUDGET {
-            if !self.port.has_room() || !self.tap.receive(&mut self.to_port) {
+            if !self.port.has_room() || !self.link.receive(&mut self.to_port) {
                 break;
             }
-            self.port.send(&mut self.to_port);
+            match self.port.send(&mut self.to_port) {
+                Sent::Yes => self.tally.sent.add(1),
+                Sent::Down | Sent::Refused => self.tally.not_sent.add(1),
+            }
             moved = true;
         }
         self.port.flush();
+        self.tally.too_long.add(self.link.take_too_long());
         moved
     }
 
     fn send_out(&mut self) -> bool {
         let mut moved = false;
         for _ in 0..BUDGET {
-            if !self.port.receive(&mut self.to_tap) {
+            if !self.link.has_room() || !self.port.receive(&mut self.to_link) {
                 break;
             }
-            // Down, or not taken: as on any wire.
-            let _: Sent = self.tap.send(&self.to_tap);
+            match self.link.send(&mut self.to_link) {
+                Sent::Yes => self.tally.received.add(1),
+                Sent::Down => self.tally.link_down.add(1),
+                Sent::Refused => self.tally.refused.add(1),
+            }
             moved = true;
         }
+        self.link.flush();
         moved
     }
 
@@ -133,7 +179,7 @@ impl Mover {
                     self.stop.take();
                     return Ok(false);
                 }
-                TAP => self.tap.readable |= edge.readable && !self.tap.gone,
+                _ if Link::number(edge) == LINK => self.link.edge(edge, &self.watches),
                 _ => self.port.edge(edge),
             }
         }

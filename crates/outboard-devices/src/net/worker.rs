@@ -115,6 +115,7 @@ impl NetWorker {
         for _ in 0..LOOKS {
             if !link.receive(&mut pair.next) {
                 pair.next.clear();
+                pair.counters.too_large.add(link.take_too_long());
                 card.flush_capture();
                 return false;
             }
@@ -377,6 +378,7 @@ impl Worker for NetWorker {
 impl Drop for NetWorker {
     fn drop(&mut self) {
         for pair in &mut self.pairs {
+            pair.counters.stopped.add(u64::from(!pair.next.is_empty()));
             if let Some(link) = pair.link.take() {
                 self.card.put_link(pair.number, link);
             }

@@ -19,10 +19,15 @@ fn guest(port: &Port, number: usize, events: LoopKind) -> Guest {
     guest
 }
 
+/// Ports of a switch, named by their numbers.
+fn ports(switch: &Switch, count: usize) -> Vec<Port> {
+    (0..count).map(|number| switch.plug(&number.to_string()).expect("a place")).collect()
+}
+
 fn guests(count: usize, events: LoopKind) -> Vec<Guest> {
     // Nobody is passed over because this machine has other things to do.
     let switch = Switch::with_patience(count, 1500, 10 * PATIENCE).expect("a switch");
-    let ports = switch.ports();
+    let ports = ports(&switch, count);
     ports.iter().enumerate().map(|(number, port)| guest(port, number, events)).collect()
 }
 
@@ -69,7 +74,7 @@ fn a_switch_floods_what_it_does_not_know_and_learns_where_addresses_are() {
 fn a_guest_that_takes_nothing_does_not_hold_up_what_is_for_others() {
     for events in BOTH {
         let switch = Switch::new(3, 1500).expect("a switch");
-        let ports = switch.ports();
+        let ports = ports(&switch, 3);
         let mut sender = guest(&ports[0], 0, events);
         let mut taker = guest(&ports[1], 1, events);
         // It has buffers for a few packets, and never gives more.
