@@ -29,6 +29,8 @@ const DATA: u32 = 4096;
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kept {
     Nothing,
+    /// Less: its bytes are left alone, header and status too. What is left is the ring's part.
+    Alone,
     /// Writes are noted in a dirty log, the used ring's too.
     Log,
     /// Requests are noted in an in-flight region.
@@ -48,7 +50,7 @@ struct Case {
     packed: bool,
 }
 
-const CASES: [Case; 19] = {
+const CASES: [Case; 22] = {
     const fn case(
         name: &'static str,
         regions: u64,
@@ -84,6 +86,9 @@ const CASES: [Case; 19] = {
         packed("packed-direct-8-regions-log", false, 1, Kept::Log),
         keeping("direct-1-region-in-order-batch-32", Kept::Order, 32),
         packed("packed-direct-8-regions-in-order-batch-32", false, 32, Kept::Order),
+        keeping("direct-1-region-alone", Kept::Alone, 1),
+        packed("packed-direct-8-regions-alone", false, 1, Kept::Alone),
+        packed("packed-indirect-8-regions-alone", true, 1, Kept::Alone),
     ]
 };
 
@@ -109,16 +114,22 @@ fn run(case: Case, iterations: u64) {
     if case.packed {
         let (mut queue, mut driver) = filled_packed(case);
         match case.batch {
-            1 => packed_loop::<1>(&mut driver, iterations, || serve(&mut queue)),
-            _ => packed_loop::<32>(&mut driver, iterations / 32 * 32, || serve(&mut queue)),
+            1 if case.kept == Kept::Alone => {
+                packed_loop::<1>(&mut driver, iterations, || serve::<false>(&mut queue));
+            }
+            1 => packed_loop::<1>(&mut driver, iterations, || serve::<true>(&mut queue)),
+            _ => packed_loop::<32>(&mut driver, iterations / 32 * 32, || serve::<true>(&mut queue)),
         }
         assert_eq!(queue.base(), driver.base());
         return;
     }
     let (mut queue, avail) = filled(case);
     match case.batch {
-        1 => hot_loop::<1>(&avail, iterations, || serve(&mut queue)),
-        _ => hot_loop::<32>(&avail, iterations / 32 * 32, || serve(&mut queue)),
+        1 if case.kept == Kept::Alone => {
+            hot_loop::<1>(&avail, iterations, || serve::<false>(&mut queue));
+        }
+        1 => hot_loop::<1>(&avail, iterations, || serve::<true>(&mut queue)),
+        _ => hot_loop::<32>(&avail, iterations / 32 * 32, || serve::<true>(&mut queue)),
     }
     let done = iterations - iterations % u64::from(case.batch);
     assert_eq!(u64::from(queue.base()), done % 0x1_0000);
@@ -153,8 +164,12 @@ fn hot_loop<const BATCH: u16>(avail: &Cell16, iterations: u64, mut serve: impl F
 
 /// The device's part of a batch. Whether to call the driver.
 #[inline(always)]
-fn serve(queue: &mut DeviceQueue) -> bool {
+fn serve<const TOUCHED: bool>(queue: &mut DeviceQueue) -> bool {
     while let Some(mut chain) = queue.pop().expect("an honest ring") {
+        if !TOUCHED {
+            queue.complete(chain, DATA + 1);
+            continue;
+        }
         let header: [u64; 2] = chain.readable().read_obj().expect("a header");
         chain.reserve_tail(1).expect("a status byte");
         let status = u8::from(header[0] > 1);
@@ -311,7 +326,7 @@ fn filled(case: Case) -> (DeviceQueue, Cell16) {
 
 fn keep(queue: &mut DeviceQueue, kept: Kept) {
     match kept {
-        Kept::Nothing | Kept::Order => {}
+        Kept::Nothing | Kept::Alone | Kept::Order => {}
         Kept::Log => {
             let (log, _file) = DirtyLog::memfd(REGION).expect("a log");
             let used = Some(queue.layout().used);
