@@ -23,6 +23,7 @@ use outboard::{
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tracing::info;
 
+use crate::lock::{LockArgs, Program};
 use crate::serve::lan::Plugged;
 use crate::{Failure, service};
 
@@ -52,6 +53,8 @@ pub(crate) struct DeviceArgs<K: Kind> {
     socket: SocketArgs<K>,
     #[command(flatten, next_help_heading = "Threads")]
     threads: ThreadArgs,
+    #[command(flatten, next_help_heading = "Lock")]
+    lock: LockArgs,
 }
 
 #[derive(clap::Args)]
@@ -147,6 +150,7 @@ pub(crate) fn run<K: Kind, M: Model>(
     stop_on_signals(|| stop.descriptor()).map_err(Failure::failed)?;
     info!("serving {}", device.described);
     service::ready(&device.server);
+    args.lock.enter(Program::Device, std::slice::from_ref(&device.inspect))?;
     device.serve().map_err(Failure::failed)
 }
 
@@ -251,8 +255,9 @@ pub(crate) fn run_confined<K: Kind, P, M: Model>(
     let Made { model, described } = make(prepared)?;
     let options = WorkerOptions { inspect: inspect.clone(), ..args.threads.options() };
     let device = WorkerDevice::with_options(model, options).map_err(Failure::failed)?;
-    let options = HandlerOptions { inspect, ..args.handler_options() };
+    let options = HandlerOptions { inspect: inspect.clone(), ..args.handler_options() };
     info!("serving {}", described());
+    args.lock.enter(Program::Share, &[inspect])?;
     server.with_options(options).serve(device).map_err(Failure::failed)
 }
 

@@ -12,6 +12,7 @@ mod ctl;
 mod demo;
 mod device;
 mod fs;
+mod lock;
 mod log;
 mod manual;
 mod net;

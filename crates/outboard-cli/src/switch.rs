@@ -20,6 +20,7 @@ use tracing::info;
 
 use crate::Failure;
 use crate::device::{ThreadArgs, stop_on_signals};
+use crate::lock::{LockArgs, Program};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -50,6 +51,8 @@ pub(crate) struct Args {
     /// and no more than ports.
     #[arg(long, value_name = "NUMBER", help_heading = "Threads", value_parser = clap::value_parser!(u16).range(1..))]
     workers: Option<u16>,
+    #[command(flatten, next_help_heading = "Lock")]
+    lock: LockArgs,
 }
 
 /// What a switch is: `outboard switch`, and a `[[switch]]` of `outboard serve`.
@@ -122,6 +125,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         .map_err(Failure::failed)?;
     info!("serving a switch with {} ports", args.port.len());
     crate::service::up();
+    args.lock.enter(Program::Device, &[])?;
     let served = ports.into_iter().map(|(server, device)| {
         let ended = Arc::clone(&theirs);
         thread::spawn(move || {

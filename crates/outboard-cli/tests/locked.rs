@@ -1,4 +1,5 @@
-//! `outboard fs` is locked in with its directory before it is connected to (hostile case R16).
+//! Programs are locked in before they are connected to: with a filter of system calls all of them (hostile case C34),
+//! with its directory `outboard fs` (R16).
 #![expect(clippy::expect_used, reason = "a failed step of a test is its end")]
 
 use std::fs;
@@ -8,6 +9,10 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+use program::Program;
+
+mod program;
 
 /// A running device; killed at the end, whatever happens.
 struct Running(Child);
@@ -104,4 +109,73 @@ fn r16_other_users_are_locked_in_too_and_chroot_is_for_root() {
     let running = start(folder.path(), user, &[]);
     assert_eq!(status(&running, "NoNewPrivs").as_deref(), Some("1"));
     ends_well(running, folder.path());
+}
+
+/// Each program, and the options that it needs in an empty folder; `seccomp` is how it is locked in.
+fn programs(seccomp: &str) -> Vec<Vec<String>> {
+    let lines = [
+        "block --socket-path s ram:1M",
+        "console --socket-path s",
+        "fs --socket-path s --shared-dir share",
+        "net --socket-path s --stream-listen link",
+        "rng --socket-path s",
+        "switch --port s --port t",
+        "vsock --socket-path s --uds-path vm",
+    ];
+    let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    let chosen = ["--seccomp".to_owned(), seccomp.to_owned()];
+    let alone = lines.iter().map(|line| [words(line), chosen.to_vec()].concat());
+    alone.chain([vec!["serve".to_owned(), format!("{seccomp}.toml")]]).collect()
+}
+
+/// What each thread of a process says of itself in a line of its status.
+fn of_all_threads(process: u32, name: &str) -> Vec<String> {
+    let threads = fs::read_dir(format!("/proc/{process}/task")).expect("threads");
+    let one = |thread: std::io::Result<fs::DirEntry>| {
+        let text = fs::read_to_string(thread.ok()?.path().join("status")).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+        Some(line.trim().to_owned())
+    };
+    threads.filter_map(one).collect()
+}
+
+#[test]
+fn c34_every_program_has_its_filter_on_all_threads_before_it_serves() {
+    // We may stand behind a filter ourselves.
+    let ours = of_all_threads(std::process::id(), "Seccomp").pop().expect("told");
+    for (seccomp, held) in [("kill", "2"), ("errno", "2"), ("none", &ours)] {
+        for words in programs(seccomp) {
+            let folder = folder();
+            let file = "[[device]]\ntype = 'rng'\nsocket-path = 's'\n\
+                        [[device]]\ntype = 'block'\nsocket-path = 't'\nimage = 'ram:1M'\n";
+            let file = format!("seccomp = '{seccomp}'\n{file}");
+            fs::write(folder.path().join(format!("{seccomp}.toml")), file).expect("written");
+            let mut command = Command::new(env!("CARGO_BIN_EXE_outboard"));
+            let mut running = Program::run(command.args(&words), folder.path());
+            let said = running.says("locked in").unwrap_or_else(|| panic!("{words:?} ended"));
+            assert!(said.contains(&format!("seccomp {seccomp}")), "{words:?}: {said}");
+            let of_threads = of_all_threads(running.child.id(), "Seccomp");
+            assert!(of_threads.iter().all(|own| own == held), "{words:?}: {of_threads:?}");
+            assert!(!of_threads.is_empty(), "{words:?}");
+            if seccomp != "none" {
+                let given_up = of_all_threads(running.child.id(), "NoNewPrivs");
+                assert!(given_up.iter().all(|own| own == "1"), "{words:?}: {given_up:?}");
+            }
+            UnixStream::connect(folder.path().join("s")).expect("it listens");
+        }
+    }
+}
+
+#[test]
+fn c34_without_an_option_what_is_unexpected_fails_and_no_more() {
+    let folder = folder();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_outboard"));
+    command.args(["rng", "--socket-path", "s"]).env_remove("OUTBOARD_SECCOMP");
+    let mut running = Program::run(&mut command, folder.path());
+    assert!(running.says("locked in").is_some_and(|said| said.contains("seccomp errno")));
+    assert!(of_all_threads(running.child.id(), "Seccomp").iter().all(|own| own == "2"));
+    let id = i32::try_from(running.child.id()).ok().and_then(rustix::process::Pid::from_raw);
+    rustix::process::kill_process(id.expect("a process"), rustix::process::Signal::TERM)
+        .expect("told");
+    assert_eq!(running.ends(), Some(0), "its end is not refused");
 }

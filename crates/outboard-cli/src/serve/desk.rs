@@ -188,6 +188,9 @@ fn add(text: &str, fleet: &Arc<Fleet>) -> Result<String, String> {
     if plan.control.is_some() {
         return Err("the control socket stays where it is".to_owned());
     }
+    if plan.lock.is_some() {
+        return Err("the process is locked in already: no seccomp here".to_owned());
+    }
     if let Some(taken) = plan.devices.iter().find(|entry| fleet.has(&entry.name)) {
         return Err(format!("line {}: there is a device '{}'", taken.line, taken.name));
     }

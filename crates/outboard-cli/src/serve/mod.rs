@@ -25,6 +25,7 @@ use tracing::{info, warn};
 
 use crate::ctl::Line;
 use crate::device::{Among, Origin, Prepared, stop_on_signals};
+use crate::lock::Program;
 use crate::{Failure, service};
 use bell::{Ear, bell};
 use desk::Desk;
@@ -36,6 +37,7 @@ use plan::{Entry, Known, Plan};
 const EXAMPLES: &str = "\
 A file:
   control = \"/run/outboard.ctl\"
+  seccomp = \"errno\"                   # for the whole process: errno, kill, log or none
 
   [[device]]
   type = \"block\"                      # any device of outboard --help
@@ -137,6 +139,8 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let fleet = Fleet::new(bell);
     workers.into_iter().for_each(|(name, worker)| fleet.employ(name, worker));
     switches.into_iter().for_each(|switch| fleet.lay(switch));
+    let inspects = ready.iter().map(|(prepared, _)| prepared.inspect.clone()).collect::<Vec<_>>();
+    plan.lock.enter(Program::Serve, &inspects)?;
     for (prepared, entry) in ready {
         fleet.add(&entry.name, &entry.kind, prepared).map_err(Failure::Failed)?;
     }

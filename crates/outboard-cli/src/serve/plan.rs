@@ -19,12 +19,16 @@ use toml::de::{DeTable, DeValue};
 
 use super::lan::{self, Lan, SwitchEntry};
 use super::worker::{self, WorkerEntry};
+use crate::lock::LockArgs;
 use crate::{Cli, Command, one_line};
 
 /// What a file asks for.
+#[derive(Default)]
 pub(crate) struct Plan {
     /// Where orders are taken.
     pub(crate) control: Option<PathBuf>,
+    /// How the process is locked in.
+    pub(crate) lock: LockArgs,
     pub(crate) workers: Vec<WorkerEntry>,
     pub(crate) switches: Vec<SwitchEntry>,
     pub(crate) devices: Vec<Entry>,
@@ -77,12 +81,15 @@ impl Plan {
     fn read(text: &str, known: Known<'_>) -> Result<Self, Wrong> {
         let parsed = DeTable::parse(text)
             .map_err(|error| Wrong(error.span().unwrap_or(0..0), error.message().to_owned()))?;
-        let (workers, switches, devices) = (Vec::new(), Vec::new(), Vec::new());
-        let mut plan = Self { control: None, workers, switches, devices };
+        let mut plan = Self::default();
         let mut devices = None;
         for (key, value, at) in fields(parsed.get_ref()) {
             match key {
                 "control" => plan.control = Some(string(key, value)?.into()),
+                "seccomp" => {
+                    let wrong = |why| Wrong(value.span(), why);
+                    plan.lock = LockArgs::parse(&string(key, value)?).map_err(wrong)?;
+                }
                 "worker" => {
                     for table in tables("worker", value)? {
                         let worker = WorkerEntry::read(text, table)?;
@@ -106,7 +113,7 @@ impl Plan {
                 "device" => devices = Some(value),
                 other => {
                     let why = format!(
-                        "'{other}' is neither control nor [[worker]] nor [[switch]] nor [[device]]"
+                        "'{other}' is neither control nor seccomp nor [[worker]] nor [[switch]] nor [[device]]"
                     );
                     return Err(Wrong(at, why));
                 }
@@ -290,7 +297,8 @@ fn is_device(command: &clap::Command) -> bool {
 }
 
 /// What belongs to the program as a whole, not to one of its devices.
-const WHOLE: [&str; 5] = ["help", "version", "print-capabilities", "control", "take-over"];
+const WHOLE: [&str; 6] =
+    ["help", "version", "print-capabilities", "control", "take-over", "seccomp"];
 
 fn goes_by(option: &Arg, key: &str) -> bool {
     if option.is_positional() {
@@ -389,13 +397,15 @@ mod tests {
     fn what_is_wrong_is_told_with_its_line() {
         for (text, told) in [
             ("control = 3", "1: control wants a string"),
-            ("\ncontrl = 'x'", "2: 'contrl' is neither control nor [[worker]]"),
+            ("\ncontrl = 'x'", "2: 'contrl' is neither control nor seccomp nor [[worker]]"),
+            ("seccomp = 'most'", "1: seccomp is errno, kill, log or none"),
             ("[device]\ntype = 'block'", "1: devices are written as [[device]]"),
             ("[[device]]\nname = 'x'", "1: a device needs a type"),
             ("[[device]]\n\ntype = 'blok'", "3: no device 'blok'; there are block,"),
             ("[[device]]\ntype = 'demo'", "2: no device 'demo'"),
             ("[[device]]\ntype = 'rng'\nnum-queus = 1", "3: rng has no option 'num-queus'"),
             ("[[device]]\ntype = 'rng'\ntake-over = 'x'", "3: rng has no option 'take-over'"),
+            ("[[device]]\ntype = 'rng'\nseccomp = 'kill'", "3: rng has no option 'seccomp'"),
             ("[[device]]\ntype = 'block'\nread-only = 1", "3: read-only is true or false"),
             (
                 "[[device]]\ntype = 'block'\nimage = 'i'\nnum-queues = 0\n",

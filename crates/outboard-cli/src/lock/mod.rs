@@ -1,0 +1,108 @@
+//! Locks a device program in before it reads the first byte of a peer: no new privileges, a filter of system calls.
+//!
+//! Invariant: what the program stands on is open by then. What the system cannot do is told in one warning, and ends the
+//! program (exit code 2) if it was asked for by name.
+
+mod calls;
+mod filter;
+
+use clap::ValueEnum;
+use outboard::Inspect;
+use tracing::{info, warn};
+
+use crate::Failure;
+
+/// What a program is, for what it needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Program {
+    /// A device that has open what it stands on.
+    Device,
+    /// A shared directory.
+    Share,
+    /// All kinds of devices, also later ones.
+    Serve,
+}
+
+impl Program {
+    /// Whether guests reach files by name.
+    fn shares_files(self) -> bool {
+        matches!(self, Self::Share | Self::Serve)
+    }
+}
+
+/// What becomes of a system call that a device program does not need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Seccomp {
+    /// It fails; what only an attacker does (execve, ptrace, mount ...) ends the program.
+    Errno,
+    /// It ends the program.
+    Kill,
+    /// It is done, and stands in the system's log.
+    Log,
+    /// There is no filter.
+    None,
+}
+
+/// How the program is locked in.
+#[derive(clap::Args, Clone, Default)]
+pub(crate) struct LockArgs {
+    /// What becomes of system calls that the device does not need; errno by default.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    seccomp: Option<Seccomp>,
+}
+
+/// Where tests say what `--seccomp` is by default.
+const DEFAULT: &str = "OUTBOARD_SECCOMP";
+
+const WORDS: &str = "errno, kill, log or none";
+
+impl LockArgs {
+    /// The filter, and whether it was asked for by name.
+    fn chosen(&self) -> Result<(Seccomp, bool), Failure> {
+        if let Some(mode) = self.seccomp {
+            return Ok((mode, true));
+        }
+        let Some(word) = std::env::var_os(DEFAULT) else {
+            return Ok((Seccomp::Errno, false));
+        };
+        let wrong = || Failure::Usage(format!("{DEFAULT} is {WORDS}"));
+        let mode = word.to_str().and_then(|word| Seccomp::from_str(word, true).ok());
+        Ok((mode.ok_or_else(wrong)?, false))
+    }
+
+    /// As a file has it.
+    ///
+    /// # Errors
+    /// What would have been right.
+    pub(crate) fn parse(word: &str) -> Result<Self, String> {
+        let mode = Seccomp::from_str(word, false).map_err(|_| format!("seccomp is {WORDS}"))?;
+        Ok(Self { seccomp: Some(mode) })
+    }
+
+    /// Whether anything was asked for by name.
+    pub(crate) fn is_some(&self) -> bool {
+        self.seccomp.is_some()
+    }
+
+    /// Locks all threads of this process in, for good, and has its devices show it.
+    ///
+    /// # Errors
+    /// The system cannot do what was asked for by name.
+    pub(crate) fn enter(&self, program: Program, devices: &[Inspect]) -> Result<(), Failure> {
+        let (mode, by_name) = self.chosen()?;
+        let word = mode.to_possible_value().map_or_else(String::new, |word| word.get_name().into());
+        let held = match filter::install(program, mode) {
+            Ok(()) => word,
+            Err(error) if by_name => {
+                return Err(Failure::Usage(format!("--seccomp {word}: {error}")));
+            }
+            Err(error) => {
+                warn!("no filter of system calls: {error}");
+                "none".to_owned()
+            }
+        };
+        info!("locked in: seccomp {held}");
+        devices.iter().for_each(|device| device.set("lock/seccomp", held.as_str()));
+        Ok(())
+    }
+}
