@@ -203,14 +203,37 @@ fn a_thread_ends_whatever_it_waits_for() {
     // For bytes.
     let (quiet, _back) = channel(setup());
     drop(quiet.spawn().expect("a thread"));
-    // For a caller that takes no events.
+    // For a back-end that reads no answers.
     let (flooded, mut back) = channel(setup());
     let thread = flooded.spawn().expect("a thread");
     for _ in 0..300 {
         back.ask(Request::ConfigChange);
     }
-    for _ in 0..257 {
+    drop(thread);
+}
+
+#[test]
+fn a_caller_that_takes_no_events_does_not_stop_the_channel() {
+    const MORE: usize = 1000;
+    let (channel, mut back) = channel(setup());
+    let mut thread = channel.spawn().expect("a thread");
+    for _ in 0..MORE {
+        // An event like one that waits already says nothing new.
+        back.ask(Request::ConfigChange);
+        assert!(back.answer().result.is_ok());
+        back.ask(Request::ShmemMap(map(0, 1), file(1)));
+        assert!(back.answer().result.is_ok(), "nobody takes events");
+        back.ask(Request::ShmemUnmap(map(0, 1)));
         assert!(back.answer().result.is_ok());
     }
-    drop(thread);
+    let mut taken = 0;
+    let mut last = None;
+    drop(back);
+    while let Ok(Some(event)) = thread.next_event(PATIENCE) {
+        taken += 1;
+        last = Some(event);
+    }
+    assert!(taken > 0 && taken < MORE, "memory does not grow: {taken}");
+    assert!(matches!(last, Some(ChannelEvent::Unmap { .. })), "the newest are kept: {last:?}");
+    assert!(thread.missed() > 0, "and what was lost is told");
 }

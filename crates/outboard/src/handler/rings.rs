@@ -21,6 +21,8 @@ use crate::notify::{Call, InBand, Kick};
 use crate::queue::{Counted, Queue, Setup, StartError};
 use crate::reactor::{Raced, Reactor, race};
 
+/// What a thing gets that is waited for after a deadline was spent already.
+const MOMENT: Duration = Duration::from_millis(500);
 /// Between two tries to start a ring of a device that is held elsewhere.
 const CLAIM_PAUSE: Duration = Duration::from_micros(200);
 
@@ -157,7 +159,9 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     ) -> Result<Result<u32, Refusal>, HostError> {
         let was_running = self.is_running(index);
         let base = if was_running {
-            self.stop_or_abandon(index, skip_drain).await?.base()
+            let queue = self.stop_or_abandon(index, skip_drain).await;
+            self.spent |= matches!(queue, Err(HostError::DrainDeadline { .. }));
+            queue?.base()
         } else {
             self.backend.ring(index).map_or(0, |ring| ring.base)
         };
@@ -173,20 +177,32 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     /// Takes a queue back from its worker. The ring counts as running until it is back, so that a
     /// session dropped meanwhile waits for it.
     pub(super) async fn stop(&mut self, index: u16) -> Result<Queue, HostError> {
-        let queue = self.drained(index).await;
+        self.stop_within(index, self.left()).await
+    }
+
+    async fn stop_within(&mut self, index: u16, time: Duration) -> Result<Queue, HostError> {
+        let queue = self.drained(index, time).await;
         self.stopped(index);
         queue
+    }
+
+    /// How long a thing may be waited for: a moment only, once the deadline of a drain was spent.
+    pub(super) fn left(&self) -> Duration {
+        if self.spent { self.bound.min(MOMENT) } else { self.bound }
     }
 
     /// As [`Self::stop`]; requests that do not finish in time, or that are not to be waited for,
     /// are left where the next process finds them.
     async fn stop_or_abandon(&mut self, index: u16, now: bool) -> Result<Queue, HostError> {
         let left = self.may_abandon(index);
-        let mut queue =
-            if now && left { self.abandoned(index).await } else { self.drained(index).await };
+        let mut queue = if now && left {
+            self.abandoned(index, self.bound).await
+        } else {
+            self.drained(index, self.bound).await
+        };
         if left && matches!(queue, Err(HostError::DrainDeadline { .. })) {
             warn!(queue = index, "requests do not finish: left in the in-flight region");
-            queue = self.abandoned(index).await;
+            queue = self.abandoned(index, self.bound.min(MOMENT)).await;
         }
         self.stopped(index);
         queue
@@ -200,8 +216,8 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     }
 
     /// Waits for a worker to finish.
-    async fn drained(&mut self, index: u16) -> Result<Queue, HostError> {
-        let late = self.reactor.sleep(self.bound);
+    async fn drained(&mut self, index: u16, time: Duration) -> Result<Queue, HostError> {
+        let late = self.reactor.sleep(time);
         match race(self.device.stop_queue(index), late).await {
             Raced::First(queue) => queue,
             Raced::Second(()) => Err(self.too_late(index)),
@@ -209,8 +225,8 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     }
 
     /// Waits until nothing of a ring can reach guest memory.
-    async fn abandoned(&mut self, index: u16) -> Result<Queue, HostError> {
-        let late = self.reactor.sleep(self.bound);
+    async fn abandoned(&mut self, index: u16, time: Duration) -> Result<Queue, HostError> {
+        let late = self.reactor.sleep(time);
         match race(self.device.abandon_queue(index), late).await {
             Raced::First(queue) => queue,
             Raced::Second(()) => Err(self.too_late(index)),
@@ -229,13 +245,17 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         info!(queue = index, "ring stopped");
     }
 
-    /// Stops all rings; the first failure is reported, the others are stopped all the same.
+    /// Stops all rings; the first failure is reported, the others are stopped all the same. They
+    /// share one deadline.
     pub(super) async fn stop_all(&mut self) -> Result<(), HostError> {
         let running = self.running();
         let any = !running.is_empty();
         let mut result = Ok(());
+        let until = Instant::now() + self.left();
         for index in running {
-            if let Err(error) = self.stop(index).await {
+            let left = until.saturating_duration_since(Instant::now());
+            if let Err(error) = self.stop_within(index, left.max(self.bound.min(MOMENT))).await {
+                self.spent |= matches!(error, HostError::DrainDeadline { .. });
                 result = result.and(Err(error));
             }
         }

@@ -123,6 +123,8 @@ pub(crate) struct Session<'h, D: VhostUserDevice, R: Reactor> {
     pub(super) state: StateDesk,
     /// How long a queue may take to stop or to take a change.
     pub(super) bound: Duration,
+    /// A drain took longer than that: the session ends.
+    pub(super) spent: bool,
     shown: Shown,
     closed: bool,
 }
@@ -162,6 +164,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
             postcopy: None,
             state: StateDesk::default(),
             bound: options.drain_deadline,
+            spent: false,
             shown,
             closed: false,
         })
@@ -318,7 +321,7 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
         if self.device.is_settled() {
             return Ok(());
         }
-        let late = self.reactor.sleep(self.bound);
+        let late = self.reactor.sleep(self.left());
         match race(self.device.settle(), late).await {
             Raced::First(()) => Ok(self.device.enter_suspended_state().await?),
             Raced::Second(()) => {
