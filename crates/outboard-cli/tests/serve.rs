@@ -2,13 +2,14 @@
 //! while they run, an upgrade of all of them at once.
 #![expect(clippy::expect_used, reason = "a failed step of a test is its end")]
 
+mod load;
 mod program;
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use outboard_check::bench::{BenchError, Driving, Live, Load, Setup, Target, Workload};
+use load::under_load;
 use outboard_frontend::Connection;
 use outboard_frontend::block::{BlockDevice, BlockOptions, SECTOR};
 use program::Program;
@@ -196,23 +197,6 @@ fn what_is_wrong_with_any_device_is_one_line_and_nothing_was_made() {
     assert_eq!(String::from_utf8_lossy(&checked.stdout), "vm.toml: 2 devices, in order\n");
 }
 
-/// Checked load on one of the disks for as long as something else is done.
-fn under_load<T>(folder: &Path, body: impl FnOnce(&Live) -> T) -> T {
-    let timeout = Duration::from_secs(60);
-    let setup =
-        Setup { queues: 1, depth: 8, block_size: 4096, indirect: false, packed: false, timeout };
-    let mut target = Target::open(&folder.join("r"), setup).expect("a disk");
-    let load = Load {
-        workload: Workload { random: true, read_percent: 50 },
-        depth: setup.depth,
-        driving: Driving::Sleep,
-        verify: true,
-        ..Load::default()
-    };
-    let done = target.during(&load, &[], |_, live| Ok::<_, BenchError>(body(live)));
-    done.expect("the load found no error").1
-}
-
 /// The same two disks on one thread.
 fn on_one_worker() -> String {
     let shared = TWO_DISKS.replace("type = 'block'\n", "type = 'block'\nworker = 'both'\n");
@@ -237,7 +221,7 @@ fn taken_over_under_load(devices: &str) {
     program.says("serving root").expect("it serves");
     let mut data = open(at, "d");
     data.write(8, &[5; 4096]).expect("written");
-    let _last = under_load(at, |live| {
+    let _last = under_load(&at.join("r"), |live| {
         let ways: [&[_]; 3] = [
             &["serve", "vm.toml", "--take-over", "c"],
             &["ctl", "c", "take-over", "vm.toml"],
@@ -273,7 +257,7 @@ fn one_device_of_a_worker_is_looked_at_resized_and_removed_under_the_load_of_ano
         "[[device]]\nname = 'data'\ntype = 'block'\nsocket-path = 'd'\nimage = 'data.img'\nworker = ['both', 'more']\n\
          num-queues = 2\n[[worker]]\nname = 'more'\n",
     );
-    under_load(at, |live| {
+    under_load(&at.join("r"), |live| {
         for round in 1..=5 {
             let mut data = open(at, "d");
             data.write(8, &[round; 4096]).expect("written");
@@ -332,7 +316,7 @@ fn what_cannot_be_taken_over_goes_on_in_the_old_program_and_the_others_move() {
     program.says("serving root").expect("it serves");
     let mut data = open(at, "d");
     data.write(8, &[5; 4096]).expect("written");
-    let (mut next, program) = under_load(at, |live| {
+    let (mut next, program) = under_load(&at.join("r"), |live| {
         // Smaller rings than the one that the guest of this disk uses.
         file(at, "small.toml", &format!("{TWO_DISKS}queue-size = 4\n"));
         let mut next = serving(at, &["small.toml", "--take-over", "c"]);

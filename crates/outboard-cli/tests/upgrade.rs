@@ -6,15 +6,16 @@
 
 #[path = "../../outboard-devices/tests/block/later.rs"]
 mod later;
+mod load;
 mod program;
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use later::Later;
+use load::under_load;
 use outboard::{Server, WorkerDevice};
-use outboard_check::bench::{BenchError, Driving, Live, Load, Setup, Target, Workload};
+use outboard_check::bench::Live;
 use outboard_devices::block::{Block, BlockOptions, Image, ImageOptions};
 use program::Program;
 
@@ -38,23 +39,6 @@ fn image(folder: &Path) {
     file.set_len(16 << 20).expect("room");
 }
 
-/// Upgrades under load of which every byte is checked, which goes on for as long as they take.
-fn under_load<T>(folder: &Path, upgrades: impl FnOnce(&Live) -> T) -> T {
-    let timeout = Duration::from_secs(60);
-    let setup =
-        Setup { queues: 1, depth: 8, block_size: 4096, indirect: false, packed: false, timeout };
-    let mut target = Target::open(&folder.join("s"), setup).expect("a disk");
-    let load = Load {
-        workload: Workload { random: true, read_percent: 50 },
-        depth: setup.depth,
-        driving: Driving::Sleep,
-        verify: true,
-        ..Load::default()
-    };
-    let done = target.during(&load, &[], |_, live| Ok::<_, BenchError>(upgrades(live)));
-    done.expect("the load found no error").1
-}
-
 /// The load gets answers, whichever process gives them.
 fn goes_on(live: &Live) {
     live.progress(32).expect("the load goes on");
@@ -69,7 +53,7 @@ fn twelve_live_upgrades_under_checked_load_lose_nothing() {
     let mut disk = started(&["--socket-path", "s", "--control", "c", "disk.img"], folder.path());
     disk.says("serving").expect("it serves");
     // What serves at the end outlives the load, which reads everything back.
-    let _last = under_load(folder.path(), |live| {
+    let _last = under_load(&folder.path().join("s"), |live| {
         for turn in 0..12 {
             let mut next = started(&NEXT, folder.path());
             let pause = next.says("taken over").unwrap_or_else(|| panic!("turn {turn}"));
@@ -133,7 +117,7 @@ fn upgrades_to_a_later_state_version_and_back_lose_nothing_and_what_cannot_be_re
     let mut disk = started(&["--socket-path", "s", "--control", "c", "disk.img"], folder.path());
     disk.says("serving").expect("it serves");
     let mut pauses = Vec::new();
-    let _last = under_load(folder.path(), |live| {
+    let _last = under_load(&folder.path().join("s"), |live| {
         for round in 0..rounds {
             disk = upgraded(disk, round, folder.path(), &mut pauses);
             goes_on(live);
@@ -156,7 +140,7 @@ fn a_take_over_that_the_new_side_cannot_carry_leaves_the_old_one_serving() {
     image(folder.path());
     let mut disk = started(&["--socket-path", "s", "--control", "c", "disk.img"], folder.path());
     disk.says("serving").expect("it serves");
-    under_load(folder.path(), |live| {
+    under_load(&folder.path().join("s"), |live| {
         for _ in 0..4 {
             let args = ["--take-over", "c", "--without", "VIRTIO_RING_F_EVENT_IDX", "disk.img"];
             let mut next = started(&args, folder.path());

@@ -4,11 +4,12 @@
 //! virtio 1.3 §5.1.6 has it; no call waits.
 #![expect(unsafe_code, reason = "ioctls of TUN; rustix has none of them")]
 
-use std::ffi::c_void;
+use std::ffi::{CString, c_void};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -64,6 +65,12 @@ impl Request {
 pub struct Tap {
     file: File,
     name: String,
+    /// How it was attached.
+    flags: u16,
+    /// What was set last, for an interface that comes back.
+    offloads: AtomicU32,
+    /// Packets come to this queue, as far as we have said.
+    attached: AtomicBool,
 }
 
 impl Tap {
@@ -85,9 +92,10 @@ impl Tap {
                 .custom_flags(flags)
                 .open("/dev/net/tun")?;
             let many = if several { IFF_MULTI_QUEUE } else { 0 };
-            let mut request = Request::new(name, IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | many)?;
+            let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | many;
+            let mut request = Request::new(name, flags)?;
             with_request(file.as_fd(), TUNSETIFF, &mut request)?;
-            Self::ready(file, request.name())
+            Self::ready(file, request.name(), flags)
         };
         match attach(true) {
             // Somebody has made it with one queue, and one is enough.
@@ -109,15 +117,54 @@ impl Tap {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
         rustix::io::ioctl_fionbio(&fd, true)?;
-        Self::ready(File::from(fd), request.name())
+        let flags = request.flags & (needed | IFF_MULTI_QUEUE);
+        Self::ready(File::from(fd), request.name(), flags)
     }
 
-    fn ready(file: File, name: String) -> io::Result<Self> {
+    fn ready(file: File, name: String, flags: u16) -> io::Result<Self> {
+        let (offloads, attached) = (AtomicU32::new(0), AtomicBool::new(true));
+        let tap = Self { file, name, flags, offloads, attached };
+        tap.have_headers()?;
+        Ok(tap)
+    }
+
+    /// [`Tap::HEADER`] bytes in front of each packet.
+    fn have_headers(&self) -> io::Result<()> {
         let mut size = libc::c_int::try_from(Self::HEADER).unwrap_or(libc::c_int::MAX);
         let argument: *mut c_void = (&raw mut size).cast();
         // SAFETY: TUNSETVNETHDRSZ reads one int.
-        check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ, argument) })?;
-        Ok(Self { file, name })
+        check(unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETVNETHDRSZ, argument) })
+    }
+
+    /// After its interface was deleted: attaches the queue to one that somebody has made again under the same name,
+    /// with the offloads as they were. It makes none.
+    ///
+    /// # Errors
+    /// There is none, or it is another kind of interface, or this process may not.
+    pub fn again(&self) -> io::Result<()> {
+        let name = CString::new(self.name.as_str()).map_err(io::Error::other)?;
+        // SAFETY: the name is a string with a zero at its end, and is only read.
+        if unsafe { libc::if_nametoindex(name.as_ptr()) } == 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let mut request = Request::new(&self.name, self.flags)?;
+        match with_request(self.file.as_fd(), TUNSETIFF, &mut request) {
+            // It was never gone, or somebody else was as quick.
+            Err(error) if !is(&error, Errno::EXIST) => return Err(error),
+            _ => {}
+        }
+        self.have_headers()?;
+        self.set_offloads(self.offloads.load(Ordering::Relaxed))?;
+        match self.is_attached() {
+            true => Ok(()),
+            false => self.attach(false),
+        }
+    }
+
+    /// Whether packets come to this queue, as far as [`Tap::attach`] was told.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        self.attached.load(Ordering::Relaxed)
     }
 
     /// The interface's name.
@@ -134,7 +181,9 @@ impl Tap {
         // SAFETY: the argument is a number, not an address.
         check(unsafe {
             libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(offloads))
-        })
+        })?;
+        self.offloads.store(offloads, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Whether packets come to this queue: one of an interface with several.
@@ -143,7 +192,9 @@ impl Tap {
     /// It is so already, or the interface has one queue only.
     pub fn attach(&self, comes: bool) -> io::Result<()> {
         let flags = if comes { IFF_ATTACH_QUEUE } else { IFF_DETACH_QUEUE };
-        with_request(self.file.as_fd(), TUNSETQUEUE, &mut Request::new("", flags)?)
+        with_request(self.file.as_fd(), TUNSETQUEUE, &mut Request::new("", flags)?)?;
+        self.attached.store(comes, Ordering::Relaxed);
+        Ok(())
     }
 }
 

@@ -164,7 +164,7 @@ impl Fleet {
         Ok(())
     }
 
-    /// Ends all devices, all at once.
+    /// Ends all devices, all at once, and takes the switches off the host.
     pub(crate) fn stop(&self) {
         let threads: Vec<_> = {
             let mut devices = self.lock();
@@ -173,6 +173,8 @@ impl Fleet {
         };
         threads.into_iter().for_each(|thread| drop(thread.join()));
         self.lock().clear();
+        // While this process is still seen to run: a new one makes them when it has ended.
+        self.switches().iter().for_each(|switch| switch.disconnect());
     }
 
     /// Has a device's guest see what it has grown by.

@@ -67,6 +67,11 @@ impl Lan {
         Ok(())
     }
 
+    /// Leaves the host's interfaces and streams to whoever comes after.
+    pub(crate) fn disconnect(&self) {
+        self.uplinks.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
     /// A place for the card of this name.
     ///
     /// # Errors

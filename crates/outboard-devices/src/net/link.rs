@@ -1,14 +1,12 @@
 //! Where a pair's packets go, and where they come from.
 
-use std::os::fd::AsFd;
-
 use outboard::Error;
 
 use super::frame::Frame;
 use super::port::PortLink;
 use super::stream;
 use super::tap::TapLink;
-use crate::watches::{Ask, Edge, Watches};
+use crate::watches::{Edge, Watches};
 
 /// What became of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,10 +33,7 @@ impl Link {
         match self {
             Self::Stream(link) => link.watch(watches, token)?,
             Self::Port(link) => link.watch(watches, token)?,
-            Self::Tap(link) => {
-                watches.add(link.tap.as_fd(), token, Ask::Bytes)?;
-                link.readable = true;
-            }
+            Self::Tap(link) => link.watch(watches, token)?,
         }
         Ok(())
     }
@@ -53,7 +48,7 @@ impl Link {
         match self {
             Self::Stream(link) => link.edge(edge, watches),
             Self::Port(link) => link.edge(edge),
-            Self::Tap(link) => link.readable |= edge.readable && !link.gone,
+            Self::Tap(link) => link.edge(edge),
         }
     }
 
@@ -61,7 +56,7 @@ impl Link {
     pub(super) fn is_up(&self) -> bool {
         match self {
             Self::Stream(link) => link.is_up(),
-            Self::Tap(link) => !link.gone,
+            Self::Tap(link) => link.is_up(),
             Self::Port(_) => true,
         }
     }

@@ -204,9 +204,10 @@ fn open(wire: &Wire) -> Result<(Vec<Link>, u64, String), Error> {
             let first = taps.first().ok_or_else(|| Error::refused("no queue of an interface"))?;
             let uso = if tap::has_uso(first) { 0 } else { feature::USO };
             let offloads = feature::HOST | feature::GUEST | feature::CTRL_GUEST_OFFLOADS;
-            let links = taps.iter().map(|tap| Link::Tap(TapLink::new(Arc::clone(tap))));
+            let link = |tap: &Arc<Tap>| TapLink::new(Arc::clone(tap)).map(Link::Tap);
+            let links = taps.iter().map(link).collect::<Result<_, _>>()?;
             let offloads = (offloads | feature::MRG_RXBUF) & !uso;
-            Ok((links.collect(), offloads, first.name().to_owned()))
+            Ok((links, offloads, first.name().to_owned()))
         }
     }
 }

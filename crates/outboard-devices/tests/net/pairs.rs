@@ -2,12 +2,15 @@
 //! interface of the host with a name of its own, which nobody sets up.
 
 use std::io::Write as _;
+use std::process::Command;
 use std::sync::Arc;
+use std::time::Instant;
 
 use outboard::memory::Tap;
-use outboard_devices::net::{Net, NetOptions, Wire, feature};
+use outboard_devices::net::{Net, NetOptions, Switch, Uplink, Wire, feature};
 
 use crate::guest::{ALL, BOTH, Guest, HEADER, MAC, packet};
+use crate::rig::PATIENCE;
 
 /// Says that this test does not run, as `xtask` reads it; fails when nothing may be skipped.
 fn skip(why: &str) {
@@ -24,7 +27,17 @@ fn skip(why: &str) {
 
 /// A card with so many pairs; None where this process may not make interfaces.
 fn card(pairs: usize) -> Option<Net> {
-    let first = match Tap::open("", true) {
+    named_card("", pairs).map(|(net, _)| net)
+}
+
+/// A name that no other test gives: of an interface that is made again after it was deleted.
+fn own_name(prefix: &str) -> String {
+    format!("{prefix}{}", std::process::id())
+}
+
+/// [`card`], and its interface's name.
+fn named_card(name: &str, pairs: usize) -> Option<(Net, String)> {
+    let first = match Tap::open(name, true) {
         Ok(first) => first,
         Err(error) => {
             skip(&format!("no interface can be made: {error}"));
@@ -38,7 +51,7 @@ fn card(pairs: usize) -> Option<Net> {
     }
     let mut options = NetOptions::new(Wire::Tap(taps));
     options.mac = Some(MAC);
-    Some(Net::new(&options).expect("a card"))
+    Some((Net::new(&options).expect("a card"), name))
 }
 
 /// With all of its queues running, commands on the last one.
@@ -118,4 +131,85 @@ fn c27_packets_for_an_interface_that_is_down_are_dropped_and_counted() {
         assert_eq!((counters.link_down.get(), counters.malformed.get()), (101, 1));
         guest.rig.end();
     }
+}
+
+fn ip(args: &[&str]) {
+    let done = Command::new("ip").args(args).status();
+    assert!(done.expect("ip is here").success(), "{args:?}");
+}
+
+/// Waits until the driver reads this in `status`.
+fn until_status(guest: &mut Guest, wanted: u8) {
+    let end = Instant::now() + PATIENCE;
+    while guest.rig.vmm.read_config(6, 1).expect("read")[0] != wanted {
+        assert!(Instant::now() < end, "the driver is told: {wanted}");
+        std::thread::yield_now();
+    }
+}
+
+/// C27: an interface that somebody deletes under the card is a link that goes down: the driver is told without having
+/// sent anything, its packets are dropped and counted, and commands are still answered. Made again by somebody, it is
+/// a link that is up, and packets go through it.
+#[test]
+fn c27_an_interface_deleted_under_the_card_is_a_link_that_is_down_until_it_is_made_again() {
+    for events in BOTH {
+        let Some((net, name)) = named_card(&own_name("obc"), 1) else { return };
+        let counters = net.counters().remove(0);
+        let mut guest = guest(net, 1, events);
+        until_status(&mut guest, 1);
+        ip(&["link", "delete", &name]);
+        until_status(&mut guest, 0);
+        for sent in 1..=100 {
+            guest.send(&packet(ALL, 1, 60));
+            assert_eq!(counters.link_down.get(), sent);
+        }
+        assert_eq!(guest.command(&[0, 0, 1], 1), Some(0), "promiscuous");
+        until_status(&mut guest, 0);
+        ip(&["tuntap", "add", &name, "mode", "tap", "multi_queue", "vnet_hdr"]);
+        until_status(&mut guest, 1);
+        ip(&["link", "set", &name, "up"]);
+        let end = Instant::now() + PATIENCE;
+        while counters.sent.get() == 0 {
+            assert!(Instant::now() < end, "packets go through");
+            guest.send(&packet(ALL, 1, 60));
+        }
+        ip(&["link", "delete", &name]);
+        until_status(&mut guest, 0);
+        guest.rig.end();
+    }
+}
+
+/// The same under a switch's uplink: what is for the host is dropped and counted until the interface is there again.
+#[test]
+fn c27_an_interface_deleted_under_an_uplink_costs_packets_that_are_counted_until_it_is_made_again()
+{
+    let tap = match Tap::open(&own_name("obu"), false) {
+        Ok(tap) => Arc::new(tap),
+        Err(error) => return skip(&format!("no interface can be made: {error}")),
+    };
+    let name = tap.name().to_owned();
+    let switch = Switch::new(2, 1500).expect("a switch");
+    let up = Uplink::new(switch.plug("up").expect("a place"), &Wire::Tap(vec![tap]));
+    let mut options = NetOptions::new(Wire::Port(switch.plug("card").expect("a place")));
+    options.mac = Some(MAC);
+    let mut guest = guest(Net::new(&options).expect("a card"), 1, BOTH[0]);
+    let counted = |name: &str| switch.inspect().branch("ports").branch("up").counter(name).get();
+    let mut until = |what: &str, more: &dyn Fn() -> bool| {
+        let end = Instant::now() + PATIENCE;
+        while !more() {
+            assert!(Instant::now() < end, "{what}");
+            guest.send(&packet(ALL, 1, 60));
+        }
+    };
+    ip(&["link", "set", &name, "up"]);
+    until("packets go through", &|| counted("received-packets") > 0);
+    ip(&["link", "delete", &name]);
+    until("packets are dropped", &|| counted("dropped-link-down") > 100);
+    let before = counted("received-packets");
+    ip(&["tuntap", "add", &name, "mode", "tap", "multi_queue", "vnet_hdr"]);
+    ip(&["link", "set", &name, "up"]);
+    until("packets go through again", &|| counted("received-packets") > before);
+    ip(&["link", "delete", &name]);
+    guest.rig.end();
+    drop(up);
 }

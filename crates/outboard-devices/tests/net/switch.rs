@@ -1,9 +1,9 @@
 //! Guests behind one switch (`outboard_devices::net::Switch`).
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use outboard::LoopKind;
-use outboard_devices::net::{NetOptions, Port, Switch, Wire};
+use outboard::{Fact, LoopKind};
+use outboard_devices::net::{Net, NetOptions, Port, Switch, Wire};
 
 use crate::guest::{ALL, BOTH, Guest, HEADER, OTHER, TX, packet};
 use crate::rig::PATIENCE;
@@ -92,6 +92,53 @@ fn a_guest_that_takes_nothing_does_not_hold_up_what_is_for_others() {
             }
         }
         [sender, taker, deaf].into_iter().for_each(|guest| guest.rig.end());
+    }
+}
+
+/// What all ports of a switch count under a name.
+fn counted(switch: &Switch, name: &str) -> u64 {
+    let facts = switch.inspect().facts().into_iter();
+    let of_name = facts.filter(|(path, _)| path.ends_with(&format!("/{name}")));
+    let numbers = of_name.map(|(_, fact)| match fact {
+        Fact::Number(number) => number,
+        _ => 0,
+    });
+    numbers.sum()
+}
+
+/// What waited at a guest that takes nothing, and what was on its way as a guest went, is dropped under a name: with
+/// what was received it is all that was sent.
+#[test]
+fn every_packet_for_a_guest_that_takes_nothing_and_then_goes_is_received_or_counted() {
+    for events in BOTH {
+        let switch = Switch::with_patience(2, 1500, Duration::from_millis(1)).expect("a switch");
+        let mut cards = (0..2).map(|number: usize| {
+            let port = switch.plug(&number.to_string()).expect("a place");
+            let mut options = NetOptions::new(Wire::Port(port));
+            options.mac = Some(ADDRESSES[number]);
+            let card = Net::new(&options).expect("a card");
+            let counters = card.counters().remove(0);
+            let mut guest = Guest::of(card, events, u64::MAX);
+            guest.activate();
+            assert_eq!(guest.command(&[9, 9], 1), Some(1));
+            (guest, counters)
+        });
+        let ((mut sender, sent), (mut deaf, got)) =
+            (cards.next().expect("two"), cards.next().expect("two"));
+        deaf.send(&from(1, OTHER, 1));
+        sender.receive();
+        // The inbox is crowded, is passed over, and crowded again with what it does not get either.
+        while counted(&switch, "dropped-passed-over") == 0 {
+            sender.send(&from(0, ADDRESSES[1], 2));
+        }
+        (0..8).for_each(|_| sender.send(&from(0, ADDRESSES[1], 3)));
+        deaf.rig.end();
+        sender.rig.end();
+        let counted = |name| counted(&switch, name);
+        assert_eq!((counted("flooded"), counted("flooded-copies")), (1, 1));
+        let dropped = counted("dropped-passed-over") + counted("dropped-stopped");
+        assert_eq!(sent.sent.get(), got.received.get() + got.stopped.get() + dropped);
+        assert!(counted("dropped-stopped") + got.stopped.get() > 0, "something waited to the end");
     }
 }
 
