@@ -14,6 +14,7 @@ use outboard_devices::block::{
 
 use crate::Failure;
 use crate::device::{self, DeviceArgs, Kind, Made, Origin, Prepared, Resize};
+use crate::lock::{Reach, SandboxArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -50,6 +51,8 @@ pub(crate) struct Args {
     file: Option<PathBuf>,
     #[command(flatten)]
     device: DeviceArgs<Disk>,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     #[command(flatten, next_help_heading = "Disk")]
     disk: DiskArgs,
     #[command(flatten, next_help_heading = "Engine")]
@@ -126,11 +129,12 @@ enum Engine {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    device::run(&args.device, || args.make())
+    device::run(&args.device, &args.sandbox, Reach::default(), || args.make())
 }
 
 /// One of many devices.
 pub(crate) fn prepare(args: &Args, origin: Origin<'_>) -> Result<Prepared, Failure> {
+    args.sandbox.among()?;
     let mut resizer = None;
     let make = || {
         let made = args.make()?;
@@ -161,7 +165,7 @@ impl Args {
         // Chosen where the workers are made.
         let described =
             move || format!("{described}, engine {}", engine.get().unwrap_or(&"unknown"));
-        Ok(Made { model, described: Box::new(described) })
+        Ok(Made { model, described: Box::new(described), begins: None })
     }
 
     /// Which image, and whether it is never to be written.

@@ -5,11 +5,14 @@
 
 use std::path::PathBuf;
 
-use outboard_devices::console::{Console, ConsoleOptions, Host, PortOptions, Size, feature};
+use outboard_devices::console::{
+    Console, ConsoleOptions, Host, PortOptions, Resizer, Size, feature,
+};
 use signal_hook::consts::SIGWINCH;
 
 use crate::Failure;
-use crate::device::{self, DeviceArgs, Kind, Made, Origin, Prepared};
+use crate::device::{self, Begins, DeviceArgs, Kind, Made, Origin, Prepared};
+use crate::lock::{Reach, SandboxArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -38,6 +41,8 @@ SIGTERM and SIGINT end the device and remove its sockets and links.";
 pub(crate) struct Args {
     #[command(flatten)]
     device: DeviceArgs<Terminal>,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     #[command(flatten, next_help_heading = "Console")]
     console: ConsoleArgs,
 }
@@ -71,11 +76,13 @@ impl Kind for Terminal {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    device::run(&args.device, || args.console.make(args.device.takes_over()))
+    let make = || args.console.make(args.device.takes_over());
+    device::run(&args.device, &args.sandbox, args.console.reach(), make)
 }
 
 /// One of many devices.
 pub(crate) fn prepare(args: &Args, origin: Origin<'_>) -> Result<Prepared, Failure> {
+    args.sandbox.among()?;
     let inherits = origin.takes_over();
     device::prepare(&args.device, origin, || args.console.make(inherits))
 }
@@ -92,10 +99,27 @@ impl ConsoleArgs {
         for (port, terminal) in model.terminals() {
             described.push_str(&format!(", port {port} on {}", terminal.display()));
         }
-        if let Some(port) = stdio {
-            follow_terminal(&model, port).map_err(Failure::failed)?;
+        let begins = stdio.map(|port| -> Begins {
+            let resizer = model.resizer();
+            Box::new(move || follow_terminal(resizer, port))
+        });
+        Ok(Made { model, described: Box::new(move || described), begins })
+    }
+
+    /// What a live upgrade did not bring is made anew.
+    fn reach(&self) -> Reach {
+        let mut reach = Reach::default();
+        for port in self.options().ports {
+            match port.host {
+                Host::Socket(path) => reach.socket(&path),
+                Host::Pty { link } => {
+                    reach.terminals();
+                    link.iter().for_each(|link| reach.link(link));
+                }
+                Host::Stdio | Host::File(_) => {}
+            }
         }
-        Ok(Made { model, described: Box::new(move || described) })
+        reach
     }
 
     fn options(&self) -> ConsoleOptions {
@@ -115,10 +139,9 @@ impl ConsoleArgs {
 }
 
 /// The size of this process's own terminal, whenever it changes.
-fn follow_terminal(console: &Console, port: usize) -> std::io::Result<()> {
+fn follow_terminal(resizer: Resizer, port: usize) -> std::io::Result<()> {
     let (bell, rung) = std::os::unix::net::UnixStream::pair()?;
     signal_hook::low_level::pipe::register(SIGWINCH, bell)?;
-    let resizer = console.resizer();
     std::thread::Builder::new().name("terminal".to_owned()).spawn(move || {
         let mut byte = [0; 1];
         while std::io::Read::read(&mut &rung, &mut byte).is_ok_and(|got| got > 0) {

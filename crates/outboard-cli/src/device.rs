@@ -23,7 +23,7 @@ use outboard::{
 use signal_hook::consts::{SIGINT, SIGTERM};
 use tracing::info;
 
-use crate::lock::{LockArgs, Program};
+use crate::lock::{LockArgs, Program, Reach, SandboxArgs};
 use crate::serve::lan::Plugged;
 use crate::{Failure, service};
 
@@ -134,23 +134,38 @@ pub(crate) struct Made<M> {
     pub(crate) model: M,
     /// Told once its workers are made.
     pub(crate) described: Box<dyn FnOnce() -> String>,
+    /// Called once the process is locked in: from here on there may be threads.
+    pub(crate) begins: Option<Begins>,
 }
 
-/// Builds a device and serves it until it is told to stop.
+/// See [`Made::begins`].
+pub(crate) type Begins = Box<dyn FnOnce() -> io::Result<()> + Send>;
+
+/// Builds a device, locks the process in with it and `reach`, and serves it until it is told to stop.
 pub(crate) fn run<K: Kind, M: Model>(
     args: &DeviceArgs<K>,
+    sandbox: &SandboxArgs,
+    mut reach: Reach,
     make: impl FnOnce() -> Result<Made<M>, Failure>,
 ) -> Result<(), Failure> {
     if args.print_capabilities {
         println!("{}", K::CAPABILITIES);
         return Ok(());
     }
+    args.socket.reached(&mut reach);
+    let mut kept = "none";
+    // Before its workers' threads begin, and its socket is there.
+    let make = || {
+        let made = make()?;
+        kept = sandbox.enter(&reach)?;
+        Ok(made)
+    };
     let device = prepare(args, Origin::Alone, make)?;
     let stop = device.server.stop_handle();
     stop_on_signals(|| stop.descriptor()).map_err(Failure::failed)?;
     info!("serving {}", device.described);
     service::ready(&device.server);
-    args.lock.enter(Program::Device, std::slice::from_ref(&device.inspect))?;
+    args.lock.enter(Program::Device, kept, std::slice::from_ref(&device.inspect))?;
     device.serve().map_err(Failure::failed)
 }
 
@@ -215,7 +230,7 @@ pub(crate) fn prepare<K: Kind, M: Model>(
     make: impl FnOnce() -> Result<Made<M>, Failure>,
 ) -> Result<Prepared, Failure> {
     let inspect = Inspect::new();
-    let Made { model, described } = make()?;
+    let Made { model, described, begins } = make()?;
     let mut options = WorkerOptions { inspect: inspect.clone(), ..args.threads.options() };
     if let Origin::Among(Among { name, shared, .. }) = &origin {
         (options.name, options.shared) = ((*name).to_owned(), shared.clone());
@@ -230,7 +245,10 @@ pub(crate) fn prepare<K: Kind, M: Model>(
     };
     let options = HandlerOptions { inspect: inspect.clone(), ..args.handler_options() };
     let (server, described) = (server.with_options(options), described());
-    let serve = Box::new(move |server: Server| server.serve(device));
+    let serve = Box::new(move |server: Server| {
+        begins.map_or(Ok(()), |begins| begins())?;
+        server.serve(device)
+    });
     Ok(Prepared { server, described, inspect, resize: None, serve })
 }
 
@@ -239,6 +257,7 @@ pub(crate) fn prepare<K: Kind, M: Model>(
 /// can be reached any more then.
 pub(crate) fn run_confined<K: Kind, P, M: Model>(
     args: &DeviceArgs<K>,
+    sandbox: &str,
     prepare: impl FnOnce() -> Result<P, Failure>,
     make: impl FnOnce(P) -> Result<Made<M>, Failure>,
 ) -> Result<(), Failure> {
@@ -252,12 +271,12 @@ pub(crate) fn run_confined<K: Kind, P, M: Model>(
     stop_on_signals(|| stop.descriptor()).map_err(Failure::failed)?;
     service::ready(&server);
     let inspect = Inspect::new();
-    let Made { model, described } = make(prepared)?;
+    let Made { model, described, .. } = make(prepared)?;
     let options = WorkerOptions { inspect: inspect.clone(), ..args.threads.options() };
     let device = WorkerDevice::with_options(model, options).map_err(Failure::failed)?;
     let options = HandlerOptions { inspect: inspect.clone(), ..args.handler_options() };
     info!("serving {}", described());
-    args.lock.enter(Program::Share, &[inspect])?;
+    args.lock.enter(Program::Share, sandbox, &[inspect])?;
     server.with_options(options).serve(device).map_err(Failure::failed)
 }
 
@@ -318,6 +337,17 @@ impl From<Loop> for LoopKind {
 }
 
 impl<K: Kind> SocketArgs<K> {
+    /// What is removed at the end.
+    fn reached(&self, reach: &mut Reach) {
+        [&self.socket_path, &self.control]
+            .into_iter()
+            .flatten()
+            .for_each(|path| reach.socket(path));
+        if self.take_over.is_some() {
+            reach.heir();
+        }
+    }
+
     /// The server; a socket that the service manager has kept is kept under `name`.
     fn server(&self, name: &str) -> Result<Server, Failure> {
         let server = if let Some(path) = &self.socket_path {

@@ -187,7 +187,11 @@ impl Kind for Share {
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let (share, semantics) = args.all().map_err(Failure::Usage)?;
     let prepare = || share.prepare(args.device.socket_path());
-    device::run_confined(&args.device, prepare, |prepared| share.make(prepared, &semantics))
+    let sandbox = share.sandbox.to_possible_value();
+    let sandbox = sandbox.as_ref().map_or("", |sandbox| sandbox.get_name());
+    device::run_confined(&args.device, sandbox, prepare, |prepared| {
+        share.make(prepared, &semantics)
+    })
 }
 
 /// One of many devices: those cannot be locked in with one directory.
@@ -252,7 +256,7 @@ impl ShareArgs {
         if self.readonly {
             described.push_str(", read-only");
         }
-        Ok(Made { model, described: Box::new(move || described) })
+        Ok(Made { model, described: Box::new(move || described), begins: None })
     }
 
     fn options(&self, inside: Confined, semantics: &SemanticsArgs) -> FsOptions {

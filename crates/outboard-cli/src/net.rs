@@ -12,6 +12,7 @@ use outboard_devices::net::{MOST_PAIRS, Net, NetOptions, Stream, Wire, feature};
 
 use crate::Failure;
 use crate::device::{self, DeviceArgs, Kind, Made, Origin, Prepared};
+use crate::lock::{Reach, SandboxArgs};
 use crate::serve::lan::Plugged;
 
 const EXAMPLES: &str = "\
@@ -41,6 +42,8 @@ SIGTERM and SIGINT end the device and remove its sockets.";
 pub(crate) struct Args {
     #[command(flatten)]
     device: DeviceArgs<Card>,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     #[command(flatten, next_help_heading = "Network")]
     net: NetArgs,
 }
@@ -102,16 +105,24 @@ impl Kind for Card {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    device::run(&args.device, || args.net.make(None))
+    device::run(&args.device, &args.sandbox, args.net.reach(), || args.net.make(None))
 }
 
 /// One of many devices.
 pub(crate) fn prepare(args: &Args, mut origin: Origin<'_>) -> Result<Prepared, Failure> {
+    args.sandbox.among()?;
     let port = origin.take_port();
     device::prepare(&args.device, origin, || args.net.make(port))
 }
 
 impl NetArgs {
+    /// A socket that it listens on goes with it.
+    fn reach(&self) -> Reach {
+        let mut reach = Reach::default();
+        self.stream_listen.iter().for_each(|path| reach.socket(path));
+        reach
+    }
+
     fn make(&self, port: Option<Plugged>) -> Result<Made<Net>, Failure> {
         let most = port.as_ref().map(|plugged| plugged.mtu);
         if let Some((mtu, most)) = self.mtu.zip(most).filter(|(mtu, most)| mtu > most) {
@@ -133,7 +144,7 @@ impl NetArgs {
             ..NetOptions::new(wire)
         };
         let model = Net::new(&options).map_err(Failure::usage)?;
-        Ok(Made { model, described: Box::new(move || described) })
+        Ok(Made { model, described: Box::new(move || described), begins: None })
     }
 
     /// Where packets go, and that in words.

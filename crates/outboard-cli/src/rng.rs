@@ -9,6 +9,7 @@ use outboard_devices::rng::{Limit, Rng, RngOptions};
 
 use crate::Failure;
 use crate::device::{self, DeviceArgs, Kind, Made, Origin, Prepared};
+use crate::lock::{Reach, SandboxArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -30,6 +31,8 @@ SIGTERM and SIGINT end the device and remove the socket.";
 pub(crate) struct Args {
     #[command(flatten)]
     device: DeviceArgs<Entropy>,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     #[command(flatten, next_help_heading = "Entropy")]
     entropy: EntropyArgs,
 }
@@ -65,11 +68,12 @@ impl Kind for Entropy {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    device::run(&args.device, || args.entropy.make())
+    device::run(&args.device, &args.sandbox, Reach::default(), || args.entropy.make())
 }
 
 /// One of many devices.
 pub(crate) fn prepare(args: &Args, origin: Origin<'_>) -> Result<Prepared, Failure> {
+    args.sandbox.among()?;
     device::prepare(&args.device, origin, || args.entropy.make())
 }
 
@@ -86,6 +90,6 @@ impl EntropyArgs {
             }
             None => format!("entropy of {}", self.source.display()),
         };
-        Ok(Made { model, described: Box::new(move || described) })
+        Ok(Made { model, described: Box::new(move || described), begins: None })
     }
 }

@@ -125,7 +125,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         .map_err(Failure::failed)?;
     info!("serving a switch with {} ports", args.port.len());
     crate::service::up();
-    args.lock.enter(Program::Device, &[])?;
+    args.lock.enter(Program::Device, "none", &[])?;
     let served = ports.into_iter().map(|(server, device)| {
         let ended = Arc::clone(&theirs);
         thread::spawn(move || {

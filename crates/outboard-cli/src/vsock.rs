@@ -9,6 +9,7 @@ use outboard_devices::vsock::{CONNECTIONS, Neighbours, Ports, ROOM, Vsock, Vsock
 
 use crate::Failure;
 use crate::device::{self, DeviceArgs, Kind, Made, Origin, Prepared};
+use crate::lock::{Reach, SandboxArgs};
 
 /// The guests of this process: `outboard serve` may have several.
 static NEIGHBOURS: LazyLock<Neighbours> = LazyLock::new(Neighbours::new);
@@ -45,6 +46,8 @@ SIGTERM and SIGINT end the device and remove its sockets.";
 pub(crate) struct Args {
     #[command(flatten)]
     device: DeviceArgs<Sockets>,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     #[command(flatten, next_help_heading = "Sockets")]
     vsock: VsockArgs,
 }
@@ -92,16 +95,26 @@ impl Kind for Sockets {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    device::run(&args.device, || args.vsock.make(args.device.takes_over()))
+    device::run(&args.device, &args.sandbox, args.vsock.reach(), || {
+        args.vsock.make(args.device.takes_over())
+    })
 }
 
 /// One of many devices.
 pub(crate) fn prepare(args: &Args, origin: Origin<'_>) -> Result<Prepared, Failure> {
+    args.sandbox.among()?;
     let inherits = origin.takes_over();
     device::prepare(&args.device, origin, || args.vsock.make(inherits))
 }
 
 impl VsockArgs {
+    /// The sockets that it listens on go with it; those of the host's servers are connected to.
+    fn reach(&self) -> Reach {
+        let mut reach = Reach::default();
+        self.uds_path.iter().for_each(|path| reach.socket(path));
+        reach
+    }
+
     fn make(&self, inherits: bool) -> Result<Made<Vsock>, Failure> {
         let path = self.uds_path.as_deref().unwrap_or(Path::new(""));
         let mut options = VsockOptions::new(self.guest_cid, path);
@@ -114,6 +127,6 @@ impl VsockArgs {
         options.inherits = inherits;
         let model = Vsock::new(options, &NEIGHBOURS).map_err(Failure::usage)?;
         let described = format!("sockets of guest {} on {}", self.guest_cid, path.display());
-        Ok(Made { model, described: Box::new(move || described) })
+        Ok(Made { model, described: Box::new(move || described), begins: None })
     }
 }

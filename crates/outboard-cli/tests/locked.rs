@@ -179,3 +179,34 @@ fn c34_without_an_option_what_is_unexpected_fails_and_no_more() {
         .expect("told");
     assert_eq!(running.ends(), Some(0), "its end is not refused");
 }
+
+/// The kernel's word: a program that asks for Landlock by name does not begin without it.
+#[test]
+fn c34_who_asks_for_landlock_by_name_gets_it_or_exit_code_2() {
+    for words in programs("kill") {
+        if matches!(words[0].as_str(), "fs" | "serve" | "switch") {
+            continue;
+        }
+        let folder = folder();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_outboard"));
+        command.args(&words).args(["--sandbox", "landlock"]);
+        let mut running = Program::run(&mut command, folder.path());
+        match running.says("locked in") {
+            Some(said) => assert!(said.contains("sandbox landlock, seccomp kill"), "{said}"),
+            None => assert_eq!(running.ends(), Some(2), "{words:?}"),
+        }
+    }
+}
+
+#[test]
+fn c34_a_console_on_its_own_terminal_is_kept_from_files_too() {
+    let folder = folder();
+    let begun = |port: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_outboard"));
+        command.args(["console", "--socket-path", "s", "--port", port]);
+        let mut running = Program::run(&mut command, folder.path());
+        let said = running.says("locked in").expect("it begins");
+        said.split_once("sandbox").map(|(_, what)| what.to_owned())
+    };
+    assert_eq!(begun("stdio"), begun("pty"), "its thread for the terminal begins afterwards");
+}

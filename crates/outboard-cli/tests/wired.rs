@@ -210,6 +210,13 @@ fn what_is_behind_the_uplink_is_one_more_of_them() {
     program.says("serving b").expect("it serves");
     let (mut a, mut b) = (guest(at, "a.sock"), guest(at, "b.sock"));
     meet(&mut a, &mut b);
+    // What they said to all is on its way to the uplink as well, and is dropped there: nobody is behind it yet.
+    let end = Instant::now() + PATIENCE;
+    while ctl(at, &["stats"])["stats"]["switch/lan"]["ports"]["uplink:1"]["dropped-link-down"] != 2
+    {
+        assert!(Instant::now() < end, "two packets, dropped at the uplink");
+        std::thread::yield_now();
+    }
     let mut peer = Peer::of(UnixStream::connect(at.join("up")).expect("it listens"));
     let hello = from(7, ALL, 7);
     peer.send(&hello);

@@ -1,14 +1,18 @@
-//! Locks a device program in before it reads the first byte of a peer: no new privileges, a filter of system calls.
+//! Locks a device program in before it reads the first byte of a peer: no new privileges, no files but its
+//! own (Landlock), a filter of system calls.
 //!
 //! Invariant: what the program stands on is open by then. What the system cannot do is told in one warning, and ends the
 //! program (exit code 2) if it was asked for by name.
 
 mod calls;
+mod files;
 mod filter;
 
 use clap::ValueEnum;
 use outboard::Inspect;
 use tracing::{info, warn};
+
+pub(crate) use files::Reach;
 
 use crate::Failure;
 
@@ -41,6 +45,66 @@ pub(crate) enum Seccomp {
     Log,
     /// There is no filter.
     None,
+}
+
+/// How a program other than a shared directory's is kept from files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Sandbox {
+    /// It reaches no file but what it has open or makes itself.
+    Landlock,
+    /// It reaches what its user may.
+    None,
+}
+
+/// Whether the program is kept from files.
+#[derive(clap::Args, Clone, Default)]
+pub(crate) struct SandboxArgs {
+    /// What keeps the device from files that are not its own; landlock by default, where the system has it.
+    #[arg(long, value_enum, value_name = "HOW", help_heading = "Lock")]
+    sandbox: Option<Sandbox>,
+}
+
+impl SandboxArgs {
+    /// Keeps this thread and those that it starts from all files but `reach`, for good; says what does.
+    ///
+    /// # Errors
+    /// The system cannot do what was asked for by name, or lacks room for it.
+    pub(crate) fn enter(&self, reach: &Reach) -> Result<&'static str, Failure> {
+        if self.sandbox == Some(Sandbox::None) {
+            return Ok("none");
+        }
+        let why = match (threads(), reach.enter()) {
+            (1, Ok(true)) => return Ok("landlock"),
+            (1, Ok(false)) => "this kernel has no Landlock".to_owned(),
+            // It has: descriptors or memory are missing, and that may be mended.
+            (_, Err(error)) => return Err(Failure::Usage(format!("Landlock: {error}"))),
+            (more, _) => format!("{more} threads run already"),
+        };
+        if self.sandbox.is_some() {
+            return Err(Failure::Usage(format!("--sandbox landlock: {why}")));
+        }
+        warn!("not kept from files: {why}");
+        Ok("none")
+    }
+
+    /// One of many devices is not locked in by itself.
+    ///
+    /// # Errors
+    /// It was to be.
+    pub(crate) fn among(&self) -> Result<(), Failure> {
+        match self.sandbox {
+            None | Some(Sandbox::None) => Ok(()),
+            Some(Sandbox::Landlock) => {
+                let why = "beside other devices the process cannot be locked in: no sandbox here";
+                Err(Failure::Usage(why.to_owned()))
+            }
+        }
+    }
+}
+
+/// How many this process has; one where the system does not say.
+fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task").map_or(1, Iterator::count)
 }
 
 /// How the program is locked in.
@@ -88,7 +152,12 @@ impl LockArgs {
     ///
     /// # Errors
     /// The system cannot do what was asked for by name.
-    pub(crate) fn enter(&self, program: Program, devices: &[Inspect]) -> Result<(), Failure> {
+    pub(crate) fn enter(
+        &self,
+        program: Program,
+        sandbox: &str,
+        devices: &[Inspect],
+    ) -> Result<(), Failure> {
         let (mode, by_name) = self.chosen()?;
         let word = mode.to_possible_value().map_or_else(String::new, |word| word.get_name().into());
         let held = match filter::install(program, mode) {
@@ -101,8 +170,11 @@ impl LockArgs {
                 "none".to_owned()
             }
         };
-        info!("locked in: seccomp {held}");
-        devices.iter().for_each(|device| device.set("lock/seccomp", held.as_str()));
+        info!("locked in: sandbox {sandbox}, seccomp {held}");
+        for device in devices {
+            device.set("lock/seccomp", held.as_str());
+            device.set("lock/sandbox", sandbox);
+        }
         Ok(())
     }
 }

@@ -75,7 +75,8 @@ Examples:
 
 Each device has a thread for its front-end, and workers of its own: none waits for another. On a shared worker
 devices have their turns by the time that they take; one request of a device that takes long holds up the
-others for as long. (A shared directory, type fs, has threads of its own always.) Under systemd
+others for as long. (A shared directory, type fs, has threads of its own always.) The process comes behind one
+filter of system calls, but is not kept from files, since orders may name any: give it a user of its own. Under systemd
 (Type=notify, FileDescriptorStoreMax=64, Restart=always) the listening sockets outlive a restart.
 SIGTERM and SIGINT finish what the guests have asked for; a second one ends at once.";
 
@@ -140,7 +141,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     workers.into_iter().for_each(|(name, worker)| fleet.employ(name, worker));
     switches.into_iter().for_each(|switch| fleet.lay(switch));
     let inspects = ready.iter().map(|(prepared, _)| prepared.inspect.clone()).collect::<Vec<_>>();
-    plan.lock.enter(Program::Serve, &inspects)?;
+    plan.lock.enter(Program::Serve, "none", &inspects)?;
     for (prepared, entry) in ready {
         fleet.add(&entry.name, &entry.kind, prepared).map_err(Failure::Failed)?;
     }
