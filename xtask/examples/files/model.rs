@@ -1,6 +1,6 @@
-//! A file against its model in memory: random reads, writes, cuts, holes and copies.
+//! A file against its model in memory: random reads, writes, cuts, holes and copies, by calls and as memory.
 //!
-//! Invariant: what is read is what the model has, at any time and through any descriptor.
+//! Invariant: what is read is what the model has, at any time and through any descriptor or mapping.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -8,7 +8,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use outboard_memory::{MapError, Window};
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
+use rustix::io::Errno;
 
 /// Longest file, in bytes.
 const MOST: u64 = 256 << 10;
@@ -32,6 +34,8 @@ struct Pair<'a> {
     file: File,
     model: Vec<u8>,
     random: Random,
+    /// Reads and writes of mappings, of all that were tried.
+    mapped: (u64, u64),
 }
 
 fn at(place: u64) -> usize {
@@ -49,21 +53,22 @@ impl Pair<'_> {
         let (from, length) = self.range();
         let end = at(from + length);
         match self.random.below(100) {
-            0..40 => self.write(from, length).map(|()| "write"),
-            40..75 => self.compare(from, length).map(|()| "read"),
+            0..28 => self.write(from, length).map(|()| "write"),
+            28..50 => self.compare(from, length).map(|()| "read"),
+            50..63 => self.write_memory(from, length).map(|()| "write to memory"),
+            63..75 => self.read_memory(from, length).map(|()| "read from memory"),
             75..82 => {
                 self.file.set_len(from)?;
                 self.model.resize(at(from), 0);
                 Ok("cut")
             }
-            82..88 => {
-                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                fallocate(&self.file, flags, from, length)?;
-                let end = end.min(self.model.len());
-                if let Some(hole) = self.model.get_mut(at(from)..end) {
-                    hole.fill(0);
-                }
-                Ok("punch")
+            82..86 => self.hole(FallocateFlags::PUNCH_HOLE, from, length).map(|()| "punch"),
+            86..87 => self.hole(FallocateFlags::ZERO_RANGE, from, length).map(|()| "zero"),
+            87..88 => {
+                // No message of FUSE's does it: nothing may have happened.
+                let done = fallocate(&self.file, FallocateFlags::COLLAPSE_RANGE, 0, 4096);
+                ensure!(done == Err(Errno::OPNOTSUPP), "collapsed: {done:?}");
+                Ok("collapse")
             }
             88..91 => {
                 fallocate(&self.file, FallocateFlags::empty(), from, length)?;
@@ -92,6 +97,52 @@ impl Pair<'_> {
         self.model.resize(self.model.len().max(end), 0);
         self.model[at(from)..end].copy_from_slice(&bytes);
         Ok(())
+    }
+
+    /// A file system of the host may know of no such range: nothing has happened then.
+    fn hole(&mut self, kind: FallocateFlags, from: u64, length: u64) -> Result<()> {
+        match fallocate(&self.file, kind | FallocateFlags::KEEP_SIZE, from, length) {
+            Err(Errno::OPNOTSUPP) => return Ok(()),
+            done => done?,
+        }
+        let end = at(from + length).min(self.model.len());
+        if let Some(hole) = self.model.get_mut(at(from)..end) {
+            hole.fill(0);
+        }
+        Ok(())
+    }
+
+    /// The file as memory, of which a part of `length` bytes at most is in the file. None: it is empty there, or what is
+    /// not cached is not mapped either (kernels before 6.6).
+    fn map(&mut self, from: u64, length: u64) -> Result<Option<(Window, usize)>> {
+        let size = self.model.len() as u64;
+        let Some(there) = size.checked_sub(from).filter(|there| *there > 0) else {
+            return Ok(None);
+        };
+        self.mapped.1 += 1;
+        match Window::map(self.file.try_clone()?.into(), 0, size, true) {
+            Ok(window) => {
+                self.mapped.0 += 1;
+                Ok(Some((window, at(length.min(there)))))
+            }
+            Err(MapError::Host { errno, .. }) if errno == Errno::NODEV.raw_os_error() => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn write_memory(&mut self, from: u64, length: u64) -> Result<()> {
+        let Some((window, length)) = self.map(from, length)? else { return Ok(()) };
+        let bytes = self.bytes(length as u64);
+        window.write(from, &bytes)?;
+        self.model[at(from)..at(from) + length].copy_from_slice(&bytes);
+        Ok(())
+    }
+
+    fn read_memory(&mut self, from: u64, length: u64) -> Result<()> {
+        let Some((window, length)) = self.map(from, length)? else { return Ok(()) };
+        let mut found = vec![0; length];
+        window.read(from, &mut found)?;
+        same(&found, &self.model[at(from)..at(from) + length], from)
     }
 
     fn append(&mut self, length: u64) -> Result<()> {
@@ -131,16 +182,21 @@ impl Pair<'_> {
         let expected = expected.get(..at(length)).unwrap_or(expected);
         let mut found = vec![0; expected.len()];
         self.file.read_exact_at(&mut found, from)?;
-        let wrong = found.iter().zip(expected).position(|(found, expected)| found != expected);
-        match wrong {
-            Some(place) => anyhow::bail!(
-                "byte {} is {:#x}, {:#x} was written there",
-                from + place as u64,
-                found[place],
-                expected[place]
-            ),
-            None => Ok(()),
-        }
+        same(&found, expected, from)
+    }
+}
+
+/// What stands at `from` is what was written there.
+fn same(found: &[u8], expected: &[u8], from: u64) -> Result<()> {
+    let wrong = found.iter().zip(expected).position(|(found, expected)| found != expected);
+    match wrong {
+        Some(place) => anyhow::bail!(
+            "byte {} is {:#x}, {:#x} was written there",
+            from + place as u64,
+            found[place],
+            expected[place]
+        ),
+        None => Ok(()),
     }
 }
 
@@ -148,8 +204,8 @@ impl Pair<'_> {
 pub(crate) fn run(dir: &Path, seconds: u64, seed: u64) -> Result<()> {
     let path = dir.join(format!("model-{seed}"));
     let file = File::options().read(true).write(true).create_new(true).open(&path)?;
-    let mut pair =
-        Pair { at: &path, file, model: Vec::new(), random: Random(seed.wrapping_add(1) * 0x9e37) };
+    let random = Random(seed.wrapping_add(1) * 0x9e37);
+    let mut pair = Pair { at: &path, file, model: Vec::new(), random, mapped: (0, 0) };
     let end = Instant::now() + Duration::from_secs(seconds);
     let mut done = Vec::new();
     // A few hundred at least, however slow it is.
@@ -163,6 +219,7 @@ pub(crate) fn run(dir: &Path, seconds: u64, seed: u64) -> Result<()> {
     let all = pair.model.len() as u64;
     pair.compare(0, all)?;
     fs::remove_file(&path)?;
-    println!("{} operations on one file, all as its model", done.len());
+    let (mapped, tried) = pair.mapped;
+    println!("{} operations on one file, all as its model; {mapped} of {tried} mapped", done.len());
     Ok(())
 }
