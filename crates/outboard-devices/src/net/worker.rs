@@ -287,6 +287,18 @@ impl Pair {
         }
     }
 
+    /// The receive ring runs, or no more.
+    fn runs(&mut self, runs: bool) {
+        let Some(link) = &mut self.link else { return };
+        link.runs(runs);
+        // What waits in a switch is dropped then, and this waits with it.
+        let waits = !self.next.is_empty() && !self.gathers;
+        if waits && !runs && matches!(link, Link::Port(_)) {
+            self.next.clear();
+            self.counters.stopped.add(1);
+        }
+    }
+
     fn flush(&mut self) {
         if let Some(link) = &mut self.link {
             link.flush();
@@ -359,8 +371,9 @@ impl Worker for NetWorker {
         }
         if queue.is_multiple_of(2) {
             self.card.runs(usize::from(queue / 2), reach);
-            let link = self.pair(usize::from(queue / 2)).and_then(|pair| pair.link.as_mut());
-            link.into_iter().for_each(|link| link.runs(reach));
+            if let Some(pair) = self.pair(usize::from(queue / 2)) {
+                pair.runs(reach);
+            }
         } else if let Some(pair) = self.pair(usize::from(queue / 2)) {
             pair.flush();
         }
