@@ -194,7 +194,9 @@ const TAIL: &str = "\n## Why\n\
     go to a port, and learns where it came from. The driver asks for order by itself, which costs our side more than twice the\n\
     instructions (PROMISES.md); what it would be without was not measured.\n\
     - From one guest to another both move both ports on one thread. The driver's packets have addresses that nobody has, so the\n\
-    switch makes a copy of each for every other port, as a switch must; DPDK knows no addresses and passes on what it got.\n";
+    switch makes a copy of each for every other port, as a switch must; DPDK knows no addresses and passes on what it got.\n\
+    - What does not arrive between testpmd's ports is dropped where the other port's 384 places are full, and counted: on split and packed\n\
+    rings what the cards sent, with copies for floods, was what they received and `dropped-…` in `outboard ctl stats switch/NAME`, but for the packet that a card had in hand.\n";
 
 #[cfg(test)]
 mod tests {
