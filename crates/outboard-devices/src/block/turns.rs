@@ -2,9 +2,9 @@
 //! system call has the whole file for itself (virtio 1.3 §5.2: a sector is written whole or not; case B60).
 //!
 //! The image is cut into stripes, dealt out to a few locks. Invariant: locks are taken in the order of their numbers, so
-//! that two writes never wait for each other. A worker that is alone takes none.
+//! that two writes never wait for each other. A worker that always was alone takes none.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Locks; a power of two.
@@ -17,15 +17,20 @@ const STRIPE: u32 = 16;
 pub(super) struct Turns {
     locks: [Mutex<()>; LOCKS],
     workers: AtomicUsize,
+    /// There were two at once. It stays so: the one that is left when another one goes (after a panic, say) may be in the
+    /// middle of a write without a turn when the next one comes.
+    shared: AtomicBool,
 }
 
 /// Nobody else writes to its bytes while it is there.
 pub(super) type Turn<'a> = [Option<MutexGuard<'a, ()>>; LOCKS];
 
 impl Turns {
-    /// One more worker writes. To be said before it does.
+    /// One more worker writes. To be said before it does, and by all that there are at first before one of them does.
     pub(super) fn join(&self) {
-        self.workers.fetch_add(1, Ordering::Relaxed);
+        if self.workers.fetch_add(1, Ordering::Relaxed) > 0 {
+            self.shared.store(true, Ordering::Relaxed);
+        }
     }
 
     /// One fewer does.
@@ -33,9 +38,9 @@ impl Turns {
         self.workers.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Waits until nobody writes to these bytes. None: there is nobody else.
+    /// Waits until nobody writes to these bytes. None: there never was anybody else.
     pub(super) fn take(&self, at: u64, length: u64) -> Option<Turn<'_>> {
-        (self.workers.load(Ordering::Relaxed) > 1).then(|| self.lock(at, length))
+        self.shared.load(Ordering::Relaxed).then(|| self.lock(at, length))
     }
 
     fn lock(&self, at: u64, length: u64) -> Turn<'_> {
@@ -74,13 +79,15 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_is_alone_takes_no_lock() {
+    fn a_worker_takes_no_lock_until_it_has_company_and_always_from_then_on() {
         let turns = Turns::default();
         turns.join();
-        assert!(turns.take(0, 512).is_none());
+        turns.leave();
+        turns.join();
+        assert!(turns.take(0, 512).is_none(), "one after the other");
         turns.join();
         assert!(turns.take(0, 512).is_some());
         turns.leave();
-        assert!(turns.take(0, 512).is_none());
+        assert!(turns.take(0, 512).is_some(), "another one comes while this one writes");
     }
 }
