@@ -115,7 +115,7 @@ pub(crate) struct LockArgs {
     seccomp: Option<Seccomp>,
 }
 
-/// Where tests say what `--seccomp` is by default.
+/// Where `cargo xtask test` says what `--seccomp` is by default.
 const DEFAULT: &str = "OUTBOARD_SECCOMP";
 
 const WORDS: &str = "errno, kill, log or none";
