@@ -68,8 +68,10 @@ impl Reactor for Parker {
     }
 
     fn sleep(&self, time: Duration) -> impl Future<Output = ()> + Send {
-        let until = Instant::now() + time;
+        // None: it is longer than the clock reaches.
+        let until = Instant::now().checked_add(time);
         poll_fn(move |_| {
+            let Some(until) = until else { return Poll::Pending };
             if Instant::now() >= until {
                 return Poll::Ready(());
             }

@@ -529,3 +529,19 @@ fn rings_that_do_not_drain_spend_one_deadline_together() {
     finish(second, 2);
     drop(handler);
 }
+
+/// An author who wants to wait for ever says so.
+#[test]
+fn a_deadline_that_never_comes_is_no_end_of_the_session() {
+    let options = HandlerOptions { drain_deadline: Duration::MAX, ..HandlerOptions::default() };
+    let mut bench = Bench::new();
+    let mut back = Back::new(&bench.reader, LoopKind::Auto, options, BASIC);
+    bench.begin(&mut back);
+    bench.offer(b"k");
+    let kept = back.kept.recv_timeout(PATIENCE).unwrap();
+    drop(back.front);
+    finish(kept, 1);
+    let (ended, handler) = back.thread.join().unwrap();
+    assert!(ended.is_ok(), "{ended:?}");
+    drop(handler);
+}

@@ -251,10 +251,10 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         let running = self.running();
         let any = !running.is_empty();
         let mut result = Ok(());
-        let until = Instant::now() + self.left();
+        let (begun, together) = (Instant::now(), self.left());
         for index in running {
-            let left = until.saturating_duration_since(Instant::now());
-            if let Err(error) = self.stop_within(index, left.max(self.bound.min(MOMENT))).await {
+            let left = together.saturating_sub(begun.elapsed()).max(self.bound.min(MOMENT));
+            if let Err(error) = self.stop_within(index, left).await {
                 self.spent |= matches!(error, HostError::DrainDeadline { .. });
                 result = result.and(Err(error));
             }
