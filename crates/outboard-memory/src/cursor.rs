@@ -137,12 +137,10 @@ impl<'a> Cursor<'a> {
         self.each_piece(count, |_, _| ())
     }
 
-    /// Drops everything. Returns the bytes.
+    /// Drops everything.
     #[inline(always)]
-    pub fn spend_all(&mut self) -> u64 {
-        let bytes = self.len();
+    pub fn spend_all(&mut self) {
         self.span.next = self.span.end;
-        bytes
     }
 
     /// Copies `len` bytes to `to` and drops them.

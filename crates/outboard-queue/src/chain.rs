@@ -186,7 +186,9 @@ impl Readable<'_> {
     /// Leaves all of it out. Returns the bytes.
     #[inline]
     pub fn skip_to_end(&mut self) -> u64 {
-        self.0.spend_all()
+        let bytes = self.len();
+        self.0.spend_all();
+        bytes
     }
 
     /// The pieces that are left, for a transfer by the kernel; follow it with [`advance`](Self::advance).
@@ -331,7 +333,9 @@ impl Writable<'_> {
     /// Takes all that is left for written. Returns the bytes.
     #[inline]
     pub fn advance_to_end(&mut self) -> u64 {
-        self.cursor.spend_all()
+        let bytes = self.len();
+        self.cursor.spend_all();
+        bytes
     }
 
     /// Fills the room from `file` at `offset`, in one call. Returns the bytes; 0 is the end of the file.

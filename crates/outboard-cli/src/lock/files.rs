@@ -130,6 +130,11 @@ mod tests {
         let mut child = Command::new(std::env::current_exe().expect("this program"));
         child.args(["--exact", "lock::files::tests::inside"]).env(INSIDE, folder.path());
         let ended = child.stdout(std::process::Stdio::null()).status().expect("started");
-        assert!(matches!(ended.code(), Some(100 | 101)), "{ended}");
+        if ended.code() == Some(101) {
+            assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "CI=true skips nothing");
+            eprintln!("SKIPPED: this kernel has no Landlock");
+            return;
+        }
+        assert_eq!(ended.code(), Some(100), "the number of what was not as it is to be");
     }
 }

@@ -227,15 +227,7 @@ fn tables<'t>(
     key: &str,
     value: &'t Spanned<DeValue<'t>>,
 ) -> Result<Vec<&'t Spanned<DeValue<'t>>>, Wrong> {
-    let wanted = || {
-        Wrong(
-            value.span(),
-            format!(
-                "{key}{} are written as [[{key}]]",
-                if key.ends_with('h') { "es" } else { "s" }
-            ),
-        )
-    };
+    let wanted = || Wrong(value.span(), format!("each {key} is written as [[{key}]]"));
     Ok(value.get_ref().as_array().ok_or_else(wanted)?.iter().collect())
 }
 
@@ -399,7 +391,7 @@ mod tests {
             ("control = 3", "1: control wants a string"),
             ("\ncontrl = 'x'", "2: 'contrl' is neither control nor seccomp nor [[worker]]"),
             ("seccomp = 'most'", "1: seccomp is errno, kill, log or none"),
-            ("[device]\ntype = 'block'", "1: devices are written as [[device]]"),
+            ("[device]\ntype = 'block'", "1: each device is written as [[device]]"),
             ("[[device]]\nname = 'x'", "1: a device needs a type"),
             ("[[device]]\n\ntype = 'blok'", "3: no device 'blok'; there are block,"),
             ("[[device]]\ntype = 'demo'", "2: no device 'demo'"),
@@ -418,7 +410,7 @@ mod tests {
             ("[[device]]\ntype='rng'\nname = 'a b'", "3: the name 'a b'"),
             ("[[device]]\ntype='rng'\n[[device]]\ntype='rng'\nname='rng'", "5: there is another"),
             ("[[device]\n", "1: "),
-            ("worker = 'a'", "1: workers are written as [[worker]]"),
+            ("worker = 'a'", "1: each worker is written as [[worker]]"),
             ("[[worker]]\npin = 1", "1: a worker needs a name"),
             ("[[worker]]\nname='a'\n[[worker]]\nname='a'", "3: there is another worker 'a'"),
             ("[[worker]]\nname='old'", "1: there is another worker 'old'"),
@@ -428,7 +420,7 @@ mod tests {
             ("[[device]]\ntype='rng'\nworker='b'", "3: there is no worker 'b'"),
             ("[[device]]\ntype='rng'\nworker=[]", "3: worker wants the name of a [[worker]]"),
             ("[[device]]\ntype='rng'\nworker='old'\npin=1", "4: pin belongs into the [[worker]]"),
-            ("switch = 'a'", "1: switches are written as [[switch]]"),
+            ("switch = 'a'", "1: each switch is written as [[switch]]"),
             ("[[switch]]\nmtu = 1", "1: a switch needs a name"),
             ("[[switch]]\nname='a'\n[[switch]]\nname='a'", "3: there is another switch 'a'"),
             ("[[switch]]\nname='attic'", "1: there is another switch 'attic'"),

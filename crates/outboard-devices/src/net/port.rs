@@ -299,11 +299,11 @@ impl PortLink {
             return;
         }
         fence(Ordering::SeqCst);
-        let told = std::mem::take(&mut self.told);
-        for (number, other) in self.port.fabric().ports() {
-            if told & (1 << number) == 0 {
-                continue;
-            }
+        let mut told = std::mem::take(&mut self.told);
+        while told != 0 {
+            let number = told.trailing_zeros() as usize;
+            told &= told - 1;
+            let Some(other) = self.port.fabric().port(number) else { continue };
             if !other.runs.load(Ordering::Relaxed) {
                 // It stopped as they were put there, and may have looked before that.
                 self.clear(other, &self.port.tally().stopped);
