@@ -147,11 +147,19 @@ impl Tap {
         if unsafe { libc::if_nametoindex(name.as_ptr()) } == 0 {
             return Err(io::Error::last_os_error());
         }
-        let mut request = Request::new(&self.name, self.flags)?;
-        match with_request(self.file.as_fd(), TUNSETIFF, &mut request) {
-            // It was never gone, or somebody else was as quick.
-            Err(error) if !is(&error, Errno::EXIST) => return Err(error),
-            _ => {}
+        let attach = |flags| {
+            let outcome = Request::new(&self.name, flags)
+                .and_then(|mut request| with_request(self.file.as_fd(), TUNSETIFF, &mut request));
+            match outcome {
+                // It was never gone, or somebody else was as quick.
+                Err(error) if is(&error, Errno::EXIST) => Ok(()),
+                outcome => outcome,
+            }
+        };
+        match attach(self.flags) {
+            // Made with one queue where the old one had several, or the other way round.
+            Err(error) if is(&error, Errno::INVAL) => attach(self.flags ^ IFF_MULTI_QUEUE)?,
+            outcome => outcome?,
         }
         self.have_headers()?;
         self.set_offloads(self.offloads.load(Ordering::Relaxed))?;

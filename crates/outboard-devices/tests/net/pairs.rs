@@ -175,6 +175,11 @@ fn c27_an_interface_deleted_under_the_card_is_a_link_that_is_down_until_it_is_ma
         }
         ip(&["link", "delete", &name]);
         until_status(&mut guest, 0);
+        // As most people make one: with one queue.
+        ip(&["tuntap", "add", &name, "mode", "tap", "vnet_hdr"]);
+        until_status(&mut guest, 1);
+        ip(&["link", "delete", &name]);
+        until_status(&mut guest, 0);
         guest.rig.end();
     }
 }
