@@ -9,72 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{FEATURES, PATIENCE, PROTOCOL, Ring, serve};
+use common::guest::{BOTH, Guest, device, echo, number, thread};
+use common::{PATIENCE, Ring};
 use outboard::{
-    DeviceRequestHandler, Error, Fact, FileId, FileOp, HandlerOptions, LoopKind, Plain, QueueSpec,
-    Request, Served, SharedOptions, SharedThread, Worker, WorkerContext, WorkerDevice,
-    WorkerOptions,
+    Error, FileId, FileOp, LoopKind, QueueSpec, Request, Served, SharedOptions, SharedThread,
+    Worker, WorkerContext, WorkerDevice, WorkerOptions,
 };
-use outboard_frontend::{Connection, SharedMemory};
-
-const BOTH: [LoopKind; 2] = [LoopKind::Epoll, LoopKind::Uring];
-
-fn thread(event_loop: LoopKind) -> SharedThread {
-    let options = SharedOptions { event_loop, ..SharedOptions::default() };
-    SharedThread::start("shared", &options).unwrap()
-}
-
-/// A device of workers that `make` builds, on `thread`.
-fn device<W: Worker + 'static>(
-    name: &str,
-    thread: &SharedThread,
-    queues: usize,
-    make: impl Fn(&mut WorkerContext<'_>) -> Result<W, Error> + Send + Sync + 'static,
-) -> Result<WorkerDevice<Plain<W>>, Error> {
-    let shared = vec![thread.clone()];
-    let options = WorkerOptions { shared, name: name.to_owned(), ..WorkerOptions::default() };
-    let queues = vec![QueueSpec::new("a", 1024); queues];
-    WorkerDevice::with_options(Plain::new(&queues, make), options)
-}
-
-/// A device's front-end, its rings, and the end of its session.
-struct Guest<W: Worker + 'static> {
-    front: Connection,
-    memory: SharedMemory,
-    session: std::thread::JoinHandle<common::Finished<WorkerDevice<Plain<W>>>>,
-}
-
-impl<W: Worker + Send + 'static> Guest<W> {
-    fn of(device: WorkerDevice<Plain<W>>) -> Self {
-        let handler = DeviceRequestHandler::new(device, HandlerOptions::default()).unwrap();
-        let (ours, session) = serve(handler);
-        let mut front = Connection::from_fd(ours.into(), PATIENCE).unwrap();
-        let memory = SharedMemory::with_size(4 << 20).unwrap();
-        front.get_features().unwrap();
-        front.get_protocol_features().unwrap();
-        front.set_protocol_features(PROTOCOL).unwrap();
-        front.set_features(FEATURES).unwrap();
-        front.set_mem_table(memory.regions()).unwrap();
-        Self { front, memory, session }
-    }
-
-    fn ring(&mut self, index: u16, size: u16) -> Ring {
-        let ring = Ring::sized(&self.memory, index, FEATURES, size);
-        self.front.set_vring_num(index, size).unwrap();
-        self.front.set_vring_addr(index, &ring.layout).unwrap();
-        self.front.set_vring_call(index, &ring.call).unwrap();
-        self.front.set_vring_err(index, &ring.err).unwrap();
-        self.front.set_vring_kick(index, &ring.kick).unwrap();
-        self.front.set_vring_enable(index, true).unwrap();
-        ring
-    }
-
-    /// Its front-end leaves, then the device goes.
-    fn leave(self) {
-        drop(self.front);
-        drop(self.session.join().unwrap());
-    }
-}
 
 /// Offers requests of four bytes.
 fn offer(ring: &mut Ring, count: u16) {
@@ -83,18 +23,6 @@ fn offer(ring: &mut Ring, count: u16) {
         ring.driver.add(&[(guest, 4)], &[(guest + 4096, 4)], 7).unwrap();
     }
     ring.driver.publish();
-}
-
-fn echo(thread: &SharedThread, name: &str) -> Guest<common::Echo> {
-    Guest::of(device(name, thread, 1, |_| Ok(common::Echo)).unwrap())
-}
-
-fn number(thread: &SharedThread, name: &str) -> Option<u64> {
-    let facts = thread.inspect().facts();
-    facts.into_iter().find_map(|(own, fact)| match fact {
-        Fact::Number(number) if own == name => Some(number),
-        _ => None,
-    })
 }
 
 #[test]

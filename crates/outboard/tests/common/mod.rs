@@ -9,6 +9,8 @@
     reason = "helpers of tests; each test file uses a part"
 )]
 
+pub mod guest;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
