@@ -31,6 +31,8 @@ pub(crate) struct Parts {
     /// Split: where it is put when it is idle. Packed: the buffer id. Of a chain that is charged [`NOWHERE`], so that what
     /// is quick does not have to ask.
     pub(crate) place: u32,
+    /// Split, where order was promised: how many were taken before it, modulo 2¹⁶.
+    pub(crate) turn: u16,
     /// Whether it is one of those that may keep a long list while idle.
     pub(crate) grown: bool,
     /// Pieces charged to the queue's budget while in flight; 0 for a chain of few.

@@ -12,9 +12,8 @@
 //! an element of its own, or is the last one of a run, for its length is told. (A packed ring does so with what its batch
 //! begins with, and not with an in-flight region.)
 //!
-//! On a split ring the order is kept here: invariant: one turn for each chain in flight, oldest first; `number` says by
-//! head how many turns were before it. On a packed ring it stands in the places of the chains: the one whose turn it is
-//! began where the next used descriptor goes (`packed/tracked.rs`).
+//! On a split ring chains are numbered as they are taken; invariant: all before `next` were given back, none behind. On a packed ring it stands in the places of the chains: the one whose turn it is began where the next
+//! used descriptor goes (`packed/tracked.rs`).
 
 use std::collections::VecDeque;
 
@@ -24,62 +23,94 @@ use crate::error::RingError;
 /// What came back to a device's queue before its turn: the chain, and the bytes written.
 pub(crate) type Early = Option<(Box<Parts>, u32)>;
 
-/// The chains that a device holds, in the order in which it took them and gives them back.
+/// What came back before its turn, by the place where its turn is known by.
+#[derive(Debug)]
+pub(crate) struct Waiting {
+    chains: Box<[Early]>,
+    count: u16,
+}
+
+impl Waiting {
+    pub(crate) fn new(size: u16) -> Self {
+        Self { chains: std::iter::repeat_with(|| None).take(size.into()).collect(), count: 0 }
+    }
+
+    /// A chain comes back before its turn, which is at `place`.
+    pub(crate) fn keep(&mut self, place: u16, parts: Box<Parts>, written: u32) {
+        match self.chains.get_mut(usize::from(place)) {
+            Some(early @ None) => {
+                *early = Some((parts, written));
+                self.count += 1;
+            }
+            _ => debug_assert!(false, "{} was not taken from this queue", parts.name()),
+        }
+    }
+
+    /// Whether any wait at all: nearly never.
+    #[inline(always)]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// The chain at `place`, when it has come back.
+    pub(crate) fn take(&mut self, place: u16) -> Early {
+        let early = self.chains.get_mut(usize::from(place))?.take()?;
+        self.count -= 1;
+        Some(early)
+    }
+}
+
+/// Whose turn it is on a split ring: the chain that so many were taken before.
 #[derive(Debug)]
 pub(crate) struct Turns {
-    turns: VecDeque<(u16, Early)>,
-    /// The number of the oldest turn.
-    oldest: u16,
-    /// By head: the number of its turn. Heads that are not in flight have an old one.
-    number: Box<[u16]>,
+    taken: u16,
+    next: u16,
+    waiting: Waiting,
 }
 
 impl Turns {
     pub(crate) fn new(size: u16) -> Self {
-        let number = vec![0; usize::from(size)].into();
-        Self { turns: VecDeque::new(), oldest: 0, number }
+        Self { taken: 0, next: 0, waiting: Waiting::new(size) }
     }
 
-    /// The chain of this head was taken.
-    #[cold]
-    #[inline(never)]
-    pub(crate) fn taken(&mut self, head: u16) {
-        // At most 32,768 are in flight.
-        let turn = self.oldest.wrapping_add(u16::try_from(self.turns.len()).unwrap_or(u16::MAX));
-        if let Some(number) = self.number.get_mut(usize::from(head)) {
-            *number = turn;
-        }
-        self.turns.push_back((head, None));
+    /// The turn of a chain that is taken.
+    #[inline(always)]
+    pub(crate) fn taken(&mut self) -> u16 {
+        let turn = self.taken;
+        self.taken = turn.wrapping_add(1);
+        turn
     }
 
-    /// Whether it is the turn of this head, the usual case: it is over then.
-    #[inline]
-    pub(crate) fn is_next(&mut self, head: u16) -> bool {
-        let next = matches!(self.turns.front(), Some((oldest, None)) if *oldest == head);
-        if next {
-            self.turns.pop_front();
-            self.oldest = self.oldest.wrapping_add(1);
-        }
-        next
+    /// Whether it is this one's turn, the usual case: it is over then.
+    #[inline(always)]
+    pub(crate) fn is_next(&mut self, turn: u16) -> bool {
+        let is_next = self.next == turn;
+        self.next = self.next.wrapping_add(u16::from(is_next));
+        is_next
     }
 
     /// A chain comes back before its turn.
-    pub(crate) fn completed(&mut self, parts: Box<Parts>, written: u32) {
-        let head = parts.head;
-        let number = self.number.get(usize::from(head)).copied().unwrap_or_default();
-        let turn = self.turns.get_mut(usize::from(number.wrapping_sub(self.oldest)));
-        match turn.filter(|(other, early)| *other == head && early.is_none()) {
-            Some((_, early)) => *early = Some((parts, written)),
-            None => debug_assert!(false, "head {head} was not taken from this queue"),
-        }
+    #[cold]
+    pub(crate) fn keep(&mut self, parts: Box<Parts>, written: u32) {
+        self.waiting.keep(self.place(parts.turn), parts, written);
     }
 
-    /// The chain whose turn it is, when it has come back.
+    /// The chain whose turn it is, when it has come back; its turn is over then.
+    #[inline(always)]
     pub(crate) fn next(&mut self) -> Early {
-        let next = self.turns.front_mut().and_then(|(_, early)| early.take())?;
-        self.turns.pop_front();
-        self.oldest = self.oldest.wrapping_add(1);
-        Some(next)
+        if self.waiting.is_empty() { None } else { self.next_waiting() }
+    }
+
+    #[cold]
+    fn next_waiting(&mut self) -> Early {
+        let early = self.waiting.take(self.place(self.next))?;
+        self.next = self.next.wrapping_add(1);
+        Some(early)
+    }
+
+    /// No two chains in flight have the same: there are as many places, and as a power of two they divide the numbers.
+    fn place(&self, turn: u16) -> u16 {
+        turn % u16::try_from(self.waiting.chains.len()).unwrap_or(u16::MAX).max(1)
     }
 }
 

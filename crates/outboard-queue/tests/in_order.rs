@@ -4,9 +4,9 @@
 
 use std::sync::Arc;
 
-use outboard_memory::{GuestMemory, Region, View, Window};
+use outboard_memory::{DirtyLog, GuestMemory, Region, View, Window};
 use outboard_queue::{
-    Chain, DeviceQueue, DriverQueue, InflightArea, QueueFeatures, QueueLayout, RingError,
+    Chain, DeviceQueue, DriverQueue, InflightArea, QueueFeatures, QueueLayout, RingError, RingLog,
 };
 
 const PACKED: u64 = 1 << 34;
@@ -112,6 +112,30 @@ fn b46_what_is_completed_out_of_order_is_used_in_order() {
             assert_eq!(complete(&mut rig, 1), [(round + 1, 11), (round + 2, 12)]);
             assert_eq!((rig.device.in_flight(), rig.driver.free()), (0, SIZE));
             assert_eq!(rig.device.base(), rig.driver.base());
+        }
+    }
+}
+
+#[test]
+fn b46_order_is_kept_while_a_log_comes_and_goes() {
+    for features in LAYOUTS {
+        let mut rig = Rig::new(features);
+        let log = Arc::new(DirtyLog::memfd(0x1_0000).unwrap().0);
+        let notes = || RingLog { log: Arc::clone(&log), used: None, notify: None };
+        // What is in flight when the log comes was taken without it, and the other way round.
+        for round in (0..30).step_by(3) {
+            rig.offer(round..round + 3);
+            let mut chains = rig.take();
+            let mut complete = |rig: &mut Rig, at: usize| {
+                rig.device.complete(chains[at].take().unwrap(), 1);
+                rig.seen().into_iter().map(|(token, _)| token).collect::<Vec<_>>()
+            };
+            let logs = round % 2 == 0;
+            assert_eq!(complete(&mut rig, 1), []);
+            rig.device.set_log(logs.then(notes));
+            assert_eq!(complete(&mut rig, 2), []);
+            assert_eq!(complete(&mut rig, 0), [round, round + 1, round + 2]);
+            assert_eq!((rig.device.in_flight(), rig.driver.free()), (0, SIZE));
         }
     }
 }

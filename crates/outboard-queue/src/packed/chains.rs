@@ -89,7 +89,8 @@ impl PackedChains {
         }
         let size = u16::try_from(self.held.len()).unwrap_or(u16::MAX);
         let buffers = Buffers::for_requests(view, size.min(FEW_PIECES));
-        Box::new(Parts { buffers, head: 0, place: 0, grown: false, charged: 0, next: None })
+        let (head, place, turn) = (0, 0, 0);
+        Box::new(Parts { buffers, head, place, turn, grown: false, charged: 0, next: None })
     }
 
     /// A chain is idle again, while none are set aside.
@@ -129,6 +130,12 @@ impl PackedChains {
     #[inline(always)]
     pub(super) fn release(&mut self, place: u32) -> u32 {
         self.held.get_mut(place as usize).map_or(0, |held| std::mem::take(&mut held.bytes))
+    }
+
+    /// Whether a chain of this id is in flight that began so many bytes before the end of the ring.
+    #[inline(always)]
+    pub(super) fn began_at(&self, id: u16, left: u32) -> bool {
+        self.held.get(usize::from(id)).is_some_and(|held| held.bytes > 0 && held.left == left)
     }
 
     /// The first descriptor of a chain in flight.

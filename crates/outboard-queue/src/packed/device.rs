@@ -30,7 +30,7 @@ use crate::budget::FEW_PIECES;
 use crate::chain::{Chain, Parts};
 use crate::error::RingError;
 use crate::layout::{QueueFeatures, QueueLayout};
-use crate::order::Early;
+use crate::order::Waiting;
 use crate::walk::Health;
 
 #[derive(Debug)]
@@ -77,7 +77,7 @@ pub(crate) struct PackedDevice {
     /// Where the next chain of an earlier process began.
     pub(super) owed_at: Place,
     /// By the place of their first descriptor: chains that came back before their turn, when order was promised.
-    pub(super) early: Option<Box<[Early]>>,
+    pub(super) early: Option<Box<Waiting>>,
 }
 
 /// The places of a base: available, used. A used half of 0 says nothing (DPDK, and whoever knows one half only): with
@@ -155,7 +155,7 @@ impl PackedDevice {
             inflight: None,
             is_anew,
             owed_at: next_used,
-            early: features.in_order.then(|| (0..size).map(|_| None).collect()),
+            early: features.in_order.then(|| Box::new(Waiting::new(size))),
         })
     }
 
@@ -338,7 +338,11 @@ impl PackedDevice {
         }
         if !PLAIN {
             self.run |= is_first;
-            self.complete_unusually(id, written, flags);
+            if self.is_tracked() {
+                self.complete_tracked(id, written, flags);
+            } else {
+                self.put_in_run(id, written, flags);
+            }
             self.run &= skips;
         }
         self.next_used.advance(bytes);

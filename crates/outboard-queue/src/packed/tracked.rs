@@ -150,40 +150,32 @@ impl PackedDevice {
 
     /// A chain comes back to a ring that is not a plain one: it is given back now, or when its turn has come, which is
     /// when the next used descriptor goes where its first one was.
-    #[cold]
     #[inline(never)]
     pub(super) fn complete_in_turn(&mut self, parts: Box<Parts>, written: u32) {
-        let Some(early) = &mut self.early else {
-            return self.give_back::<false>(parts, written);
-        };
-        let lap = self.next_used.lap();
-        let next = descriptors(lap.size() - lap.left());
-        let start = self.chains.start(parts.name());
-        if start == Some(next) {
-            // It is its turn: the usual case.
-            self.give_back::<false>(parts, written);
-        } else {
-            let place = start.and_then(|start| early.get_mut(usize::from(start)));
-            match place.filter(|early| early.is_none()) {
-                Some(early) => *early = Some((parts, written)),
-                None => debug_assert!(false, "id {} was not taken from this queue", parts.name()),
-            }
+        let Some(early) = &mut self.early else { return self.give_back::<false>(parts, written) };
+        if !self.chains.began_at(parts.name(), self.next_used.lap().left()) {
+            let start = self.chains.start(parts.name());
+            return early.keep(start.unwrap_or(u16::MAX), parts, written);
         }
+        self.give_back::<false>(parts, written);
         while let Some((parts, written)) = self.next_early() {
             self.give_back::<false>(parts, written);
         }
     }
 
     /// The chain whose turn it is, when it has come back.
+    #[inline(always)]
     fn next_early(&mut self) -> Early {
-        let at = usize::from(self.used_place().at);
-        self.early.as_mut()?.get_mut(at)?.take()
+        let early = self.early.as_mut().filter(|early| !early.is_empty())?;
+        let lap = self.next_used.lap();
+        early.take(descriptors(lap.size() - lap.left()))
     }
 
-    /// The chain of `id` is given back by a ring that is retired or looked at twice. What goes through an in-flight region is written to the ring when it is shown.
+    /// The chain of `id` is given back by a ring that is looked at twice. What goes through an in-flight region is written
+    /// to the ring when it is shown.
     #[cold]
     #[inline(never)]
-    pub(super) fn complete_unusually(&mut self, id: u16, written: u32, flags: u16) {
+    pub(super) fn complete_tracked(&mut self, id: u16, written: u32, flags: u16) {
         let at = self.used_place().at;
         if let Some(log) = &mut self.log {
             log.notes.completed(id);
@@ -191,15 +183,20 @@ impl PackedDevice {
         }
         match &mut self.inflight {
             Some(inflight) => inflight.completed(id, written, (at, flags)),
-            None if self.run => {
-                // It closes all of the batch so far, with the state that goes with the place of the first one.
-                self.next_used.put_marked(id, written);
-                self.first = self.first & STATE | flags & !STATE;
-            }
-            None => {
-                self.next_used.put_used(id, written);
-                self.next_used.put_flags(flags);
-            }
+            None => self.put_in_run(id, written, flags),
+        }
+    }
+
+    /// Writes the used descriptor of a chain that is given back.
+    #[inline(always)]
+    pub(super) fn put_in_run(&mut self, id: u16, written: u32, flags: u16) {
+        if self.run {
+            // It closes all of the batch so far, with the state that goes with the place of the first one.
+            self.next_used.put_marked(id, written);
+            self.first = self.first & STATE | flags & !STATE;
+        } else {
+            self.next_used.put_used(id, written);
+            self.next_used.put_flags(flags);
         }
     }
 

@@ -12,8 +12,8 @@ use crate::error::RingError;
 pub(crate) struct Chains {
     /// By head. `None`: in flight, or never made. Empty while the chains are set aside.
     idle: Box<[Option<Box<Parts>>]>,
-    /// The same table while every request is looked at twice (see `tracked`): what is quick finds nothing, and the
-    /// other way is taken without a question on the quick one.
+    /// The same table while every request is looked at twice (see `tracked`), and where order was promised: what is quick
+    /// finds nothing, and the other way is taken without a question on the quick one.
     aside: Box<[Option<Box<Parts>>]>,
     /// Which were made.
     made: Box<[bool]>,
@@ -32,13 +32,10 @@ impl Chains {
         }
     }
 
-    /// Takes the chain of this head out.
+    /// Takes the chain of this head out. `None`: it is set aside, in flight, or was never made.
     #[inline(always)]
-    pub(crate) fn take(&mut self, head: u16, view: &View) -> Result<Box<Parts>, RingError> {
-        match self.idle.get_mut(usize::from(head)).and_then(Option::take) {
-            Some(parts) => Ok(parts),
-            None => self.make(head, view),
-        }
+    pub(crate) fn take(&mut self, head: u16) -> Option<Box<Parts>> {
+        self.idle.get_mut(usize::from(head)).and_then(Option::take)
     }
 
     /// Sets the chains aside, or puts them where the quick way finds them.
@@ -52,7 +49,8 @@ impl Chains {
         }
     }
 
-    /// As [`take`](Self::take), of the chains that are set aside.
+    /// As [`take`](Self::take), of the chains that are set aside, or were not made yet.
+    #[inline(always)]
     pub(crate) fn take_aside(&mut self, head: u16, view: &View) -> Result<Box<Parts>, RingError> {
         match self.aside.get_mut(usize::from(head)).and_then(Option::take) {
             Some(parts) => Ok(parts),
@@ -60,9 +58,15 @@ impl Chains {
         }
     }
 
-    /// Puts a chain aside that [`place`](Self::place) has no place for. False: no such chain is in flight here.
-    pub(crate) fn put_aside(&mut self, head: u16, parts: Box<Parts>) -> bool {
-        match self.aside.get_mut(usize::from(head)) {
+    /// Puts a chain back, wherever chains are, that [`place`](Self::place) has no place for. False: no such chain is in
+    /// flight here.
+    #[inline(always)]
+    pub(crate) fn put_back(&mut self, mut parts: Box<Parts>) -> bool {
+        if parts.charged != 0 {
+            self.budget.discharge(&mut parts);
+        }
+        let table = if self.idle.is_empty() { &mut self.aside } else { &mut self.idle };
+        match table.get_mut(usize::from(parts.head)) {
             Some(slot @ None) => {
                 *slot = Some(parts);
                 true
@@ -89,6 +93,7 @@ impl Chains {
 
     /// The first time; not when the chain is in flight.
     #[cold]
+    #[inline(never)]
     fn make(&mut self, head: u16, view: &View) -> Result<Box<Parts>, RingError> {
         let size = u16::try_from(self.made.len()).unwrap_or(u16::MAX);
         let made = self.made.get_mut(usize::from(head)).ok_or(RingError::Head { head, size })?;
@@ -99,6 +104,7 @@ impl Chains {
             buffers: Buffers::for_requests(view, size.min(FEW_PIECES)),
             head,
             place: head.into(),
+            turn: 0,
             grown: false,
             charged: 0,
             next: None,
@@ -115,16 +121,6 @@ impl Chains {
     #[inline(always)]
     pub(crate) fn place(&mut self, parts: &Parts) -> Option<&mut Option<Box<Parts>>> {
         self.idle.get_mut(parts.place as usize).filter(|slot| slot.is_none())
-    }
-
-    /// As [`place`](Self::place), after a chain that is charged is not any more.
-    #[cold]
-    pub(crate) fn discharged_place(
-        &mut self,
-        parts: &mut Parts,
-    ) -> Option<&mut Option<Box<Parts>>> {
-        self.budget.discharge(parts);
-        self.place(parts)
     }
 
     /// Lets go of guest memory that is not the one of `view`.

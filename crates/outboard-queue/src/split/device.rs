@@ -43,8 +43,8 @@ pub(crate) struct SplitDevice {
     pub(super) seen_avail: u16,
     pub(super) next_used: u16,
     pub(super) told_used: u16,
-    /// While requests are looked at twice: where the next used element is written. Behind `next_used` by the chains that
-    /// it closes along with its own (`order.rs`).
+    /// Off the quick way, in a batch: where the next used element is written. Behind `next_used` by the chains that it
+    /// closes along with its own (`order.rs`).
     pub(super) run: u16,
     /// `next_avail - next_used` with nothing in flight.
     pub(super) lead: u16,
@@ -101,9 +101,7 @@ impl SplitDevice {
             inflight: None,
             turns: features.in_order.then(|| Box::new(Turns::new(layout.size))),
         };
-        if features.in_order {
-            this.choose_way();
-        }
+        this.choose_way();
         Ok(this)
     }
 
@@ -171,7 +169,9 @@ impl SplitDevice {
     #[inline(always)]
     fn try_take(&mut self, next: u16) -> Result<Chain, RingError> {
         let head = self.cells.avail.load(next);
-        let mut parts = self.chains.take(head, &self.source.view)?;
+        let Some(mut parts) = self.chains.take(head) else {
+            return self.take_rarely(head).map(Chain);
+        };
         if self.source.walk_quickly(head, &mut parts.buffers).is_none() {
             parts = self.walk_carefully(head, parts)?;
         }

@@ -1,9 +1,9 @@
 //! The device side of a split ring whose requests are looked at twice: their writes are noted in a dirty log, or they
-//! themselves in an in-flight region, or they wait for their turn.
+//! themselves in an in-flight region. Also what becomes of chains where order was promised.
 //!
 //! The quick way asks no question about it: it finds that the available index is too far ahead of a limit of 0 and that
-//! there is no place to put a chain back to, and comes here instead. Invariant: `is_tracked()` exactly when the chains
-//! are set aside and the limit is 0.
+//! there is no place to put a chain back to, and comes here instead. Invariant: `is_tracked()` exactly when the limit
+//! is 0; then, and where order was promised, the chains are set aside.
 
 use outboard_memory::Buffers;
 
@@ -14,12 +14,11 @@ use crate::chain::{Chain, Parts};
 use crate::error::RingError;
 use crate::inflight::InflightArea;
 use crate::layout::QueueLayout;
-use crate::order::Turns;
 use crate::walk::Health;
 
 impl SplitDevice {
     pub(super) fn is_tracked(&self) -> bool {
-        self.log.is_some() || self.inflight.is_some() || self.turns.is_some()
+        self.log.is_some() || self.inflight.is_some()
     }
 
     /// Takes the quick way, or this one.
@@ -27,9 +26,8 @@ impl SplitDevice {
         let tracked = self.is_tracked();
         self.limit = if tracked { 0 } else { self.layout.size };
         self.plain = self.health == Health::Live && !tracked;
-        self.chains.set_aside(tracked);
+        self.chains.set_aside(tracked || self.features.in_order);
         self.unusual |= tracked;
-        self.run = self.next_used;
         if self.health == Health::Live {
             // Each look of this way is at the index: what was seen and not taken is seen again.
             self.seen_avail = self.next_avail;
@@ -98,31 +96,38 @@ impl SplitDevice {
 
     fn take_tracked(&mut self) -> Result<Box<Parts>, RingError> {
         let head = self.cells.avail.load(self.next_avail);
-        let parts = self.take_head(head)?;
+        let parts = self.take_noted(head)?;
         if let Some(inflight) = &mut self.inflight {
             inflight.taken(head);
         }
-        self.note_turn(head);
         Ok(parts)
     }
 
     #[inline(always)]
-    fn note_turn(&mut self, head: u16) {
-        if let Some(turns) = &mut self.turns {
-            turns.taken(head);
-        }
-    }
-
-    #[inline(always)]
-    fn take_head(&mut self, head: u16) -> Result<Box<Parts>, RingError> {
-        let mut parts = self.chains.take_aside(head, &self.source.view)?;
-        if self.source.walk_quickly(head, &mut parts.buffers).is_none() {
-            parts = self.walk_carefully(head, parts)?;
-        }
+    fn take_noted(&mut self, head: u16) -> Result<Box<Parts>, RingError> {
+        let parts = self.take_aside(head)?;
         if let Some(log) = &mut self.log {
             log.taken(head, &parts.buffers);
         }
         Ok(parts)
+    }
+
+    #[inline(always)]
+    fn take_aside(&mut self, head: u16) -> Result<Box<Parts>, RingError> {
+        let mut parts = self.chains.take_aside(head, &self.source.view)?;
+        if self.source.walk_quickly(head, &mut parts.buffers).is_none() {
+            parts = self.walk_carefully(head, parts)?;
+        }
+        if let Some(turns) = &mut self.turns {
+            parts.turn = turns.taken();
+        }
+        Ok(parts)
+    }
+
+    /// Takes a chain that is set aside for its turn, or was never made.
+    #[inline(never)]
+    pub(super) fn take_rarely(&mut self, head: u16) -> Result<Box<Parts>, RingError> {
+        self.take_aside(head)
     }
 
     /// Keeps track of requests in `area` from now on, and takes up what an earlier process left there: its requests are
@@ -152,10 +157,9 @@ impl SplitDevice {
         }
         let owed = self.inflight.as_mut().and_then(|inflight| inflight.next_owed());
         let Some(head) = owed else { return Ok(None) };
-        match self.take_head(head) {
+        match self.take_noted(head) {
             Ok(parts) => {
                 self.lead = self.lead.wrapping_sub(1);
-                self.note_turn(head);
                 Ok(Some(Chain(parts)))
             }
             Err(error) => {
@@ -168,22 +172,30 @@ impl SplitDevice {
         }
     }
 
-    /// Gives a chain back that the quick way has no place for.
-    #[cold]
+    /// Gives a chain back that the quick way has no place for, and what has waited for it; or has it wait itself.
     #[inline(never)]
-    pub(super) fn complete_tracked(&mut self, mut parts: Box<Parts>, written: u32) {
-        if let Some(turns) = self.turns.take() {
-            return self.complete_in_turn(turns, parts, written);
+    pub(super) fn complete_tracked(&mut self, parts: Box<Parts>, written: u32) {
+        let Some(turns) = &mut self.turns else { return self.give_back(parts, written) };
+        if !turns.is_next(parts.turn) {
+            return turns.keep(parts, written);
         }
+        self.give_back(parts, written);
+        while let Some((parts, written)) = self.turns.as_mut().and_then(|turns| turns.next()) {
+            self.give_back(parts, written);
+        }
+    }
+
+    #[inline(always)]
+    fn give_back(&mut self, parts: Box<Parts>, written: u32) {
         let head = parts.head;
-        let skips = self.features.in_order && written == 0 && parts.buffers.takes_nothing();
-        if let Some(slot) = self.chains.discharged_place(&mut parts) {
-            *slot = Some(parts);
-            return self.push_used(head.into(), written);
-        }
-        if !self.chains.put_aside(head, parts) {
+        let in_order = self.features.in_order;
+        let skips = in_order && written == 0 && parts.buffers.takes_nothing();
+        if !self.chains.put_back(parts) {
             debug_assert!(false, "head {head} was not taken from this queue");
             return;
+        }
+        if !in_order || self.next_used == self.told_used {
+            self.run = self.next_used;
         }
         if let Some(log) = &mut self.log {
             log.completed(head);
@@ -192,11 +204,7 @@ impl SplitDevice {
         if let Some(inflight) = &mut self.inflight {
             inflight.completed(head);
         }
-        self.push_in_turn(head, written, skips);
-    }
-
-    /// Writes the element of a run of chains, which the next one writes over when it `skips` this one.
-    fn push_in_turn(&mut self, head: u16, written: u32, skips: bool) {
+        // The element of a run of chains: the next one writes over it when it skips this one.
         self.cells.used.store(self.run, u32::from(head), written);
         self.next_used = self.next_used.wrapping_add(1);
         if !skips {
@@ -204,24 +212,8 @@ impl SplitDevice {
         }
     }
 
-    /// Gives back what has come back, as far as it is its turn. Away from the ring meanwhile, the turns let it through.
-    #[cold]
-    #[inline(never)]
-    fn complete_in_turn(&mut self, mut turns: Box<Turns>, parts: Box<Parts>, written: u32) {
-        if turns.is_next(parts.head) {
-            self.complete_tracked(parts, written);
-        } else {
-            turns.completed(parts, written);
-        }
-        while let Some((parts, written)) = turns.next() {
-            self.complete_tracked(parts, written);
-        }
-        self.turns = Some(turns);
-    }
-
     /// The used index is about to cover what was completed.
     pub(super) fn before_used_index(&mut self) {
-        self.run = self.next_used;
         if let Some(log) = &self.log {
             log.mark_index();
         }

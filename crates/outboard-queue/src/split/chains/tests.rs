@@ -14,19 +14,19 @@ fn view() -> View {
     View::new(Arc::new(GuestMemory::new(1, vec![Arc::new(region)]).unwrap()))
 }
 
-fn put(chains: &mut Chains, head: u16, mut parts: Box<Parts>) -> bool {
+fn taken(chains: &mut Chains, view: &View, head: u16) -> Result<Box<Parts>, RingError> {
+    chains.take(head).map_or_else(|| chains.take_aside(head, view), Ok)
+}
+
+fn put(chains: &mut Chains, head: u16, parts: Box<Parts>) -> bool {
     assert_eq!(parts.head, head);
-    match chains.discharged_place(&mut parts) {
-        Some(slot) => *slot = Some(parts),
-        None => return false,
-    }
-    true
+    chains.put_back(parts)
 }
 
 /// Takes the chain of `head`, fills it with `pieces` and puts it back. Returns what it held from before.
 fn use_once(chains: &mut Chains, view: &View, head: u16, pieces: usize) -> usize {
     let table = view.cells(0, 16).unwrap().descriptors(0, 1).unwrap();
-    let mut parts = chains.take(head, view).unwrap();
+    let mut parts = taken(chains, view, head).unwrap();
     let before = parts.buffers.pieces();
     let mut gather = view.gather(&table, &mut parts.buffers);
     for _ in 0..pieces {
@@ -68,11 +68,11 @@ fn every_idle_chain_keeps_a_short_list() {
 fn a_chain_is_in_one_place_only() {
     let view = view();
     let mut chains = Chains::new(4);
-    let parts = chains.take(2, &view).unwrap();
-    assert_eq!(chains.take(2, &view).err(), Some(RingError::HeadInFlight { head: 2 }));
-    assert_eq!(chains.take(4, &view).err(), Some(RingError::Head { head: 4, size: 4 }));
+    let parts = taken(&mut chains, &view, 2).unwrap();
+    assert_eq!(taken(&mut chains, &view, 2).err(), Some(RingError::HeadInFlight { head: 2 }));
+    assert_eq!(taken(&mut chains, &view, 4).err(), Some(RingError::Head { head: 4, size: 4 }));
     assert!(put(&mut chains, 2, parts));
     let mut other = Chains::new(4);
-    let foreign = other.take(2, &view).unwrap();
+    let foreign = taken(&mut other, &view, 2).unwrap();
     assert!(!put(&mut chains, 2, foreign), "ours is idle: this is one of another queue");
 }
