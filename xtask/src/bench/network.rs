@@ -191,8 +191,8 @@ fn samples(said: &str, field: &str, ports: usize) -> Vec<f64> {
 
 const TAIL: &str = "\n## Why\n\
     - Where a guest sends, DPDK's net_vhost takes what it gets in vectors and drops it; the switch copies each packet, for it may\n\
-    go to a port, and learns where it came from. The driver asks for order by itself, which costs our side more than twice the\n\
-    instructions (PROMISES.md); what it would be without was not measured.\n\
+    go to a port, and learns where it came from. The driver asks for order by itself, which costs our side 1.3 to 1.7 times the\n\
+    instructions in the ring (PROMISES.md); without it (`in_order=0`) the rates were no others than the machine's own ups and downs.\n\
     - From one guest to another both move both ports on one thread. The driver's packets have addresses that nobody has, so the\n\
     switch makes a copy of each for every other port, as a switch must; DPDK knows no addresses and passes on what it got.\n\
     - What does not arrive between testpmd's ports is dropped where the other port's 384 places are full, and counted: on split and packed\n\
