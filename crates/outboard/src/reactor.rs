@@ -35,6 +35,11 @@ pub(crate) trait Reactor: Clone + Send + Sync {
 
     /// Resolves after `time`, on the monotonic clock.
     fn sleep(&self, time: Duration) -> impl Future<Output = ()> + Send;
+
+    /// The time on that clock.
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
 }
 
 /// Waits on the thread itself; its futures make progress inside [`block_on`] only.

@@ -481,55 +481,6 @@ fn an_operation_that_ends_as_its_ring_is_abandoned_is_counted_once() {
     assert!(bench.none_answered());
 }
 
-/// Long enough that what is spent twice is told from what is spent once on any machine.
-const DEADLINE: Duration = Duration::from_secs(3);
-
-/// Contract §1: it is the deadline of the message, not of each thing that the message waits for.
-#[test]
-fn a_base_that_cannot_be_had_spends_its_deadline_once() {
-    let options = HandlerOptions { drain_deadline: DEADLINE, ..HandlerOptions::default() };
-    let mut bench = Bench::new();
-    let mut back = Back::new(&bench.reader, LoopKind::Auto, options, PARKING);
-    bench.begin(&mut back);
-    bench.offer(b"k");
-    let mut kept = back.kept.recv_timeout(PATIENCE).unwrap();
-    let mut room = kept.writable();
-    let before = Instant::now();
-    assert!(back.front.get_vring_base(0).is_err(), "a writer is in guest memory");
-    let (ended, handler) = back.thread.join().unwrap();
-    let spent = before.elapsed();
-    assert!(matches!(ended, Err(HostError::DrainDeadline { index: 0, .. })), "{ended:?}");
-    assert!(spent >= DEADLINE && spent < DEADLINE * 2, "{spent:?}");
-    room.write_all(&[0x55]).unwrap();
-    drop(room);
-    kept.done(1);
-    drop(handler);
-}
-
-/// The rings of a disk that hangs do not wait one after the other for as long each.
-#[test]
-fn rings_that_do_not_drain_spend_one_deadline_together() {
-    let options = HandlerOptions { drain_deadline: DEADLINE, ..HandlerOptions::default() };
-    let mut bench = Bench::new();
-    let mut back = Back::new(&bench.reader, LoopKind::Auto, options, BASIC);
-    bench.begin(&mut back);
-    bench.offer(b"k");
-    let first = back.kept.recv_timeout(PATIENCE).unwrap();
-    bench.ring = Ring::new(&bench.memory, 1, FEATURES);
-    back.start(&bench.ring);
-    bench.offer(b"k");
-    let second = back.kept.recv_timeout(PATIENCE).unwrap();
-    let before = Instant::now();
-    drop(back.front);
-    let (ended, handler) = back.thread.join().unwrap();
-    let spent = before.elapsed();
-    assert!(matches!(ended, Err(HostError::DrainDeadline { index: 0, .. })), "{ended:?}");
-    assert!(spent >= DEADLINE && spent < DEADLINE * 2, "{spent:?}");
-    finish(first, 1);
-    finish(second, 2);
-    drop(handler);
-}
-
 /// An author who wants to wait for ever says so.
 #[test]
 fn a_deadline_that_never_comes_is_no_end_of_the_session() {

@@ -12,6 +12,8 @@
 
 mod by_hand;
 mod channel;
+#[cfg(test)]
+mod deadlines;
 mod dispatch;
 mod extras;
 mod hand_over;

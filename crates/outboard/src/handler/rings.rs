@@ -22,7 +22,7 @@ use crate::queue::{Counted, Queue, Setup, StartError};
 use crate::reactor::{Raced, Reactor, race};
 
 /// What a thing gets that is waited for after a deadline was spent already.
-const MOMENT: Duration = Duration::from_millis(500);
+pub(super) const MOMENT: Duration = Duration::from_millis(500);
 /// Between two tries to start a ring of a device that is held elsewhere.
 const CLAIM_PAUSE: Duration = Duration::from_micros(200);
 
@@ -251,9 +251,10 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         let running = self.running();
         let any = !running.is_empty();
         let mut result = Ok(());
-        let (begun, together) = (Instant::now(), self.left());
+        let (begun, together) = (self.reactor.now(), self.left());
         for index in running {
-            let left = together.saturating_sub(begun.elapsed()).max(self.bound.min(MOMENT));
+            let left = together.saturating_sub(self.reactor.now() - begun);
+            let left = left.max(self.bound.min(MOMENT));
             if let Err(error) = self.stop_within(index, left).await {
                 self.spent |= matches!(error, HostError::DrainDeadline { .. });
                 result = result.and(Err(error));
@@ -297,7 +298,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
 
     /// When a start that comes now gives up waiting for what another process holds.
     pub(super) fn claim_deadline(&self) -> Instant {
-        Instant::now() + self.options.claim_patience
+        self.reactor.now() + self.options.claim_patience
     }
 
     /// Starts a ring as [`Self::try_start`] does; asks again until `late` while the device is held
@@ -305,7 +306,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     async fn start(&mut self, index: u16, late: Instant) -> Result<(), Refusal> {
         loop {
             match self.try_start(index) {
-                Err(Error::Busy(_)) if Instant::now() < late => {
+                Err(Error::Busy(_)) if self.reactor.now() < late => {
                     self.reactor.sleep(CLAIM_PAUSE).await;
                 }
                 outcome => return outcome.map_err(Refusal::because),
