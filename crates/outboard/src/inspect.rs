@@ -49,15 +49,20 @@ impl From<bool> for Fact {
     }
 }
 
-/// A number that grows, counted by one thread and read by all.
+/// A number that grows, counted by one thread (or with [`add_shared`](Self::add_shared) by many) and read by all.
 #[derive(Clone, Debug, Default)]
 pub struct Counter(Arc<AtomicU64>);
 
 impl Counter {
-    /// Counts `more`. Only one thread at a time may count.
+    /// Counts `more`. Only one thread at a time may count so.
     #[inline]
     pub fn add(&self, more: u64) {
         self.set(self.get().wrapping_add(more));
+    }
+
+    /// Counts `more`, whoever else counts.
+    pub fn add_shared(&self, more: u64) {
+        self.0.fetch_add(more, Ordering::Relaxed);
     }
 
     /// It stands at `count`.

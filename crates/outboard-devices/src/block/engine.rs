@@ -147,7 +147,10 @@ impl EngineKind {
         }
         let sync = SyncEngine::new(Arc::clone(image));
         Ok(match (chosen, image.map()) {
-            (Self::Mmap, Ok(map)) => Box::new(MmapEngine::new(sync, Arc::clone(map))),
+            (Self::Mmap, Ok(map)) => {
+                context.inspect().show("image/write-waits", map.waits());
+                Box::new(MmapEngine::new(sync, Arc::clone(map)))
+            }
             (Self::Uring, _) => {
                 let file = context.add_file(Arc::clone(image.file()));
                 Box::new(UringEngine { sync, file, skip: 0 })

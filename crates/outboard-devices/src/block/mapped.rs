@@ -19,8 +19,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use outboard::Request;
 use outboard::memory::{MapError, RESIDENT_PAGES, Window, page_size};
+use outboard::{Counter, Request};
 
 use super::engine::{Engine, Op, SyncEngine};
 use super::turns::Turns;
@@ -92,6 +92,11 @@ impl Mapped {
         let window = Window::map(file, 0, size, writable)?;
         let present = holes.then(|| Pages::new(size));
         Ok(Self { window, size, present, told: AtomicBool::new(false), turns: Turns::default() })
+    }
+
+    /// How often a worker waited until another one had written.
+    pub(crate) const fn waits(&self) -> &Counter {
+        self.turns.waits()
     }
 
     /// Whether these bytes may be touched.

@@ -5,7 +5,9 @@
 //! that two writes never wait for each other. A worker that always was alone takes none.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+
+use outboard::Counter;
 
 /// Locks; a power of two.
 const LOCKS: usize = 16;
@@ -20,6 +22,8 @@ pub(super) struct Turns {
     /// There were two at once. It stays so: the one that is left when another one goes (after a panic, say) may be in the
     /// middle of a write without a turn when the next one comes.
     shared: AtomicBool,
+    /// How often one waited for another.
+    waits: Counter,
 }
 
 /// Nobody else writes to its bytes while it is there.
@@ -43,6 +47,11 @@ impl Turns {
         self.shared.load(Ordering::Relaxed).then(|| self.lock(at, length))
     }
 
+    /// How often a writer has waited for another one.
+    pub(super) const fn waits(&self) -> &Counter {
+        &self.waits
+    }
+
     fn lock(&self, at: u64, length: u64) -> Turn<'_> {
         let first = at >> STRIPE;
         let stripes = (at.saturating_add(length.max(1) - 1) >> STRIPE) - first;
@@ -52,8 +61,18 @@ impl Turns {
             let behind = u64::wrapping_sub(number, first) % LOCKS as u64;
             number += 1;
             // Nothing is behind a lock that a panic could leave half done.
-            (behind <= stripes).then(|| lock.lock().unwrap_or_else(PoisonError::into_inner))
+            (behind <= stripes).then(|| match lock.try_lock() {
+                Ok(held) => held,
+                Err(TryLockError::Poisoned(held)) => held.into_inner(),
+                Err(TryLockError::WouldBlock) => self.wait(lock),
+            })
         })
+    }
+
+    #[cold]
+    fn wait<'a>(&self, lock: &'a Mutex<()>) -> MutexGuard<'a, ()> {
+        self.waits.add_shared(1);
+        lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -26,7 +26,7 @@ pub(crate) const WRITE_ZEROES: u32 = 13;
 /// What a writable byte holds before the device has written it.
 pub(crate) const UNTOUCHED: u8 = 0xee;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 const ARENA: usize = 8 << 20;
 
 /// All ways to reach an image, on the event loops that they need.

@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::Instant;
 
-use outboard::{LoopKind, WorkerOptions};
+use outboard::{Fact, LoopKind, WorkerOptions};
 use outboard_devices::block::{Block, BlockOptions, EngineKind, Image, ImageOptions};
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -158,4 +159,62 @@ fn a_worker_that_never_sleeps_serves_and_hears_what_is_changed() {
             end(disk);
         }
     }
+}
+
+/// Requests of one queue that write everything.
+const AT_ONCE: u64 = 4;
+const BYTES: u32 = 1 << 20;
+
+/// Has each of two queues write the whole image `AT_ONCE` times, and waits for the answers.
+fn write_over_each_other(disk: &mut Driven) {
+    for round in 0..AT_ONCE {
+        for queue in 0..2_u64 {
+            let at = disk.arena.guest() + queue * (4 << 20);
+            let readable = [(at, 16), (at + 4096, BYTES)];
+            let ring = &mut disk.queues[usize::try_from(queue).expect("small")];
+            assert!(ring.add(&readable, &[(at + 256 + round, 1)], round).expect("fits"));
+        }
+    }
+    for ring in &mut disk.queues {
+        ring.kick().expect("kicked");
+    }
+    for ring in &mut disk.queues {
+        for round in 0..AT_ONCE {
+            assert!(ring.wait(PATIENCE).expect("waits"), "never written");
+            assert_eq!(ring.pop().expect("whole"), Some((round, 1)));
+        }
+    }
+}
+
+/// Until they have met often enough, which is seen at the counter and hangs on no machine's speed.
+#[test]
+fn b60_workers_of_a_mapped_image_wait_for_each_others_writes() {
+    let file = File::from(memfd_create("disk", MemfdFlags::CLOEXEC).expect("a memfd"));
+    file.set_len(BYTES.into()).expect("room");
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let image = Image::open(path, ImageOptions::default()).expect("opens");
+    let engine = EngineKind::Mmap;
+    let options = BlockOptions { engine, num_queues: 2, threads: 2, ..BlockOptions::default() };
+    let (block, workers) = (Block::new(image, options).expect("a disk"), WorkerOptions::default());
+    let inspect = workers.inspect.clone();
+    let mut disk = Driven::asleep(block, workers, u64::MAX);
+    disk.activate(2);
+    for (queue, fill) in [(0, 0x11), (1, 0x22)] {
+        let at = disk.arena.guest() + queue * (4 << 20);
+        disk.store(&[(at, 16)], &header(OUT, 0));
+        disk.store(&[(at + 4096, BYTES)], &vec![fill; BYTES as usize]);
+    }
+    let waits = || match inspect.facts().into_iter().find(|(name, _)| name == "image/write-waits") {
+        Some((_, Fact::Number(waits))) => waits,
+        other => panic!("a mapped image shows its waits: {other:?}"),
+    };
+    let until = Instant::now() + 6 * PATIENCE;
+    while waits() < 20 {
+        assert!(Instant::now() < until, "they never wait for each other: {}", waits());
+        write_over_each_other(&mut disk);
+        let stored = contents(&file);
+        let mixed = stored.chunks(512).any(|sector| sector.iter().any(|byte| *byte != sector[0]));
+        assert!(!mixed, "a sector of both");
+    }
+    end(disk);
 }
