@@ -25,7 +25,7 @@ use tracing::info;
 
 use crate::lock::{LockArgs, Program, Reach, SandboxArgs};
 use crate::serve::lan::Plugged;
-use crate::{Failure, service};
+use crate::{Failure, losses, service};
 
 /// What the common options have to know of a kind of device.
 pub(crate) trait Kind: Clone + Send + Sync + 'static {
@@ -165,8 +165,11 @@ pub(crate) fn run<K: Kind, M: Model>(
     stop_on_signals(|| stop.descriptor()).map_err(Failure::failed)?;
     info!("serving {}", device.described);
     service::ready(&device.server);
-    args.lock.enter(Program::Device, kept, std::slice::from_ref(&device.inspect))?;
-    device.serve().map_err(Failure::failed)
+    let inspect = device.inspect.clone();
+    args.lock.enter(Program::Device, kept, std::slice::from_ref(&inspect))?;
+    let served = device.serve();
+    losses::tell("the device", &inspect);
+    served.map_err(Failure::failed)
 }
 
 /// Where a device stands among others.

@@ -14,6 +14,7 @@ mod device;
 mod fs;
 mod lock;
 mod log;
+mod losses;
 mod manual;
 mod net;
 mod probe;

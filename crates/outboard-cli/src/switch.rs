@@ -18,9 +18,9 @@ use outboard::{
 use outboard_devices::net::{MOST_PORTS, Net, NetOptions, Stream, Switch, Uplink, Wire};
 use tracing::info;
 
-use crate::Failure;
 use crate::device::{ThreadArgs, stop_on_signals};
 use crate::lock::{LockArgs, Program};
+use crate::{Failure, losses};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -116,7 +116,8 @@ type Served = (Server, WorkerDevice<Net>);
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    let (ports, uplinks) = args.make()?;
+    let switch = args.switch.make().map_err(Failure::Usage)?;
+    let (ports, uplinks) = args.plug(&switch)?;
     let (theirs, ours) = UnixStream::pair().map_err(Failure::failed)?;
     let stops: Vec<_> = ports.iter().map(|(server, _)| server.stop_handle()).collect();
     let theirs = Arc::new(theirs);
@@ -145,6 +146,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         result = result.and(ended.map_err(Failure::failed));
     }
     drop(uplinks);
+    losses::tell("the switch", switch.inspect());
     result
 }
 
@@ -168,9 +170,9 @@ impl Args {
         (0..count.min(self.port.len())).map(worker).collect()
     }
 
-    fn make(&self) -> Result<(Vec<Served>, Vec<Uplink>), Failure> {
-        let switch = self.switch.make().map_err(Failure::Usage)?;
-        let uplinks = self.switch.connect(&switch).map_err(Failure::Usage)?;
+    /// Plugs the cards and the uplinks in.
+    fn plug(&self, switch: &Switch) -> Result<(Vec<Served>, Vec<Uplink>), Failure> {
+        let uplinks = self.switch.connect(switch).map_err(Failure::Usage)?;
         let workers = self.workers()?;
         let card = |(path, worker): (&PathBuf, &SharedThread)| {
             let port = switch.plug(&name_of(path)).map_err(Failure::usage)?;

@@ -17,7 +17,7 @@ use super::bell::Bell;
 use super::lan::Lan;
 use super::order::Listed;
 use crate::device::{Prepared, Resize};
-use crate::service;
+use crate::{losses, service};
 
 /// One device.
 struct Running {
@@ -122,10 +122,12 @@ impl Fleet {
         };
         let (fleet, own) = (Arc::clone(self), name.to_owned());
         let thread = Builder::new().name(name.chars().take(15).collect()).spawn(move || {
+            let inspect = device.inspect.clone();
             if let Err(error) = device.serve() {
                 error!("{own}: {error}");
                 fleet.failed.store(true, Ordering::Relaxed);
             }
+            losses::tell(&own, &inspect);
             fleet.ended(&own);
         });
         running.thread = Some(thread.map_err(|error| format!("no thread: {error}"))?);
@@ -174,7 +176,10 @@ impl Fleet {
         threads.into_iter().for_each(|thread| drop(thread.join()));
         self.lock().clear();
         // While this process is still seen to run: a new one makes them when it has ended.
-        self.switches().iter().for_each(|switch| switch.disconnect());
+        for switch in self.switches() {
+            switch.disconnect();
+            losses::tell(&format!("switch {}", switch.name), switch.switch.inspect());
+        }
     }
 
     /// Has a device's guest see what it has grown by.

@@ -121,6 +121,11 @@ impl PortLink {
         self.wake_waiting(0);
     }
 
+    /// A packet that was received is not passed on after all, for its guest takes none any more.
+    pub(super) fn lose(&self) {
+        self.port.tally().stopped.add(1);
+    }
+
     /// What waits at a port goes home, and is counted.
     fn clear(&self, port: &Shared, lost: &Counter) {
         while let Some(parcel) = port.inbox.pop() {
@@ -232,10 +237,12 @@ impl PortLink {
     fn flood(&mut self, frame: &Frame) {
         let (fabric, number) = (Arc::clone(self.port.fabric()), self.port.number());
         self.port.tally().flooded.add(1);
+        let mut nobody = true;
         for (port, other) in fabric.ports() {
             if port == number || !other.runs.load(Ordering::Relaxed) {
                 continue;
             }
+            nobody = false;
             match self.copy_for(other, frame) {
                 Some(copy) => {
                     self.port.tally().copies.add(1);
@@ -244,6 +251,7 @@ impl PortLink {
                 None => self.port.tally().crowded.add(1),
             }
         }
+        self.port.tally().nobody.add(nobody.into());
     }
 
     /// A copy in a frame of its own; None: there is no room for it.

@@ -10,7 +10,8 @@
 //! of its own, and looks for room before it puts one into an inbox; a port that takes nothing holds a sender up for
 //! a moment and is then passed over until it takes something again; a packet that is lost is counted under a name:
 //! what was sent, with copies in the place of what was flooded, is what was received and what was dropped. Ports come
-//! and go while packets move (what a port does: `port.rs`).
+//! and go while packets move (what a port does: `port.rs`). A switch keeps nothing but where addresses are, which the one
+//! in the next process finds out anew; what waits at a port as it stops is dropped.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -104,6 +105,8 @@ pub(super) struct Tally {
     pub(super) copies: Counter,
     /// Copies that were not made: there was no room.
     pub(super) crowded: Counter,
+    /// Packets for all others while there were none.
+    pub(super) nobody: Counter,
     /// Packets that waited at a port, or for it, which took nothing for too long.
     pub(super) passed_over: Counter,
     /// Packets that waited at this port, or went to another one, as it stopped.
@@ -117,6 +120,7 @@ impl Tally {
             flooded: counter("flooded"),
             copies: counter("flooded-copies"),
             crowded: counter("dropped-crowded"),
+            nobody: counter("dropped-nobody"),
             passed_over: counter("dropped-passed-over"),
             stopped: counter("dropped-stopped"),
         }
@@ -127,6 +131,7 @@ impl Tally {
         inspect.show("flooded", &self.flooded);
         inspect.show("flooded-copies", &self.copies);
         inspect.show("dropped-crowded", &self.crowded);
+        inspect.show("dropped-nobody", &self.nobody);
         inspect.show("dropped-passed-over", &self.passed_over);
         inspect.show("dropped-stopped", &self.stopped);
     }

@@ -292,10 +292,13 @@ impl Pair {
         let Some(link) = &mut self.link else { return };
         link.runs(runs);
         // What waits in a switch is dropped then, and this waits with it.
-        let waits = !self.next.is_empty() && !self.gathers;
-        if waits && !runs && matches!(link, Link::Port(_)) {
+        if let Link::Port(port) = link
+            && !runs
+            && !self.gathers
+            && !self.next.is_empty()
+        {
             self.next.clear();
-            self.counters.stopped.add(1);
+            port.lose();
         }
     }
 

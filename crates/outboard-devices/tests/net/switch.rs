@@ -95,6 +95,42 @@ fn a_guest_that_takes_nothing_does_not_hold_up_what_is_for_others() {
     }
 }
 
+#[test]
+fn a_card_moves_to_another_switch_and_both_switches_find_out_where_its_address_is() {
+    for events in BOTH {
+        let (hello, answer) = (from(0, ADDRESSES[1], 1), from(1, ADDRESSES[0], 2));
+        let patient = || Switch::with_patience(2, 1500, 10 * PATIENCE).expect("a switch");
+        let (here, there) = (patient(), patient());
+        let plugged = ports(&here, 2);
+        let (mut source, mut left) = (guest(&plugged[0], 0, events), guest(&plugged[1], 1, events));
+        source.send(&hello);
+        assert_eq!(left.receive(), hello);
+        left.send(&answer);
+        assert_eq!(source.receive(), answer);
+        source.rig.vmm.sleep().expect("stops");
+        let state = source.rig.vmm.connection().save_state().expect("saved");
+
+        let plugged = ports(&there, 2);
+        let mut met = guest(&plugged[1], 1, events);
+        let options = NetOptions::new(Wire::Port(plugged[0].clone()));
+        let mut moved = Guest::of(Net::new(&options).expect("a card"), events, u64::MAX);
+        let features = moved.rig.vmm.features();
+        moved.rig.vmm.connection().set_features(features).expect("taken");
+        moved.rig.vmm.connection().load_state(&state).expect("loaded");
+        moved.activate();
+        assert_eq!(moved.command(&[3, 0], 1), Some(0), "it was asked to announce itself");
+        moved.send(&hello);
+        assert_eq!(met.receive(), hello);
+        met.send(&answer);
+        assert_eq!(moved.receive(), answer);
+        assert_eq!(counted(&there, "flooded"), 1, "the answer knew its way");
+        // Where it was nobody takes what is for it; that is for everybody then, and there is nobody.
+        left.send(&answer);
+        assert_eq!(counted(&here, "dropped-nobody"), 1);
+        assert_eq!(counted(&here, "dropped-stopped"), 0);
+    }
+}
+
 /// What all ports of a switch count under a name.
 fn counted(switch: &Switch, name: &str) -> u64 {
     let facts = switch.inspect().facts().into_iter();
