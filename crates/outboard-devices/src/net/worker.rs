@@ -140,6 +140,8 @@ impl NetWorker {
             return Ok(request.done(0));
         }
         let length = header + pair.next.packet().len();
+        // A driver before this one may have begun to gather.
+        pair.gathers &= features & feature::MRG_RXBUF != 0;
         let mut room = request.writable();
         let served = if !pair.gathers && room.len() >= length as u64 {
             pair.next.set_buffers(1);
