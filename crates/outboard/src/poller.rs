@@ -27,6 +27,8 @@ const START: Duration = Duration::from_micros(8);
 
 /// The bound of a worker that never sleeps.
 pub(crate) const ALWAYS: Duration = Duration::MAX;
+/// The longest window of one that does: one that the clock reaches.
+const LONGEST: Duration = Duration::from_secs(3600);
 /// How long one that never sleeps looks at its rings before it looks at everything else.
 const STRETCH: Duration = Duration::from_micros(20);
 
@@ -42,6 +44,7 @@ pub(crate) struct Poller {
 impl Poller {
     /// Never looks longer than `bound`; zero: never polls.
     pub(crate) fn new(bound: Duration) -> Self {
+        let bound = if bound == ALWAYS { bound } else { bound.min(LONGEST) };
         Self { window: Duration::ZERO, bound, vain: false }
     }
 
@@ -128,6 +131,14 @@ mod tests {
             poller.looked_in_vain();
         }
         assert_eq!(poller.window(), BOUND);
+    }
+
+    #[test]
+    fn the_window_of_any_bound_is_one_that_the_clock_reaches() {
+        let mut poller = Poller::new(ALWAYS - Duration::from_nanos(1));
+        (0..200).for_each(|_| poller.slept(Duration::ZERO));
+        assert!(std::time::Instant::now().checked_add(poller.window()).is_some());
+        assert!(!poller.always());
     }
 
     #[test]

@@ -122,3 +122,22 @@ fn a_claim_that_stays_taken_is_a_refusal_and_the_ring_can_be_started_later() {
     drop(front);
     thread.join().unwrap().0.unwrap();
 }
+
+/// An author who wants to wait for ever says so.
+#[test]
+fn a_claim_may_be_waited_for_without_end() {
+    let Held { handler, taken, asked } = held(true, Duration::MAX);
+    let (socket, thread) = common::serve(handler);
+    let (mut front, _memory, mut ring) = set_up(socket);
+    let freeing = std::thread::spawn(move || {
+        while asked.load(Ordering::SeqCst) < 2 {
+            std::thread::yield_now();
+        }
+        taken.store(false, Ordering::SeqCst);
+    });
+    front.set_vring_kick(0, &ring.kick).unwrap();
+    freeing.join().unwrap();
+    ring.round(b"at last");
+    drop(front);
+    thread.join().unwrap().0.unwrap();
+}

@@ -110,9 +110,12 @@ impl Rig {
 
     /// As `with`, and impatient.
     fn hasty(kept: &[u8], milliseconds: u64) -> Self {
+        Self::within(kept, Duration::from_millis(milliseconds))
+    }
+
+    fn within(kept: &[u8], state_deadline: Duration) -> Self {
         let model = Keeper::default();
         *model.kept.lock().unwrap() = kept.to_vec();
-        let state_deadline = Duration::from_millis(milliseconds);
         let options = HandlerOptions { state_deadline, ..HandlerOptions::default() };
         let mut rig = Self::connected(&model, options);
         rig.front.set_features(FEATURES).unwrap();
@@ -187,6 +190,17 @@ fn d19_a_state_goes_from_one_device_to_another_and_says_what_was_negotiated() {
     target.is_usable();
     source.leave();
     target.leave();
+}
+
+/// An author who wants to wait for ever says so.
+#[test]
+fn a_state_may_take_its_time_without_end() {
+    let mut rig = Rig::within(b"slow", Duration::MAX);
+    let state = rig.front.save_state().unwrap();
+    rig.front.load_state(&state).unwrap();
+    assert_eq!(rig.kept(), b"slow");
+    rig.is_usable();
+    rig.leave();
 }
 
 #[test]

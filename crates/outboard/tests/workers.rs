@@ -382,3 +382,26 @@ fn a_ring_that_is_never_empty_does_not_starve_another_one_of_its_thread() {
     drop(go);
     assert_eq!((other.answered(), other.answered()), (4, 4));
 }
+
+/// Its time never comes.
+struct Unticked;
+
+impl Worker for Unticked {
+    fn serve(&mut self, request: Request<'_>) -> Result<Served, Error> {
+        Ok(request.done(0))
+    }
+
+    fn tick_every(&self) -> Option<Duration> {
+        Some(Duration::MAX)
+    }
+}
+
+#[test]
+fn a_worker_whose_ticks_are_further_apart_than_the_clock_reaches_gets_none() {
+    let device = WorkerDevice::plain(&[QueueSpec::new("a", 64)], |_| Ok(Unticked));
+    let mut bench = bench(device.unwrap(), PATIENCE);
+    let mut ring = bench.started(0);
+    ring.offer(b"served");
+    ring.kick();
+    assert_eq!(ring.answered(), 0);
+}

@@ -288,7 +288,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     pub(super) async fn start_if_ready(
         &mut self,
         index: u16,
-        late: Instant,
+        late: Option<Instant>,
     ) -> Result<(), Refusal> {
         match self.backend.ring(index).map(|ring| ring.run) {
             Some(RunState::Waiting) => self.start(index, late).await,
@@ -296,17 +296,17 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
         }
     }
 
-    /// When a start that comes now gives up waiting for what another process holds.
-    pub(super) fn claim_deadline(&self) -> Instant {
-        self.reactor.now() + self.options.claim_patience
+    /// When a start that comes now gives up waiting for what another process holds; None: never.
+    pub(super) fn claim_deadline(&self) -> Option<Instant> {
+        self.reactor.now().checked_add(self.options.claim_patience)
     }
 
     /// Starts a ring as [`Self::try_start`] does; asks again until `late` while the device is held
     /// elsewhere. This front-end waits meanwhile, nobody else does.
-    async fn start(&mut self, index: u16, late: Instant) -> Result<(), Refusal> {
+    async fn start(&mut self, index: u16, late: Option<Instant>) -> Result<(), Refusal> {
         loop {
             match self.try_start(index) {
-                Err(Error::Busy(_)) if self.reactor.now() < late => {
+                Err(Error::Busy(_)) if late.is_none_or(|late| self.reactor.now() < late) => {
                     self.reactor.sleep(CLAIM_PAUSE).await;
                 }
                 outcome => return outcome.map_err(Refusal::because),

@@ -75,7 +75,7 @@ impl Transfer {
             kind: Kind::of(&fd),
             fd,
             give_up: Arc::clone(&give_up),
-            until: Instant::now() + bounds.time,
+            until: Instant::now().checked_add(bounds.time),
             seconds: bounds.time.as_secs(),
         };
         let thread = Builder::new().name("state".to_owned()).spawn(move || {
@@ -151,7 +151,8 @@ struct Stream {
     fd: OwnedFd,
     kind: Kind,
     give_up: Arc<Waker>,
-    until: Instant,
+    /// None: longer than the clock reaches.
+    until: Option<Instant>,
     seconds: u64,
 }
 
@@ -251,13 +252,15 @@ impl Stream {
     /// Waits until something can be moved, the time is over, or the session is.
     fn wait(&self, flags: PollFlags) -> Result<(), StateError> {
         loop {
-            let left = self.until.saturating_duration_since(Instant::now());
-            let timeout = Timespec::try_from(left).ok();
+            let left = self.until.map(|until| until.saturating_duration_since(Instant::now()));
+            let timeout = left.and_then(|left| Timespec::try_from(left).ok());
             let mut fds =
                 [PollFd::new(&*self.give_up, PollFlags::IN), PollFd::new(&self.fd, flags)];
             match poll(&mut fds, timeout.as_ref()) {
                 Ok(_) if !fds[0].revents().is_empty() => return Err(StateError::GivenUp),
-                _ if left.is_zero() => return Err(StateError::Deadline(self.seconds)),
+                _ if left == Some(Duration::ZERO) => {
+                    return Err(StateError::Deadline(self.seconds));
+                }
                 Ok(0) | Err(Errno::INTR) => {}
                 Ok(_) => return Ok(()),
                 Err(errno) => {

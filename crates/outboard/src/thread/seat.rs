@@ -59,7 +59,7 @@ impl<W: Worker> Seat<W> {
         events.watch(port.as_fd(), token::PORT)?;
         let worker = make(&mut WorkerContext { events: events.as_mut(), place: &place })?;
         Ok(Self {
-            next_tick: worker.tick_every().map(|every| Instant::now() + every),
+            next_tick: worker.tick_every().and_then(|every| Instant::now().checked_add(every)),
             worker,
             make,
             place,
@@ -397,7 +397,7 @@ impl<W: Worker> Rounds for Seat<W> {
         if Instant::now() < at {
             return;
         }
-        self.next_tick = Some(Instant::now() + every);
+        self.next_tick = Instant::now().checked_add(every);
         if let Err(error) = self.worker.tick() {
             warn!("device tick: {error}");
         }
