@@ -1,11 +1,13 @@
 //! qemu-storage-daemon as a back-end that we did not write, on a fresh image, gone with the test.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use outboard_frontend::Connection;
+use skip::skip;
+
+mod skip;
 
 /// A running daemon with one vhost-user-blk export.
 pub(crate) struct Daemon {
@@ -62,24 +64,5 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-/// Says that this test does not run, also in the list that `cargo xtask test` keeps; fails when nothing
-/// may be skipped.
-fn skip(why: &str) {
-    let test = std::thread::current().name().unwrap_or("a test").to_owned();
-    let line = format!("SKIPPED {test}: {why}");
-    let set = |name: &str| std::env::var_os(name).is_some();
-    let ci = std::env::var("CI").is_ok_and(|ci| ci == "true");
-    assert!(!ci && !set("OUTBOARD_NO_SKIPS"), "{line} (nothing may be skipped here)");
-    eprintln!("{line}");
-    if let Some(list) = std::env::var_os("OUTBOARD_SKIPS") {
-        let mut file = std::fs::OpenOptions::new()
-            .append(true)
-            .create(true)
-            .open(list)
-            .expect("the list of skipped tests");
-        writeln!(file, "{line}").expect("room in the list");
     }
 }
