@@ -3,7 +3,6 @@
 //! Invariant: a frame of a port that is taken out of its store goes back there, whatever becomes of its packet.
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use outboard::{Counter, Error};
@@ -89,8 +88,7 @@ impl PortLink {
         if !std::mem::take(&mut self.waits) {
             return;
         }
-        let fabric = Arc::clone(self.port.fabric());
-        for (number, port) in fabric.ports() {
+        for (number, port) in self.port.fabric().ports() {
             let taken = port.taken.load(Ordering::Relaxed);
             if self.before.get(number) != Some(&taken) || port.inbox.len() <= TRICKLE {
                 continue;
@@ -235,10 +233,10 @@ impl PortLink {
 
     /// A copy for every other port that has room for it.
     fn flood(&mut self, frame: &Frame) {
-        let (fabric, number) = (Arc::clone(self.port.fabric()), self.port.number());
+        let number = self.port.number();
         self.port.tally().flooded.add(1);
         let mut nobody = true;
-        for (port, other) in fabric.ports() {
+        for (port, other) in self.port.fabric().ports() {
             if port == number || !other.runs.load(Ordering::Relaxed) {
                 continue;
             }
@@ -246,7 +244,8 @@ impl PortLink {
             match self.copy_for(other, frame) {
                 Some(copy) => {
                     self.port.tally().copies.add(1);
-                    self.push(other, port, Parcel { frame: copy, home: number });
+                    self.push(other, Parcel { frame: copy, home: number });
+                    self.told |= 1 << port;
                 }
                 None => self.port.tally().crowded.add(1),
             }
@@ -269,8 +268,8 @@ impl PortLink {
 
     /// Puts a packet into an inbox, or has it wait.
     fn put(&mut self, port: usize, parcel: Parcel) -> Sent {
-        let fabric = Arc::clone(self.port.fabric());
-        let Some(other) = fabric.port(port).filter(|it| it.runs.load(Ordering::Relaxed)) else {
+        let other = self.port.fabric().port(port);
+        let Some(other) = other.filter(|it| it.runs.load(Ordering::Relaxed)) else {
             self.send_home(parcel);
             return Sent::Down;
         };
@@ -288,17 +287,17 @@ impl PortLink {
                 return Sent::Yes;
             }
         }
-        self.push(other, port, parcel);
+        self.push(other, parcel);
+        self.told |= 1 << port;
         Sent::Yes
     }
 
-    fn push(&mut self, other: &Shared, port: usize, parcel: Parcel) {
+    fn push(&self, other: &Shared, parcel: Parcel) {
         if let Err(parcel) = other.inbox.push(parcel) {
             // It does not come to this: there is more room than all who have seen some can fill.
             self.send_home(parcel);
             self.port.tally().passed_over.add(1);
         }
-        self.told |= 1 << port;
     }
 
     /// Wakes the ports that got packets and sleep.
