@@ -123,6 +123,50 @@ fn a_driver_gets_what_its_receive_modes_and_addresses_let_through() {
     }
 }
 
+/// Untagged packets always pass; tagged ones all do until the driver names a VLAN, and then those that are named.
+#[test]
+fn a_driver_that_names_vlans_gets_packets_of_those_and_of_none() {
+    for events in BOTH {
+        let folder = tempfile::tempdir().expect("a folder");
+        let net = Net::new(&options(folder.path())).expect("a card");
+        let counters = net.counters().remove(0);
+        let mut guest = Guest::of(net, events, u64::MAX);
+        guest.activate();
+        let mut peer = Peer::connect(folder.path());
+        // Priority bits are none of the number.
+        let tagged = |vlan: u16, fill: u8| {
+            let [high, low] = vlan.to_be_bytes();
+            let mut bytes = packet(MAC, fill, 64);
+            bytes[12..16].copy_from_slice(&[0x81, 0, 0xa0 | high, low]);
+            bytes
+        };
+        let named = |command: u8, vlan: u16| [&[2, command][..], &vlan.to_le_bytes()].concat();
+        peer.send(&tagged(7, 1));
+        assert_eq!(guest.receive(), tagged(7, 1), "nothing was named yet");
+        assert_eq!(guest.command(&named(0, 100), 1), Some(0));
+        assert_eq!(guest.command(&named(0, 4095), 1), Some(0));
+        for (sent, passes) in [
+            (tagged(7, 2), false),
+            (tagged(100, 3), true),
+            (tagged(101, 4), false),
+            (tagged(4095, 5), true),
+            (packet(MAC, 6, 60), true),
+        ] {
+            peer.send(&sent);
+            if passes {
+                assert_eq!(guest.receive(), sent);
+            }
+        }
+        assert_eq!(guest.command(&named(1, 100), 1), Some(0), "no more");
+        peer.send(&tagged(100, 7));
+        peer.send(&tagged(4095, 8));
+        assert_eq!(guest.receive(), tagged(4095, 8));
+        assert_eq!(counters.filtered.get(), 3);
+        assert_eq!(guest.command(&named(0, 4096), 1), Some(1), "there is no such VLAN");
+        guest.rig.end();
+    }
+}
+
 /// C27: the link goes down and comes back; packets are dropped and counted meanwhile.
 #[test]
 fn c27_a_peer_that_leaves_takes_the_link_down_and_the_next_one_brings_it_up() {

@@ -184,6 +184,35 @@ fn c27_an_interface_deleted_under_the_card_is_a_link_that_is_down_until_it_is_ma
     }
 }
 
+/// The same with several pairs: the card is up when the interface is, and each pair gets a queue of it again.
+#[test]
+fn c27_all_pairs_of_a_card_go_on_with_an_interface_that_was_made_again() {
+    for events in BOTH {
+        let Some((net, name)) = named_card(&own_name("obp"), 2) else { return };
+        let counters = net.counters();
+        let mut guest = guest(net, 2, events);
+        assert_eq!(guest.command(&[4, 0, 2, 0], 1), Some(0), "both pairs");
+        until_status(&mut guest, 1);
+        ip(&["link", "delete", &name]);
+        until_status(&mut guest, 0);
+        ip(&["tuntap", "add", &name, "mode", "tap", "multi_queue", "vnet_hdr"]);
+        until_status(&mut guest, 1);
+        ip(&["link", "set", &name, "up"]);
+        let at = guest.rig.at(1 << 20);
+        guest.rig.store(at, &[&[0; HEADER][..], &packet(ALL, 1, 60)].concat());
+        let end = Instant::now() + PATIENCE;
+        while counters.iter().any(|pair| pair.sent.get() == 0) {
+            assert!(Instant::now() < end, "packets go through each pair");
+            for queue in [1, 3] {
+                guest.rig.offer(queue, &[(at, 72)], &[], 1);
+                guest.rig.back(queue);
+            }
+        }
+        ip(&["link", "delete", &name]);
+        guest.rig.end();
+    }
+}
+
 /// The same under a switch's uplink: what is for the host is dropped and counted until the interface is there again.
 #[test]
 fn c27_an_interface_deleted_under_an_uplink_costs_packets_that_are_counted_until_it_is_made_again()
