@@ -160,7 +160,7 @@ fn search_path(only: &[String]) -> Result<OsString> {
     let ours = paths::target()?.join("debug");
     let mut folders = vec![ours.join("examples"), ours];
     if wanted("dpdk-net-vhost") {
-        folders.push(Root::peers()?.wrappers());
+        folders.push(Root::prepare_peers(false)?.wrappers());
     }
     if wanted("qemu-storage-daemon") && process::find("qemu-storage-daemon").is_none() {
         folders.push(Root::prepare(false)?.wrappers());
@@ -189,7 +189,7 @@ fn virtiofsd_folder() -> Result<PathBuf> {
     let tools = paths::xtask()?.join("tools");
     let bin = tools.join("bin");
     if !bin.join("virtiofsd").exists() {
-        let [lib, usr] = Root::peers()?.library_dirs();
+        let [lib, usr] = Root::prepare_peers(false)?.library_dirs();
         let search = format!("-L native={} -L native={}", usr.display(), lib.display());
         let mut install = Command::new("cargo");
         install.args(["install", "virtiofsd", "--locked", "--version", VIRTIOFSD, "--root"]);

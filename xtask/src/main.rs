@@ -119,6 +119,7 @@ fn main() -> ExitCode {
 fn packages(refresh: bool) -> anyhow::Result<()> {
     let root = Root::prepare(refresh)?;
     Root::prepare_tools(refresh)?;
+    Root::prepare_peers(refresh)?;
     println!(
         "packages: {} in {}, kernel {}, User-mode Linux {}",
         root.contents()?.len(),

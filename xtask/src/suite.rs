@@ -94,8 +94,10 @@ fn one(step: Step, skipped: &Path) -> Result<Tally> {
 
 /// Without packages the suite goes on: each test that needs them is skipped and says so.
 fn packages() -> Tally {
-    if let Err(error) = Root::prepare(false).and_then(|_| Root::prepare_tools(false)) {
-        println!("test: no packages: {error:#}");
+    for prepare in [Root::prepare, Root::prepare_tools, Root::prepare_peers] {
+        if let Err(error) = prepare(false) {
+            println!("test: no packages: {error:#}");
+        }
     }
     Tally::default()
 }

@@ -62,7 +62,7 @@ struct Programs {
 /// # Errors
 /// When a program cannot be had, or brings no figures.
 pub(super) fn run(options: &Options) -> Result<()> {
-    let testpmd = Root::peers()?.wrappers().join("dpdk-testpmd");
+    let testpmd = Root::prepare_peers(false)?.wrappers().join("dpdk-testpmd");
     let programs = Programs { outboard: super::outboard()?, testpmd };
     let mut page = HEAD.to_owned();
     let _ = writeln!(page, "Measured on {}.\n", super::machine()?);

@@ -64,7 +64,7 @@ const TOOLS: Recipe = Recipe {
     wrappers: programs::tools,
 };
 
-/// Other people's back-ends that the judge judges, and what one of them is linked with.
+/// Other people's back-ends that the judge judges, what one of them is linked with, and DPDK's driver.
 const PEERS: Recipe = Recipe {
     folder: "peers",
     wanted: &[
@@ -126,12 +126,20 @@ impl Root {
         Self::made(&TOOLS, refresh)
     }
 
-    /// The same for other people's back-ends: 75 MB, 380 MB unpacked.
+    /// The root of other people's back-ends and drivers, made by an earlier `cargo xtask packages`.
+    ///
+    /// # Errors
+    /// When there is none: the text says what to do.
+    pub fn peers() -> Result<Self> {
+        Self::found(&PEERS)
+    }
+
+    /// The same, made first when it is not there: 75 MB, 380 MB unpacked.
     ///
     /// # Errors
     /// When the archive cannot be reached or a package does not unpack.
-    pub fn peers() -> Result<Self> {
-        Self::made(&PEERS, false)
+    pub fn prepare_peers(refresh: bool) -> Result<Self> {
+        Self::made(&PEERS, refresh)
     }
 
     fn made(recipe: &Recipe, refresh: bool) -> Result<Self> {

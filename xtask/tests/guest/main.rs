@@ -12,6 +12,7 @@ mod lab;
 mod live;
 mod migrate;
 mod net;
+mod net_dpdk;
 mod net_moves;
 mod net_passt;
 mod net_switch;
