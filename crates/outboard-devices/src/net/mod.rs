@@ -141,7 +141,7 @@ impl Net {
     /// Makes the link.
     ///
     /// # Errors
-    /// It cannot be made, the capture's file cannot be written, or the address, the MTU or the queue size is
+    /// It cannot be made, the capture's file cannot be opened, or the address, the MTU or the queue size is
     /// none.
     pub fn new(options: &NetOptions) -> Result<Self, Error> {
         let size = options.queue_size;
@@ -160,7 +160,7 @@ impl Net {
             Some(mac) => mac,
             None => random_address()?,
         };
-        let capture = options.pcap.as_deref().map(Capture::create).transpose()?;
+        let capture = options.pcap.as_deref().map(Capture::open).transpose()?;
         let (links, offloads, wire) = open(&options.wire)?;
         let pairs = links.len();
         if !(1..=MOST_PAIRS).contains(&pairs) {

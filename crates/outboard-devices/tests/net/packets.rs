@@ -261,6 +261,24 @@ fn a_card_can_connect_to_its_peer_and_writes_what_goes_through_to_a_file() {
 }
 
 #[test]
+fn an_earlier_capture_is_kept_until_the_card_that_takes_its_place_is_served() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("packets.pcap");
+    std::fs::write(&file, "an earlier capture that is longer than a head").expect("written");
+    let pcap = Some(file.clone());
+    let nobody = NetOptions::new(Stream::Connect(folder.path().join("nobody")));
+    assert!(Net::new(&NetOptions { pcap: pcap.clone(), ..nobody }).is_err());
+    let net = Net::new(&NetOptions { pcap, ..options(folder.path()) }).expect("a card");
+    let kept = std::fs::read_to_string(&file).expect("still there");
+    assert_eq!(kept, "an earlier capture that is longer than a head");
+    let mut guest = Guest::of(net, BOTH[0], u64::MAX);
+    guest.activate();
+    guest.rig.end();
+    let head = std::fs::read(&file).expect("there");
+    assert_eq!((head.len(), &head[..4]), (24, &[0xd4, 0xc3, 0xb2, 0xa1][..]), "and no packet");
+}
+
+#[test]
 fn the_front_end_has_a_rarp_sent_and_sets_the_mtu() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut options = options(folder.path());
