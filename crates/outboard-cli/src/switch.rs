@@ -19,7 +19,7 @@ use outboard_devices::net::{MOST_PORTS, Net, NetOptions, Stream, Switch, Uplink,
 use tracing::info;
 
 use crate::device::{ThreadArgs, stop_on_signals};
-use crate::lock::{LockArgs, Program};
+use crate::lock::{LockArgs, Program, Reach, SandboxArgs};
 use crate::{Failure, losses};
 
 const EXAMPLES: &str = "\
@@ -51,6 +51,8 @@ pub(crate) struct Args {
     /// and no more than ports.
     #[arg(long, value_name = "NUMBER", help_heading = "Threads", value_parser = clap::value_parser!(u16).range(1..))]
     workers: Option<u16>,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     #[command(flatten, next_help_heading = "Lock")]
     lock: LockArgs,
 }
@@ -117,7 +119,11 @@ type Served = (Server, WorkerDevice<Net>);
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let switch = args.switch.make().map_err(Failure::Usage)?;
-    let (ports, uplinks) = args.plug(&switch)?;
+    // What the process may use of the processors stands in files.
+    let workers = args.workers();
+    // Before its uplinks, which have threads.
+    let kept = args.sandbox.enter(&args.reach())?;
+    let (ports, uplinks) = args.plug(&switch, workers)?;
     let (theirs, ours) = UnixStream::pair().map_err(Failure::failed)?;
     let stops: Vec<_> = ports.iter().map(|(server, _)| server.stop_handle()).collect();
     let theirs = Arc::new(theirs);
@@ -126,7 +132,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         .map_err(Failure::failed)?;
     info!("serving a switch with {} ports", args.port.len());
     crate::service::up();
-    args.lock.enter(Program::Device, "none", &[])?;
+    args.lock.enter(Program::Device, kept, &[])?;
     let served = ports.into_iter().map(|(server, device)| {
         let ended = Arc::clone(&theirs);
         thread::spawn(move || {
@@ -151,29 +157,45 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 }
 
 impl Args {
-    /// The threads of the ports.
-    fn workers(&self) -> Result<Vec<SharedThread>, Failure> {
-        let options = SharedOptions::from(&self.threads);
+    /// Its sockets, and interfaces if it has some.
+    fn reach(&self) -> Reach {
+        let mut reach = Reach::default();
+        reach.random();
+        self.port.iter().chain(&self.switch.stream_listen).for_each(|path| reach.socket(path));
+        if !self.switch.tap.is_empty() {
+            reach.interfaces();
+        }
+        reach
+    }
+
+    /// How many threads the ports have.
+    fn workers(&self) -> usize {
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
         let count = self.workers.map_or_else(
-            || match options.pin.len() {
+            || match SharedOptions::from(&self.threads).pin.len() {
                 0 => (processors - 1).max(1),
                 pinned => pinned,
             },
             usize::from,
         );
+        count.min(self.port.len())
+    }
+
+    /// Starts them.
+    fn start(&self, workers: usize) -> Result<Vec<SharedThread>, Failure> {
+        let options = SharedOptions::from(&self.threads);
         let worker = |number: usize| {
             let pin = options.pin.iter().cycle().nth(number).into_iter().copied().collect();
             let options = SharedOptions { pin, ..options.clone() };
             SharedThread::start(&format!("worker{number}"), &options).map_err(Failure::usage)
         };
-        (0..count.min(self.port.len())).map(worker).collect()
+        (0..workers).map(worker).collect()
     }
 
     /// Plugs the cards and the uplinks in.
-    fn plug(&self, switch: &Switch) -> Result<(Vec<Served>, Vec<Uplink>), Failure> {
+    fn plug(&self, switch: &Switch, workers: usize) -> Result<(Vec<Served>, Vec<Uplink>), Failure> {
         let uplinks = self.switch.connect(switch).map_err(Failure::Usage)?;
-        let workers = self.workers()?;
+        let workers = self.start(workers)?;
         let card = |(path, worker): (&PathBuf, &SharedThread)| {
             let port = switch.plug(&name_of(path)).map_err(Failure::usage)?;
             let mut options = NetOptions::new(Wire::Port(port));

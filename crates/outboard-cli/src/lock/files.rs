@@ -32,6 +32,17 @@ impl Reach {
         self.rules.push((folder(path), AccessFs::MakeSym | AccessFs::RemoveFile));
     }
 
+    /// Interfaces may be opened.
+    pub(crate) fn interfaces(&mut self) {
+        let used = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
+        self.rules.push(("/dev/net/tun".into(), used));
+    }
+
+    /// Addresses may be drawn.
+    pub(crate) fn random(&mut self) {
+        self.rules.push(("/dev/urandom".into(), AccessFs::ReadFile.into()));
+    }
+
     /// Terminals may be made.
     pub(crate) fn terminals(&mut self) {
         let used = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
