@@ -371,8 +371,9 @@ impl Queue {
         }
         (self.broken, self.resting) = (true, true);
         warn!(queue = self.setup.index, "ring retired: {why}");
-        self.setup.counted.ring.set("broken", why.to_string());
         self.mailbox.set_broken();
+        self.setup.counted.ring.set("broken", why.to_string());
+        self.setup.counted.ring.set("state", "broken");
         if let Some(err) = &self.setup.err {
             err.signal();
         }

@@ -68,7 +68,16 @@ fn a_ring_that_its_driver_broke_shows_why_until_it_is_set_up_anew() {
     assert!(rang(&ring.err, PATIENCE), "the ring is retired, and says so");
     let why = fact(&inspect, "rings/0/broken");
     assert!(matches!(&why, Some(Fact::Text(why)) if why.contains("index")), "{why:?}");
+    assert_eq!(
+        fact(&inspect, "rings/0/state"),
+        Some(Fact::from("broken")),
+        "nothing else was asked"
+    );
+    rig.front.get_features().unwrap();
+    rig.front.set_vring_enable(0, true).unwrap();
+    assert_eq!(fact(&inspect, "rings/0/state"), Some(Fact::from("broken")), "and stays so");
     rig.front.get_vring_base(0).unwrap();
     rig.started(0).round(b"again");
     assert_eq!(fact(&inspect, "rings/0/broken"), None);
+    assert_eq!(fact(&inspect, "rings/0/state"), Some(Fact::from("running")));
 }

@@ -42,6 +42,11 @@ impl HostRing {
         self.control.is_some()
     }
 
+    /// Whether its queue has retired it: the driver broke a rule.
+    pub(super) fn is_broken(&self) -> bool {
+        self.control.as_ref().is_some_and(QueueControl::is_broken)
+    }
+
     /// How the driver kicks, if it said so.
     pub(super) fn kick(&self) -> Option<&Kick> {
         self.kick.as_ref()
@@ -428,7 +433,7 @@ impl<D: VhostUserDevice, R: Reactor> Session<'_, D, R> {
     /// Tells the machine of rings that their drivers broke since the last message.
     pub(super) fn note_broken_rings(&mut self) {
         for (index, ring) in (0u16..).zip(&self.rings) {
-            if ring.control.as_ref().is_some_and(QueueControl::is_broken) {
+            if ring.is_broken() {
                 self.backend.ring_event(index, RingEvent::Broken);
             }
         }

@@ -242,7 +242,9 @@ impl<'h, D: VhostUserDevice, R: Reactor> Session<'h, D, R> {
                 Some(Step::Effect(effect)) => {
                     debug!("{}", effect.name());
                     self.carry_out(effect).await?;
-                    self.shown.look(&self.backend);
+                    let rings = &self.rings;
+                    let broken = |ring| rings.get(ring).is_some_and(HostRing::is_broken);
+                    self.shown.look(&self.backend, broken);
                 }
                 Some(Step::Violation(violation)) => warn!("front-end: {violation}"),
                 None => return self.flush().await,

@@ -47,8 +47,9 @@ impl Shown {
         Self { front_end, memory: inspect.branch("memory"), rings, features: None, regions: None }
     }
 
-    /// Shows what is no longer as it was.
-    pub(super) fn look<Fd>(&mut self, backend: &Backend<Fd>) {
+    /// Shows what is no longer as it was; `broken` says whether a ring's queue has retired it by now. A queue latches
+    /// that before it shows it itself: one of the two is last, whoever writes.
+    pub(super) fn look<Fd>(&mut self, backend: &Backend<Fd>, broken: impl Fn(usize) -> bool) {
         let features = (backend.acked_features(), backend.acked_protocol_features().bits());
         if self.features.replace(features) != Some(features) {
             self.front_end.set("features", format!("{:#x}", features.0));
@@ -62,11 +63,15 @@ impl Shown {
             self.memory.set("regions", regions.0 as u64);
             self.memory.set("bytes", regions.1);
         }
-        for ((inspect, shown), ring) in self.rings.iter_mut().zip(backend.rings()) {
+        let rings = self.rings.iter_mut().zip(backend.rings()).enumerate();
+        for (index, ((inspect, shown), ring)) in rings {
             let now = RingShown::of(ring);
             if *shown != now {
                 *shown = now;
                 inspect.set("state", word(now.run));
+                if broken(index) {
+                    inspect.set("state", word(RunState::Broken));
+                }
                 inspect.set("enabled", now.enabled);
                 inspect.set("size", u64::from(now.size.unwrap_or(0)));
             }
