@@ -194,7 +194,8 @@ impl Port {
         }
     }
 
-    /// Whether the host's side is open as far as the guest is concerned.
+    /// Whether the host's side is open as far as the guest is concerned: a terminal that was left, with what was
+    /// typed before, is until that was read; of a socket's client the end is only found behind its bytes.
     pub(super) fn is_open(&self) -> bool {
         self.side.is_open() || !self.input.is_empty()
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 use outboard_devices::console::{Host, PortOptions};
 use rustix::termios::{Winsize, tcsetwinsize};
 
-use crate::guest::{BOTH, Guest, options, read};
+use crate::guest::{BOTH, Guest, client, options, read, socket};
 
 pub(crate) fn open(link: &Path) -> File {
     let flags = i32::try_from(rustix::fs::OFlags::NOCTTY.bits()).expect("a flag");
@@ -59,6 +59,32 @@ fn what_was_typed_before_the_terminal_was_left_arrives() {
         drop(tty);
         guest.say(0, 6, 1);
         assert_eq!(guest.receive_all(0, 5), b"halt\r");
+        guest.rig.end();
+    }
+}
+
+/// C28: what happened at the terminal was seen when a client that came later is.
+#[test]
+fn c28_the_guest_hears_that_a_terminal_was_left_after_all_that_was_typed() {
+    for events in BOTH {
+        let folder = tempfile::tempdir().expect("a folder");
+        let link = folder.path().join("tty");
+        let ports = vec![port(&link), socket(folder.path(), "later")];
+        let mut guest = Guest::start(options(ports), events);
+        guest.meet(2);
+        guest.say(0, 3, 1);
+        assert_eq!((guest.hear().1, guest.hear().1), (4, 5));
+        guest.say(1, 3, 1);
+        assert_eq!(guest.hear().1, 7);
+        let mut tty = open(&link);
+        assert_eq!(guest.hear(), (0, 6, 1, Vec::new()), "opened");
+        tty.write_all(b"halt\r").expect("typed");
+        drop(tty);
+        let _later = client(folder.path(), "later");
+        assert_eq!(guest.hear(), (1, 6, 1, Vec::new()), "the terminal has something to say");
+        guest.say(0, 6, 1);
+        assert_eq!(guest.receive_all(0, 5), b"halt\r");
+        assert_eq!(guest.hear(), (0, 6, 0, Vec::new()), "left");
         guest.rig.end();
     }
 }
