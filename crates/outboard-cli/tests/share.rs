@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 
 use outboard_frontend::{Buffer, Connection, QueueSetup, SharedMemory, Virtqueue, Vmm, Wanted};
 
+#[path = "../../outboard-frontend/tests/common/skip.rs"]
+mod skip;
+
 const PATIENCE: Duration = Duration::from_secs(60);
 const ROOT: u64 = 1;
 /// Where the reply has room in the arena.
@@ -323,8 +326,7 @@ fn a_directory_that_is_a_mount_is_announced_unless_it_is_not_to_be() {
     };
     let try_it = ["-m", "mount", "-t", "tmpfs", "none", env!("CARGO_TARGET_TMPDIR")];
     if !Command::new("unshare").args(try_it).status().is_ok_and(|status| status.success()) {
-        eprintln!("skipped: nothing can be mounted here");
-        return;
+        return skip::skip("nothing can be mounted here");
     }
     assert_eq!(seen(&[], flag::ALL), [0, SUBMOUNT], "as it is");
     assert_eq!(seen(&["--announce-submounts"], flag::ALL), [0, SUBMOUNT]);

@@ -152,8 +152,9 @@ fn c28_a_host_that_leaves_with_bytes_unread_resets_the_connection_after_its_own(
     }
 }
 
+/// B66: addresses that are not for everybody.
 #[test]
-fn a_port_without_a_server_and_one_that_is_not_allowed_are_refused() {
+fn b66_a_port_without_a_server_and_one_that_is_not_allowed_are_refused() {
     for events in BOTH {
         let folder = tempfile::tempdir().expect("a folder");
         let _listeners = [server(folder.path(), 7), server(folder.path(), 8)];
