@@ -1,7 +1,7 @@
 //! What the options of `outboard fs` do, as a guest sees it: the program is started with them, and our front-end asks
 //! it in FUSE (virtio 1.3 §5.11.6).
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
 #![expect(clippy::indexing_slicing, reason = "tests know their sizes")]
 
 use std::fs;
