@@ -132,6 +132,12 @@ pub(super) const PROTOCOL: &[Row] = &[
     (
         "keeps-old-memory",
         &[
+            "iotlb-access-failure",
+            "iotlb-invalidated",
+            "iotlb-misses",
+            "iotlb-permission",
+            "iotlb-ring-follows",
+            "iotlb-translated",
             "slot-of-the-ring",
             "slots-under-load",
             "table-grows",
