@@ -181,6 +181,38 @@ fn c34_every_program_has_its_filter_on_all_threads_before_it_serves() {
     }
 }
 
+/// How a device of `outboard serve` shows that it is locked in.
+#[test]
+fn c34_what_holds_is_shown_by_every_device() {
+    for seccomp in ["kill", "none"] {
+        let folder = folder();
+        let devices = ["one", "two"].map(|name| {
+            format!("[[device]]\nname = '{name}'\ntype = 'rng'\nsocket-path = '{name}'\n")
+        });
+        let file = format!("seccomp = '{seccomp}'\ncontrol = 'c'\n{}", devices.concat());
+        fs::write(folder.path().join("vm.toml"), file).expect("written");
+        let mut command = Command::new(OUTBOARD);
+        let mut running = Program::run(command.args(["serve", "vm.toml"]), folder.path());
+        running.says("locked in").expect("it begins");
+        let until = Instant::now() + Duration::from_secs(60);
+        let told = loop {
+            let mut ctl = Command::new(OUTBOARD);
+            ctl.args(["ctl", "c", "stats", "--json"]).current_dir(folder.path());
+            let told = ctl.output().expect("our own program");
+            if told.status.success() {
+                break told.stdout;
+            }
+            assert!(Instant::now() < until, "{}", String::from_utf8_lossy(&told.stderr));
+        };
+        let stats: serde_json::Value = serde_json::from_slice(&told).expect("JSON");
+        for device in ["one", "two"] {
+            let lock = &stats["stats"][device]["lock"];
+            assert_eq!(lock["seccomp"], seccomp, "{stats}");
+            assert_eq!(lock["sandbox"], "none", "{stats}");
+        }
+    }
+}
+
 #[test]
 fn c34_without_an_option_what_is_unexpected_fails_and_no_more() {
     let folder = folder();

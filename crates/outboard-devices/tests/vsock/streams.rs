@@ -170,6 +170,10 @@ fn b66_a_port_without_a_server_and_one_that_is_not_allowed_are_refused() {
         let _granted = guest.connect(5000, 8);
         let mut refused = client(folder.path(), 23);
         assert!(!matches!(refused.read(&mut [0; 1]), Ok(1..)), "it was let in");
+        let _first = client(folder.path(), 22);
+        let (asked, _) = guest.any();
+        assert_eq!(asked.destination().port, 22, "of the other one nothing is heard");
+        guest.send(asked.refusal(), &[]);
         let host = client(folder.path(), 22);
         let socket = guest.accept(22);
         assert_eq!(answer(&host), socket.peer.port);
