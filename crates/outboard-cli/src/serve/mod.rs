@@ -143,7 +143,11 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let inspects = ready.iter().map(|(prepared, _)| prepared.inspect.clone()).collect::<Vec<_>>();
     plan.lock.enter(Program::Serve, "none", &inspects)?;
     for (prepared, entry) in ready {
-        fleet.add(&entry.name, &entry.kind, prepared).map_err(Failure::Failed)?;
+        if let Err(why) = fleet.add(&entry.name, &entry.kind, prepared) {
+            // Those before it have guests already.
+            fleet.stop();
+            return Err(Failure::Failed(why));
+        }
     }
     service::up();
     let watched = attend(&fleet, &ear, desk, old, plan.control.as_deref());

@@ -2,7 +2,7 @@
 //! interface of the host with a name of its own, which nobody sets up.
 
 use std::io::Write as _;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -133,6 +133,16 @@ fn c27_packets_for_an_interface_that_is_down_are_dropped_and_counted() {
     }
 }
 
+/// An interface that a test makes anew: it goes with the test, whatever becomes of that.
+struct Made<'a>(&'a str);
+
+impl Drop for Made<'_> {
+    fn drop(&mut self) {
+        let delete = ["link", "delete", self.0];
+        let _ = Command::new("ip").args(delete).stderr(Stdio::null()).status();
+    }
+}
+
 fn ip(args: &[&str]) {
     let done = Command::new("ip").args(args).status();
     assert!(done.expect("ip is here").success(), "{args:?}");
@@ -154,6 +164,7 @@ fn until_status(guest: &mut Guest, wanted: u8) {
 fn c27_an_interface_deleted_under_the_card_is_a_link_that_is_down_until_it_is_made_again() {
     for events in BOTH {
         let Some((net, name)) = named_card(&own_name("obc"), 1) else { return };
+        let _made = Made(&name);
         let counters = net.counters().remove(0);
         let mut guest = guest(net, 1, events);
         until_status(&mut guest, 1);
@@ -189,6 +200,7 @@ fn c27_an_interface_deleted_under_the_card_is_a_link_that_is_down_until_it_is_ma
 fn c27_all_pairs_of_a_card_go_on_with_an_interface_that_was_made_again() {
     for events in BOTH {
         let Some((net, name)) = named_card(&own_name("obp"), 2) else { return };
+        let _made = Made(&name);
         let counters = net.counters();
         let mut guest = guest(net, 2, events);
         assert_eq!(guest.command(&[4, 0, 2, 0], 1), Some(0), "both pairs");
@@ -222,6 +234,7 @@ fn c27_an_interface_deleted_under_an_uplink_costs_packets_that_are_counted_until
         Err(error) => return skip(&format!("no interface can be made: {error}")),
     };
     let name = tap.name().to_owned();
+    let _made = Made(&name);
     let switch = Switch::new(2, 1500).expect("a switch");
     let up = Uplink::new(switch.plug("up").expect("a place"), &Wire::Tap(vec![tap]));
     let mut options = NetOptions::new(Wire::Port(switch.plug("card").expect("a place")));
